@@ -1,0 +1,198 @@
+"""The shape of a configuration: plain frozen dataclasses, validated on construction, free of torch and of Hydra.
+
+Values live in `configs/` (every default once, with a comment); this module says what kinds of value are legal.
+A range that a user can violate raises `ValueError` with the dotted key in it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+DTYPES = ("auto", "fp32", "bf16")
+DEVICES = ("auto", "cpu", "cuda", "mps")
+PROTOCOLS = ("nonoverlapping", "sliding", "last", "prefix")
+WANDB_MODES = ("disabled", "offline", "online")
+CORPORA = ("stdlib", "text", "hf", "books", "nonfiction", "wikitext")
+TOKENIZERS = ("bytes", "bpe", "gpt2")
+
+
+class ContextLengthError(ValueError):
+    """An encoding is undefined at the requested context length (a learned table past its end)."""
+
+
+def _positive(key: str, value: float) -> None:
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{key} must be > 0, not {value}")
+
+
+def _at_least(key: str, value: float, low: float) -> None:
+    if not (math.isfinite(value) and value >= low):
+        raise ValueError(f"{key} must be >= {low:g}, not {value}")
+
+
+def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{key} must be one of {', '.join(allowed)}, not '{value}'")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A named method of a group (`pos` or `scaling`) with its own parameters, as its YAML spells them.
+
+    The YAML fixes names and types of the parameters; the method itself checks their ranges when it is built.
+    """
+
+    name: str
+    parameters: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    name: str
+    n_layer: int
+    d_model: int
+    n_head: int
+    qk_norm: bool
+
+    def __post_init__(self) -> None:
+        for key in ("n_layer", "d_model", "n_head"):
+            _at_least(f"model.{key}", getattr(self, key), 1)
+        if self.d_model % self.n_head:
+            raise ValueError(
+                f"model.d_model must be divisible by model.n_head, not {self.d_model} by {self.n_head}; "
+                f"try model.n_head={math.gcd(self.d_model, 4)}"
+            )
+
+    @property
+    def d_head(self) -> int:
+        return self.d_model // self.n_head
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    name: str  # one of CORPORA
+    path: str | None  # file or folder (text, hf, presets), or a hub name (hf)
+    subset: str | None  # configuration of a hub dataset (hf only)
+    tokenizer: str  # one of TOKENIZERS
+    vocab_size: int  # bpe: entries, the separator included
+    tokenizer_path: str | None  # gpt2: folder with encoder.json and vocab.bpe (or vocab.json and merges.txt)
+    text_field: str  # field of a .jsonl line or of a hub dataset that holds the text
+
+    def __post_init__(self) -> None:
+        _one_of("data.name", self.name, CORPORA)
+        _one_of("data.tokenizer", self.tokenizer, TOKENIZERS)
+        if self.tokenizer == "bpe" and not 258 <= self.vocab_size <= 2**16:
+            raise ValueError(f"data.vocab_size must be between 258 and 65536, not {self.vocab_size}")
+        if not self.text_field:
+            raise ValueError("data.text_field must not be empty")
+        if self.name in ("text", "hf") and not self.path:
+            raise ValueError(f"data={self.name} needs data.path=FILE_OR_FOLDER")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    ctx: int
+    batch_size: int  # sequences per step
+    micro_batch_size: int | None  # sequences per forward; null: all at once
+    steps: int
+    lr: float  # peak learning rate
+    final_lr: float  # the cosine ends at this fraction of lr
+    warmup_steps: int | None  # null: 5% of steps
+    weight_decay: float
+    grad_clip: float | None  # largest global gradient norm; null: no clipping
+    dtype: str
+    compile: bool
+    eval_every: int  # steps between validation losses
+    checkpoint_every: int  # steps between checkpoints
+    keep: tuple[float, ...]  # fractions of the training at which weights are kept
+
+    def __post_init__(self) -> None:
+        _at_least("train.ctx", self.ctx, 2)
+        for key in ("batch_size", "steps", "eval_every", "checkpoint_every"):
+            _at_least(f"train.{key}", getattr(self, key), 1)
+        _positive("train.lr", self.lr)
+        _at_least("train.weight_decay", self.weight_decay, 0)
+        if not 0 <= self.final_lr <= 1:
+            raise ValueError(f"train.final_lr must be in [0, 1], not {self.final_lr}")
+        if self.warmup_steps is not None and not 0 <= self.warmup_steps <= self.steps:
+            raise ValueError(f"train.warmup_steps must be in [0, train.steps={self.steps}], not {self.warmup_steps}")
+        if self.grad_clip is not None:
+            _positive("train.grad_clip", self.grad_clip)
+        if self.micro_batch_size is not None and (
+            self.micro_batch_size < 1 or self.batch_size % self.micro_batch_size
+        ):
+            raise ValueError(
+                f"train.micro_batch_size must divide train.batch_size={self.batch_size}, not {self.micro_batch_size}"
+            )
+        _one_of("train.dtype", self.dtype, DTYPES)
+        for fraction in self.keep:
+            if not 0 < fraction < 1:
+                raise ValueError(f"train.keep holds fractions between 0 and 1, not {fraction}")
+
+    @property
+    def warmup(self) -> int:
+        """Warm-up steps: as given, or 5% of all steps (`claims.md` section 3: the default recipe)."""
+        return round(0.05 * self.steps) if self.warmup_steps is None else self.warmup_steps
+
+    @property
+    def micro(self) -> int:
+        """Sequences in one forward pass."""
+        return self.batch_size if self.micro_batch_size is None else self.micro_batch_size
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    ctx: str | None  # "8192" the ladder, "512,8192" exactly that; null: the ladder up to 8 x train_ctx
+    protocol: str
+    stride: int  # sliding: targets per window
+    last: int  # last: targets per window
+    tokens: int  # budget of spanned targets, shared equally by the documents
+    max_ctx: int | None  # span laid out for this ctx, so that two ladders score the same targets
+    window: int | None  # attention window control: keep keys with 0 <= i - j < window
+    scalings: tuple[str, ...]  # `name` or `name:factor`; empty: --scaling, or the trained one
+    dtype: str
+
+    def __post_init__(self) -> None:
+        _one_of("eval.protocol", self.protocol, PROTOCOLS)
+        for key in ("stride", "last", "tokens"):
+            _at_least(f"eval.{key}", getattr(self, key), 1)
+        for key in ("max_ctx", "window"):
+            value = getattr(self, key)
+            if value is not None:
+                _at_least(f"eval.{key}", value, 1)
+        _one_of("eval.dtype", self.dtype, DTYPES)
+
+
+@dataclass(frozen=True)
+class TrackConfig:
+    wandb: str
+    project: str
+
+    def __post_init__(self) -> None:
+        _one_of("track.wandb", self.wandb, WANDB_MODES)
+        if not self.project:
+            raise ValueError("track.project must not be empty")
+
+
+@dataclass(frozen=True)
+class Config:
+    """One experiment, resolved: what `configs/` and the command line's overrides come to."""
+
+    pos: Method
+    scaling: Method
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    eval: EvalConfig
+    track: TrackConfig
+    seed: int
+    device: str
+    runs_dir: str
+    cache_dir: str
+
+    def __post_init__(self) -> None:
+        _one_of("device", self.device.partition(":")[0], DEVICES)
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be in [0, 2**32), not {self.seed}")
