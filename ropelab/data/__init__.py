@@ -1,0 +1,25 @@
+"""Text to batches: corpora, tokenisers, a cache of tokens, and windows addressed by (seed, step)."""
+
+from ropelab.data.batches import Batches
+from ropelab.data.corpora import CorpusInfo, describe
+from ropelab.data.documents import Progress
+from ropelab.data.overlap import Shingles
+from ropelab.data.prepare import check_overlap, prepare
+from ropelab.data.tokenizers import Bpe, Bytes, Tokenizer, load_tokenizer
+from ropelab.data.tokens import Corpus, Split
+
+__all__ = [
+    "Batches",
+    "Bpe",
+    "Bytes",
+    "Corpus",
+    "CorpusInfo",
+    "Progress",
+    "Shingles",
+    "Split",
+    "Tokenizer",
+    "check_overlap",
+    "describe",
+    "load_tokenizer",
+    "prepare",
+]

@@ -1,0 +1,135 @@
+"""From a configuration to a tokenised corpus: read, split, checked and tokenised once, then from the cache."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache as once
+from pathlib import Path
+from typing import Any
+
+from ropelab.data import cache, overlap
+from ropelab.data.corpora import Source, find_source, overlapping
+from ropelab.data.documents import Document, Progress, Texts
+from ropelab.data.tokenizers import Bytes, Tokenizer, load_tokenizer, read_gpt2, train_bpe
+from ropelab.data.tokens import Corpus, Split, load_or_build
+from ropelab.schema import DataConfig
+
+VERSION = 1  # of how corpora are read, split and checked: another number reads them again
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is kept of a corpus that was read, so that the next command need not read it."""
+
+    digest: str
+    train_digest: str
+    details: dict[str, Any]
+
+
+def prepare(
+    config: DataConfig,
+    *,
+    cache_dir: Path,
+    evaluate_only: bool = False,
+    tokenizer: Tokenizer | None = None,
+    progress: Progress | None = None,
+) -> Corpus:
+    """The corpus of a configuration, from the cache where the text was not changed since.
+
+    evaluate_only: only the test split is wanted (the official one, else all of the text).
+    tokenizer: encode with this one instead of the configured one (a run's own, to evaluate it on other text).
+    ValueError: names the file and the fix when the text is missing, damaged, or in train and test at once.
+    """
+    cache_dir = Path(cache_dir).expanduser()
+    source = find_source(config, evaluate_only=evaluate_only)
+    texts = once(lambda: source.read(progress))
+    facts = _facts(source, config, cache_dir, texts)
+    if tokenizer is None:
+        tokenizer = _tokenizer(config, cache_dir, facts, texts, progress)
+    folder = cache_dir / "tokens" / cache.digest_of([facts.digest, tokenizer.digest])
+    splits, shingles = load_or_build(folder, tokenizer, lambda: _unchanged(texts(), facts), progress)
+    return Corpus(config.name, facts.digest, tokenizer, **splits, details=facts.details, shingles=shingles)
+
+
+def _facts(source: Source, config: DataConfig, cache_dir: Path, texts: Callable[[], Texts]) -> Facts:
+    path = cache_dir / "sources" / f"{cache.digest_of([VERSION, config.name, source.key])}.json"
+    stored = cache.read_json(path)
+    try:
+        return Facts(**stored)
+    except TypeError:  # there is none, or it is damaged
+        facts = _read_facts(texts())
+        cache.write_json(path, vars(facts))
+        return facts
+
+
+def _read_facts(texts: Texts) -> Facts:
+    rows = {
+        split: [[document.name, document.author, document.digest] for document in documents]
+        for split, documents in texts.splits()
+    }
+    counts = {split: len(documents) for split, documents in texts.splits()}
+    sizes = {split: sum(document.n_bytes for document in documents) for split, documents in texts.splits()}
+    return Facts(
+        digest=cache.digest_of(rows),
+        train_digest=cache.digest_of([digest for _, _, digest in rows["train"]]),
+        details=texts.details | {"documents": counts, "bytes": sizes},
+    )
+
+
+def _unchanged(texts: Texts, facts: Facts) -> Texts:
+    """The texts, if they are still those that the facts are about."""
+    if _read_facts(texts).digest != facts.digest:
+        raise ValueError("the text was changed while it was prepared: start again when it is complete")
+    return texts
+
+
+def _tokenizer(
+    config: DataConfig, cache_dir: Path, facts: Facts, texts: Callable[[], Texts], progress: Progress | None
+) -> Tokenizer:
+    if config.tokenizer == "bytes":
+        return Bytes()
+    if config.tokenizer == "gpt2":
+        return read_gpt2(_gpt2_folder(config))
+    if not facts.details["documents"]["train"]:
+        raise ValueError(f"data.tokenizer=bpe is trained on training text, which {config.name} has not: use bytes")
+    key = cache.digest_of([facts.train_digest, config.vocab_size])
+    path = cache_dir / "tokenizers" / key / "tokenizer.json"
+    try:
+        return load_tokenizer(path)
+    except ValueError:  # there is none, or it is damaged
+        trained = train_bpe((document.text for document in texts().train), config.vocab_size, progress)
+        trained.save(path)
+        return trained
+
+
+def _gpt2_folder(config: DataConfig) -> Path:
+    if config.tokenizer_path:
+        return Path(config.tokenizer_path).expanduser()
+    bases = [Path(base).expanduser() for base in (config.path, os.environ.get("ROPELAB_DATA")) if base]
+    for base in bases:
+        for folder in (base / "gpt2-tokenizer", base.parent / "gpt2-tokenizer"):
+            if folder.is_dir():
+                return folder
+    raise ValueError(
+        "data.tokenizer=gpt2 needs data.tokenizer_path: the folder of encoder.json and vocab.bpe "
+        "(or gpt2-tokenizer/ with them in ROPELAB_DATA)"
+    )
+
+
+def check_overlap(train: Corpus, other: Corpus) -> None:
+    """Refuse test text that occurs in training text. ValueError: names the documents of `other`'s test split."""
+    documents = (_document(other.test, index, other.tokenizer) for index in range(len(other.test)))
+    if names := overlapping(documents, train.shingles, set(train.train.digests)):
+        raise overlap.refusal(names)
+
+
+def _document(split: Split, index: int, tokenizer: Tokenizer) -> Document:
+    return Document(
+        split.names[index],
+        tokenizer.decode(split.document(index)),
+        split.authors[index],
+        split.digests[index],
+        int(split.n_bytes[index]),
+    )
