@@ -120,9 +120,7 @@ class TrainConfig:
             raise ValueError(f"train.warmup_steps must be in [0, train.steps={self.steps}], not {self.warmup_steps}")
         if self.grad_clip is not None:
             _positive("train.grad_clip", self.grad_clip)
-        if self.micro_batch_size is not None and (
-            self.micro_batch_size < 1 or self.batch_size % self.micro_batch_size
-        ):
+        if self.micro_batch_size is not None and (self.micro_batch_size < 1 or self.batch_size % self.micro_batch_size):
             raise ValueError(
                 f"train.micro_batch_size must divide train.batch_size={self.batch_size}, not {self.micro_batch_size}"
             )
@@ -133,7 +131,7 @@ class TrainConfig:
 
     @property
     def warmup(self) -> int:
-        """Warm-up steps: as given, or 5% of all steps (`claims.md` section 3: the default recipe)."""
+        """Warm-up steps: as given, or 5% of all steps."""
         return round(0.05 * self.steps) if self.warmup_steps is None else self.warmup_steps
 
     @property

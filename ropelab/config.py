@@ -1,0 +1,297 @@
+"""From the command line's `KEY=VALUE` to a validated `Config`: the only place that knows Hydra and OmegaConf.
+
+Hydra composes the groups of `configs/`; every other override is read here by the type of the key it sets, so a path
+may hold any character and a wrong type is an error that names the key. What comes out is plain dataclasses, and a
+stored configuration is plain JSON that never passes through Hydra again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import os
+import re
+import types
+import typing
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ropelab.schema import Config, DataConfig, EvalConfig, Method, ModelConfig, TrackConfig, TrainConfig
+
+GROUPS = ("pos", "scaling", "model", "data")
+ENVIRONMENT = {"runs_dir": "ROPELAB_RUNS", "cache_dir": "ROPELAB_CACHE"}
+METHODS = ("pos", "scaling")  # groups whose parameters are the method's own
+SECTIONS: dict[str, type] = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "train": TrainConfig,
+    "eval": EvalConfig,
+    "track": TrackConfig,
+}
+
+
+def config_dir() -> Path:
+    """The folder of shipped YAML files: inside the installed package, or beside it in a checkout."""
+    inside = Path(__file__).parent / "configs"
+    return inside if (inside / "config.yaml").is_file() else Path(__file__).parent.parent / "configs"
+
+
+@functools.cache
+def choices(group: str) -> tuple[str, ...]:
+    """The names that a group can take: its YAML files."""
+    return tuple(sorted(path.stem for path in (config_dir() / group).glob("*.yaml")))
+
+
+def summaries(group: str) -> dict[str, tuple[str, str]]:
+    """(summary, paper) of every file of a group, from the comments at its head."""
+    found = {}
+    for name in choices(group):
+        head = (config_dir() / group / f"{name}.yaml").read_text(encoding="utf-8")
+        values = {key: re.search(rf"^# {key}: (.*)$", head, re.M) for key in ("summary", "paper")}
+        found[name] = tuple(match.group(1) if match else "" for match in values.values())
+    return typing.cast(dict[str, tuple[str, str]], found)
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """'; did you mean X?' for the valid name closest to `name`, else the list of valid names."""
+    options = sorted(valid)
+    close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else f"; valid: {', '.join(options)}"
+
+
+def load(overrides: Sequence[str] = ()) -> Config:
+    """Compose the shipped configuration with overrides such as `pos=alibi` and `train.lr=1e-3`.
+
+    `ValueError`, in one line with the fix, for every override that is not exactly one known key and one value.
+    """
+    pairs = _split(overrides)
+    chosen = {key: value for key, value in pairs.items() if key in GROUPS}
+    tree = _compose(chosen)
+    for key, variable in ENVIRONMENT.items():
+        tree[key] = os.environ.get(variable) or tree[key]
+    for key, text in pairs.items():
+        if key not in GROUPS:
+            _assign(tree, key, text)
+    return from_dict(tree)
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain JSON data; `from_dict` is the inverse."""
+    tree = dataclasses.asdict(config)
+    for group in METHODS:
+        tree[group] = {"name": tree[group]["name"], **tree[group]["parameters"]}
+    tree["train"]["keep"] = list(tree["train"]["keep"])
+    tree["eval"]["scalings"] = list(tree["eval"]["scalings"])
+    return tree
+
+
+def from_dict(tree: dict[str, Any]) -> Config:
+    """Dataclasses from plain data, with every type and range checked. `ValueError` with the dotted key."""
+    fields: dict[str, Any] = {}
+    hints = typing.get_type_hints(Config)
+    _no_strangers(tree, hints, "")
+    for key, kind in hints.items():
+        if key not in tree:
+            raise ValueError(f"{key} is missing from the configuration")
+        if key in METHODS:
+            fields[key] = _method(key, tree[key])
+        elif key in SECTIONS:
+            fields[key] = _section(key, SECTIONS[key], tree[key])
+        else:
+            fields[key] = _typed(key, tree[key], kind)
+    return Config(**fields)
+
+
+def parse_scaling(text: str) -> Method:
+    """`yarn`, `yarn:8`, `yarn:auto`: an item of eval.scalings as a method with the defaults of its YAML."""
+    name, _, factor = text.partition(":")
+    scaling = load([f"scaling={name}"]).scaling
+    if not factor:
+        return scaling
+    if name == "none":
+        raise ValueError(f"eval.scalings: none takes no factor, not '{text}'")
+    return Method(name, {**scaling.parameters, "factor": _read("scaling.factor", factor, "auto")})
+
+
+# --- overrides ------------------------------------------------------------------------------------------------------
+
+_KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*")
+
+
+def _split(overrides: Sequence[str]) -> dict[str, str]:
+    pairs: dict[str, str] = {}
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise ValueError(f"'{override}' is not KEY=VALUE")
+        if key[:1] in ("+", "~") or "@" in key:
+            raise ValueError(f"'{override}': +, ~ and @ are not supported; every key exists already, write KEY=VALUE")
+        if key.startswith(("hydra.", "hydra/")) or key == "hydra":
+            raise ValueError(f"'{override}': hydra settings belong to `ropelab sweep`")
+        if not _KEY.fullmatch(key):
+            raise ValueError(f"'{key}' is not a key; write KEY=VALUE such as train.lr=1e-3")
+        if "${" in value:
+            raise ValueError(f"'{override}': interpolations are not supported; write the value itself")
+        if key in pairs:
+            raise ValueError(f"{key} is given twice ({pairs[key]} and {value}); give it once")
+        if key in GROUPS and value not in choices(key):
+            if "," in value:
+                raise ValueError(
+                    f"{key} takes one value here, not '{value}'; several are a sweep: ropelab sweep {override}"
+                )
+            raise ValueError(f"unknown {key} '{value}'{nearest(value, choices(key))}")
+        pairs[key] = value
+    return pairs
+
+
+def _compose(chosen: dict[str, str]) -> dict[str, Any]:
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    with initialize_config_dir(str(config_dir().resolve()), version_base="1.3", job_name="ropelab"):
+        composed = compose("config", [f"{group}={name}" for group, name in chosen.items()])
+    return typing.cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
+
+
+def _assign(tree: dict[str, Any], key: str, text: str) -> None:
+    """Set one dotted key of the composed tree to the value that `text` spells for its type."""
+    head, _, rest = key.partition(".")
+    if head not in tree:
+        raise ValueError(f"unknown key '{key}'{nearest(key, _all_keys(tree))}")
+    if not isinstance(tree[head], dict):
+        if rest:
+            raise ValueError(f"unknown key '{key}'; {head} holds a value, write {head}=VALUE")
+        tree[head] = _parse(key, text, typing.get_type_hints(Config)[head])
+        return
+    if not rest:
+        inside = ", ".join(f"{head}.{name}" for name in tree[head])
+        raise ValueError(f"{head} is a section, not a value; set one of its keys: {inside}")
+    if rest == "name":
+        raise ValueError(f"{key} is fixed by the group; choose with {head}={text}")
+    if rest not in tree[head]:
+        if head in METHODS:
+            name = tree[head]["name"]
+            known = [f"{head}.{parameter}" for parameter in tree[head] if parameter != "name"]
+            takes = nearest(key, known) if known else "; it has none"
+            raise ValueError(f"{head}={name} has no parameter '{rest}'{takes}")
+        raise ValueError(f"unknown key '{key}'{nearest(key, _all_keys(tree))}")
+    if head in METHODS:
+        tree[head][rest] = _read(key, text, tree[head][rest])
+    else:
+        tree[head][rest] = _parse(key, text, typing.get_type_hints(SECTIONS[head])[rest])
+
+
+def _all_keys(tree: dict[str, Any]) -> list[str]:
+    keys = list(tree)
+    for head, inner in tree.items():
+        if isinstance(inner, dict):
+            keys += [f"{head}.{name}" for name in inner if name != "name"]
+    return keys
+
+
+def _unquoted(text: str) -> str:
+    return text[1:-1] if len(text) >= 2 and text[0] == text[-1] and text[0] in "'\"" else text
+
+
+def _parse(key: str, text: str, kind: Any) -> Any:
+    """The value that `text` spells for an annotation of the schema."""
+    optional = isinstance(kind, types.UnionType)
+    if optional:
+        if text in ("null", "none", "None"):
+            return None
+        (kind,) = (inner for inner in typing.get_args(kind) if inner is not type(None))
+    if typing.get_origin(kind) is tuple:
+        if not (text.startswith("[") and text.endswith("]")):
+            raise ValueError(f"{key} takes a list such as [a,b], not '{text}'")
+        inner = typing.get_args(kind)[0]
+        return [_parse(key, item.strip(), inner) for item in text[1:-1].split(",") if item.strip()]
+    if kind is str:
+        return _unquoted(text)
+    if kind is bool:
+        if text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        raise ValueError(f"{key} takes true or false, not '{text}'")
+    if "," in text:
+        raise ValueError(f"{key} takes one value here, not '{text}'; several are a sweep: ropelab sweep {key}={text}")
+    word = "a whole number" if kind is int else "a number"
+    try:
+        return kind(text)
+    except ValueError:
+        raise ValueError(f"{key} takes {word}{' or null' if optional else ''}, not '{text}'") from None
+
+
+def _read(key: str, text: str, default: Any) -> Any:
+    """The value of a method's parameter: of the type of its default in the YAML; `auto` also admits numbers."""
+    if default is None or isinstance(default, int) and not isinstance(default, bool):
+        return _parse(key, text, int | None if default is None else int)
+    if default in ("auto", "auto-row") or isinstance(default, float) and key == "scaling.factor":
+        return text if text in ("auto", "auto-row") else _parse_factor(key, text)
+    return _parse(key, text, type(default))
+
+
+def _parse_factor(key: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{key} takes auto, auto-row or a number >= 1, not '{text}'") from None
+
+
+# --- plain data to dataclasses --------------------------------------------------------------------------------------
+
+
+def _no_strangers(tree: dict[str, Any], known: Iterable[str], prefix: str) -> None:
+    for key in tree:
+        if key not in set(known):
+            raise ValueError(f"unknown key '{prefix}{key}'{nearest(key, known)}")
+
+
+def _method(group: str, tree: Any) -> Method:
+    if not isinstance(tree, dict) or tree.get("name") not in choices(group):
+        name = tree.get("name") if isinstance(tree, dict) else tree
+        raise ValueError(f"unknown {group} '{name}'{nearest(str(name), choices(group))}")
+    parameters = {key: value for key, value in tree.items() if key != "name"}
+    for key, value in parameters.items():
+        if isinstance(value, float) and value != value:
+            raise ValueError(f"{group}.{key} must be a number, not nan")
+    if "factor" in parameters:
+        parameters["factor"] = _factor(parameters["factor"])
+    original_ctx = parameters.get("original_ctx")
+    if original_ctx is not None and original_ctx < 1:
+        raise ValueError(f"scaling.original_ctx must be >= 1, not {original_ctx}")
+    return Method(tree["name"], parameters)
+
+
+def _factor(value: Any) -> Any:
+    if value in ("auto", "auto-row"):
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 1 <= value < float("inf"):
+        raise ValueError(f"scaling.factor takes auto, auto-row or a number >= 1, not {value}")
+    return float(value)
+
+
+def _section(name: str, kind: type, tree: Any) -> Any:
+    if not isinstance(tree, dict):
+        raise ValueError(f"{name} is a section of keys, not {tree!r}")
+    hints = typing.get_type_hints(kind)
+    _no_strangers(tree, hints, f"{name}.")
+    missing = [key for key in hints if key not in tree]
+    if missing:
+        raise ValueError(f"{name}.{missing[0]} is missing from the configuration")
+    return kind(**{key: _typed(f"{name}.{key}", tree[key], hint) for key, hint in hints.items()})
+
+
+def _typed(key: str, value: Any, kind: Any) -> Any:
+    """`value` if it is of the annotated type (an int where a float is due, a list where a tuple is), else an error."""
+    if isinstance(kind, types.UnionType):
+        if value is None:
+            return None
+        (kind,) = (inner for inner in typing.get_args(kind) if inner is not type(None))
+    if typing.get_origin(kind) is tuple and isinstance(value, list | tuple):
+        return tuple(_typed(key, item, typing.get_args(kind)[0]) for item in value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if typing.get_origin(kind) is not None or type(value) is not kind:
+        raise ValueError(f"{key} must be {getattr(kind, '__name__', kind)}, not {value!r}")
+    return value

@@ -1,0 +1,27 @@
+"""Learned absolute positions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ropelab.positions.base import Geometry, PositionEncoding, Positions
+from ropelab.schema import ContextLengthError
+
+
+class Learned(PositionEncoding):
+    """One trained vector per position, added to the tokens (Gehring et al. 2017; GPT-2).
+
+    The table has as many rows as the training length. Past its end the encoding is undefined: clamping, wrapping or
+    untrained rows would each be another experiment, so asking for them is a `ContextLengthError`.
+    """
+
+    def __init__(self, geometry: Geometry) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(geometry.ctx, geometry.d_model))  # (L, C), drawn by the model's init
+
+    def forward(self, positions: Tensor, *, ctx: int) -> Positions:
+        rows = self.table.shape[0]
+        if ctx > rows:
+            raise ContextLengthError(f"learned positions end at {rows}, the training length (policy: error)")
+        return Positions(embedding=self.table[positions])

@@ -1,0 +1,55 @@
+"""RoPE: rotary position embedding, and the place where a scaling of its spectrum is applied."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ropelab.positions.base import Geometry, PositionEncoding, Positions, Rotation
+from ropelab.positions.scaling import Spectrum
+
+
+class Rope(PositionEncoding):
+    """Su et al. 2021 (2104.09864), section 3.2: pair i of a query or key at position p is turned by p base^(-2i/R).
+
+    `layout=half` pairs dimension i with i + R/2 (GPT-NeoX, Llama in transformers), `interleaved` 2i with 2i + 1
+    (the paper, GPT-J). `fraction` rotates the first R = fraction x d_head dimensions only, with the frequencies
+    spread over R (GPT-NeoX `rotary_pct`). Angles are computed in fp64 and stored in fp32.
+    """
+
+    rotary = True
+
+    def __init__(self, geometry: Geometry, *, base: float, layout: str, fraction: float) -> None:
+        super().__init__()
+        if not base > 1:
+            raise ValueError(f"pos.base must be > 1, not {base}")
+        if layout not in ("half", "interleaved"):
+            raise ValueError(f"pos.layout must be half or interleaved, not '{layout}'")
+        if not 0 < fraction <= 1:
+            raise ValueError(f"pos.fraction must be in (0, 1], not {fraction}")
+        if geometry.d_head % 2:
+            raise ValueError(
+                f"rope needs an even head dimension, not {geometry.d_head}: "
+                f"change model.d_model={geometry.d_model} or model.n_head={geometry.n_head}"
+            )
+        self.rotated = int(geometry.d_head * fraction) // 2 * 2  # R
+        if self.rotated == 0:
+            raise ValueError(f"pos.fraction={fraction} of a head dimension of {geometry.d_head} rotates no pair")
+        self.base = base
+        self.interleaved = layout == "interleaved"
+        self.scaling: Callable[..., Spectrum] | None = None
+
+    def spectrum(self, ctx: int) -> Spectrum:
+        """Inverse frequencies (R/2,) fp64 in radians per token, and the attention factor, for a sequence of ctx."""
+        exponents = torch.arange(0, self.rotated, 2, dtype=torch.float64) / self.rotated
+        inv_freq = self.base**-exponents
+        return (inv_freq, 1.0) if self.scaling is None else self.scaling(inv_freq, base=self.base, ctx=ctx)
+
+    def forward(self, positions: Tensor, *, ctx: int) -> Positions:
+        inv_freq, attention_factor = self.spectrum(ctx)
+        angles = positions.cpu().double()[:, None] * inv_freq  # (T, R/2) fp64
+        cos = (angles.cos() * attention_factor).float().to(positions.device)
+        sin = (angles.sin() * attention_factor).float().to(positions.device)
+        return Positions(rotation=Rotation(cos, sin, cos, sin, self.interleaved))

@@ -1,0 +1,53 @@
+"""Progress of long work on stderr: one rich bar a description, with loss, tokens per second and time left."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+from typing import Any
+
+
+class Bar:
+    """Draws what it is told: `bar(description, done, total, loss=..., tokens_per_s=...)`.
+
+    On a terminal it is a moving bar; elsewhere nothing is drawn, so that logs stay short.
+    """
+
+    def __init__(self) -> None:
+        self._progress: Any = None
+        self._tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> Bar:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=None),
+                TextColumn("{task.percentage:>3.0f}%"),
+                TextColumn("{task.fields[facts]}"),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+            )
+            self._progress.start()
+        return self
+
+    def __call__(self, description: str, done: int, total: int, **facts: Any) -> None:
+        if self._progress is None:
+            return
+        name = f"{description} {facts['run']}" if "run" in facts else description
+        words = []
+        if "loss" in facts:
+            words.append(f"loss {facts['loss']:.3f}")
+        if "tokens_per_s" in facts:
+            words.append(f"{facts['tokens_per_s']:,.0f} tokens/s")
+        if name not in self._tasks:
+            self._tasks[name] = self._progress.add_task(name, total=total, facts="")
+        self._progress.update(self._tasks[name], completed=done, total=total, facts="  ".join(words))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._progress is not None:
+            self._progress.stop()

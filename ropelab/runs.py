@@ -1,0 +1,329 @@
+"""One trained model and its folder: identity, manifest, metrics, checkpoints, results. Free of torch until tensors move.
+
+    runs/<pos>[-<scaling>]-<data>-s<seed>-<digest8>/
+        manifest.json      resolved configuration, digests, versions, device, status: running | done | failed
+        metrics.jsonl      one line a logged step, append-only
+        tokenizer.json     the run's own copy
+        checkpoints/       step-00001000/{model,optimizer}.safetensors, state.json with their sha256
+        results/           evaluations: <digest>.json and its per-token losses <digest>.safetensors
+
+Files are written under a temporary name, synced and renamed. Nothing here is a pickle: a stranger's run folder cannot
+execute code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ropelab.schema import Config
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+NUMERICS_VERSION = 1  # raised when a change of the code changes the numbers of an unchanged configuration
+
+
+class RunError(ValueError):
+    """A run that cannot be used: missing, unfinished, locked, or altered."""
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all: temporary name in the same folder, fsync, rename."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def write_json(path: Path, data: Any) -> None:
+    write_atomically(path, (json.dumps(data, indent=1, allow_nan=False) + "\n").encode())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_of(data: Any) -> str:
+    """sha256 of plain data, independent of the order of its keys."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+# --- identity -------------------------------------------------------------------------------------------------------
+
+
+def identity(config: Config, *, corpus_digest: str, tokenizer_digest: str) -> dict[str, Any]:
+    """What changes the numbers of a run, and nothing else: no paths, device, micro-batch, evaluation or tracking."""
+    model, train = config.model, config.train
+    return {
+        "numerics": NUMERICS_VERSION,
+        "pos": {"name": config.pos.name, **config.pos.parameters},
+        "scaling": {"name": config.scaling.name, **config.scaling.parameters},
+        "model": {"n_layer": model.n_layer, "d_model": model.d_model, "n_head": model.n_head, "qk_norm": model.qk_norm},
+        "corpus": corpus_digest,
+        "tokenizer": tokenizer_digest,
+        "train": {
+            "ctx": train.ctx,
+            "batch_size": train.batch_size,
+            "steps": train.steps,
+            "lr": train.lr,
+            "final_lr": train.final_lr,
+            "warmup_steps": train.warmup,
+            "weight_decay": train.weight_decay,
+            "grad_clip": train.grad_clip,
+            "dtype": train.dtype,
+        },
+        "seed": config.seed,
+    }
+
+
+def run_name(config: Config, digest: str) -> str:
+    """`rope-yarn-books-s0-1a2b3c4d`."""
+    method = config.pos.name if config.scaling.name == "none" else f"{config.pos.name}-{config.scaling.name}"
+    return f"{method}-{config.data.name}-s{config.seed}-{digest[:8]}"
+
+
+# --- the folder -----------------------------------------------------------------------------------------------------
+
+
+class RunDir:
+    """The folder of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def manifest_path(self) -> Path:
+        return self.path / "manifest.json"
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def tokenizer_path(self) -> Path:
+        return self.path / "tokenizer.json"
+
+    @property
+    def results(self) -> Path:
+        return self.path / "results"
+
+    def manifest(self) -> dict[str, Any]:
+        """`RunError` when it is absent or no JSON object."""
+        try:
+            data = json.loads(self.manifest_path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise RunError(f"{self.path} is not a run: it has no manifest.json") from None
+        except (OSError, ValueError) as error:
+            raise RunError(f"{self.manifest_path} cannot be read: {error}") from None
+        if not isinstance(data, dict):
+            raise RunError(f"{self.manifest_path} is not a JSON object")
+        return data
+
+    def update_manifest(self, **fields: Any) -> None:
+        current = self.manifest() if self.manifest_path.exists() else {}
+        write_json(self.manifest_path, {**current, **fields})
+
+    def status(self) -> str:
+        """done | failed | running | interrupted: `running` with a free lock is a process that died."""
+        status = str(self.manifest().get("status", "unknown"))
+        return "interrupted" if status == "running" and not self._locked() else status
+
+    def _locked(self) -> bool:
+        try:
+            with (self.path / "lock").open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run for one writer; a dead process does not keep it. `RunError` when another one holds it."""
+        with (self.path / "lock").open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunError(f"{self.name} is being written by another process; wait for it or stop it") from None
+            yield
+
+    # metrics
+
+    def append_metrics(self, line: Mapping[str, Any]) -> None:
+        with self.metrics_path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, allow_nan=False) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Every complete line."""
+        if not self.metrics_path.exists():
+            return []
+        lines = []
+        for text in self.metrics_path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):  # a line cut short by a kill
+                lines.append(json.loads(text))
+        return lines
+
+    def truncate_metrics(self, step: int) -> None:
+        """Drop the lines after `step`: a resumed run writes them again."""
+        kept = [line for line in self.metrics() if line["step"] <= step]
+        write_atomically(self.metrics_path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+
+    # checkpoints
+
+    def save_checkpoint(
+        self, name: str, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], *, prune: bool
+    ) -> None:
+        """Write `checkpoints/<name>/` with one safetensors file per entry of `tensors` and state.json.
+
+        Earlier step checkpoints are removed only after the new one has been read back and its checksums hold.
+        """
+        from safetensors.torch import save_file
+
+        folder = self.path / "checkpoints"
+        folder.mkdir(exist_ok=True)
+        temporary = folder / f".{name}.{uuid.uuid4().hex[:8]}"
+        temporary.mkdir()
+        try:
+            sums = {}
+            for part, content in tensors.items():
+                file = temporary / f"{part}.safetensors"
+                save_file({key: tensor.detach().cpu().contiguous() for key, tensor in content.items()}, file)
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
+                sums[file.name] = sha256_of(file)
+            write_json(temporary / "state.json", {**state, "sha256": sums})
+            final = folder / name
+            if final.exists():
+                shutil.rmtree(final)
+            temporary.rename(final)
+            _sync_folder(folder)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        if prune and self._intact(final):
+            for old in self._step_checkpoints():
+                if old.name < name:
+                    shutil.rmtree(old, ignore_errors=True)
+
+    def _step_checkpoints(self) -> list[Path]:
+        return sorted((self.path / "checkpoints").glob("step-*"))
+
+    @staticmethod
+    def _intact(checkpoint: Path) -> bool:
+        try:
+            state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+            return all(sha256_of(checkpoint / name) == digest for name, digest in state["sha256"].items())
+        except (OSError, ValueError, KeyError, AttributeError):
+            return False
+
+    def latest_checkpoint(self) -> Path | None:
+        """The newest step checkpoint whose checksums hold; a damaged one is named on stderr and passed over."""
+        for checkpoint in reversed(self._step_checkpoints()):
+            if self._intact(checkpoint):
+                return checkpoint
+            print(f"ropelab: {checkpoint} is truncated or altered; using the one before it", file=sys.stderr)
+        return None
+
+    def load_weights(self) -> dict[str, Tensor]:
+        """The finished run's weights. `RunError` when the run is unfinished or its checkpoint is damaged."""
+        manifest = self.manifest()
+        if manifest.get("status") != "done":
+            raise RunError(f"{self.name} is {self.status()}, not done; finish it with `ropelab train` first")
+        name = f"step-{manifest['config']['train']['steps']:08d}"
+        checkpoint = self.path / "checkpoints" / name
+        if not self._intact(checkpoint):
+            raise RunError(f"{checkpoint} is truncated, altered or missing; train the run again")
+        return load_tensors(checkpoint / "model.safetensors")
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+# --- the folder of runs ---------------------------------------------------------------------------------------------
+
+
+def open_runs_dir(path: str) -> Path:
+    """Create the folder of runs. `ValueError` when it cannot be written."""
+    folder = Path(path).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".write-{uuid.uuid4().hex[:8]}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"runs_dir={path} cannot be written ({error.strerror}); choose another with runs_dir=FOLDER"
+        ) from None
+    return folder
+
+
+def all_runs(runs_dir: Path) -> list[RunDir]:
+    """Every run folder, oldest first."""
+    if not runs_dir.is_dir():
+        return []
+    found = [RunDir(path) for path in runs_dir.iterdir() if (path / "manifest.json").is_file()]
+    return sorted(found, key=lambda run: run.manifest_path.stat().st_mtime_ns)
+
+
+def find_run(name: str, runs_dir: Path) -> RunDir:
+    """The run that a path, a folder name, or an unambiguous beginning of one names. `RunError` otherwise."""
+    for candidate in (Path(name).expanduser(), runs_dir / name):
+        if (candidate / "manifest.json").is_file():
+            return RunDir(candidate)
+    known = all_runs(runs_dir)
+    matches = [run for run in known if run.name.startswith(name) or run.name.rpartition("-")[2] == name]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        raise RunError(f"'{name}' names {len(matches)} runs: {', '.join(run.name for run in matches[:8])}")
+    import difflib
+
+    close = difflib.get_close_matches(name, [run.name for run in known], n=1, cutoff=0.4)
+    hint = f"did you mean {close[0]}?" if close else f"no run of that name in {runs_dir}"
+    raise RunError(f"there is no run '{name}'; {hint}")
+
+
+def latest_finished(runs_dir: Path) -> RunDir:
+    """`RunError` when there is none."""
+    for run in reversed(all_runs(runs_dir)):
+        with contextlib.suppress(RunError):
+            if run.manifest().get("status") == "done":
+                return run
+    raise RunError(f"there is no finished run in {runs_dir}; train one first: ropelab train --pos rope")
