@@ -124,10 +124,10 @@ def _split(overrides: Sequence[str]) -> dict[str, str]:
     pairs: dict[str, str] = {}
     for override in overrides:
         key, equals, value = override.partition("=")
-        if not equals:
-            raise ValueError(f"'{override}' is not KEY=VALUE")
         if key[:1] in ("+", "~") or "@" in key:
             raise ValueError(f"'{override}': +, ~ and @ are not supported; every key exists already, write KEY=VALUE")
+        if not equals:
+            raise ValueError(f"'{override}' is not KEY=VALUE")
         if key.startswith(("hydra.", "hydra/")) or key == "hydra":
             raise ValueError(f"'{override}': hydra settings belong to `ropelab sweep`")
         if not _KEY.fullmatch(key):

@@ -494,14 +494,16 @@ def _evaluation_split(
 ) -> tuple[data.Split, str, str]:
     """The documents to score, the digest of their corpus and its name. `RunError` when the run's own text changed."""
     cache = Path(cache_dir).expanduser()
-    own = trained.data if other_text is None else other_text
-    corpus = data.prepare(own, cache_dir=cache, evaluate_only=True, tokenizer=tokenizer, progress=progress)
-    if other_text is None and corpus.digest != manifest["corpus"]["digest"]:
+    own = data.prepare(trained.data, cache_dir=cache, tokenizer=tokenizer, progress=progress)
+    if own.digest != manifest["corpus"]["digest"]:
         raise RunError(
-            f"the text of data={own.name} is not the one that {manifest['run']} was trained on; "
-            "restore it, or name other text with data=..."
+            f"the text of data={trained.data.name} is not the one that {manifest['run']} was trained on; restore it"
         )
-    return corpus.test, corpus.digest, corpus.name
+    if other_text is None:
+        return own.test, own.digest, own.name
+    other = data.prepare(other_text, cache_dir=cache, evaluate_only=True, tokenizer=tokenizer, progress=progress)
+    data.check_overlap(own, other)
+    return other.test, other.digest, other.name
 
 
 def _batch_tokens(device: torch.device) -> int:

@@ -87,7 +87,7 @@ def test_rope_models_equal_gpt_neox_of_transformers(scaling: str, keys: dict[str
     theirs = as_gpt_neox(model, {"rope_theta": 1e4, "partial_rotary_factor": 1.0, **keys})
     x = tokens(4 * LENGTH)
     ours = scores(model, x)
-    assert ours.std() > 1  # logits of a size at which a wrong angle shows
+    assert ours.std() > 0.9  # logits of a size at which a wrong angle shows
     torch.testing.assert_close(ours, logits_of(theirs, x), rtol=1e-3, atol=2e-3)
 
 
