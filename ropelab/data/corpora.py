@@ -27,8 +27,8 @@ from ropelab.schema import DataConfig
 
 EVALUATE_ONLY = ("nonfiction", "wikitext")  # they have a test split alone
 
-# an article of WikiText begins with a line " = Title = " between two empty ones
-_ARTICLE = re.compile(r"^ = [^=\n]+ = ?\n(?= ?\n)", re.MULTILINE)
+# an article of WikiText begins with a line " = Title = " (sections have more marks) between two empty ones
+_ARTICLE = re.compile(r"(?:\A\s*|^ ?\n) (= (?!= )[^\n]+(?<! =) =) ?\n(?= ?\n)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -209,24 +209,23 @@ def _one_file(folder: Path, name: str) -> Path:
 
 
 def _read_wikitext(file: Path) -> Texts:
-    text = read_text(file)
-    articles = [document(title, article) for title, article in wikitext_articles(text)]
-    return Texts([], [], articles, {"split": "official test split"})
+    return Texts([], [], _articles(read_text(file)), {"split": "official test split"})
+
+
+def _articles(text: str) -> list[Document]:
+    return [document(title, article) for title, article in wikitext_articles(text)]
 
 
 def wikitext_articles(text: str) -> list[tuple[str, str]]:
     """(title, text with the title's line) of each article; together, in order, they are the whole text."""
-    starts = [match.start() for match in _ARTICLE.finditer(text) if _after_empty_line(text, match.start())]
-    if not starts:
+    found = list(_ARTICLE.finditer(text))
+    if not found:
         raise ValueError("the file has no line ' = Title = ' between empty lines: it is no raw WikiText")
-    ends = [*starts[1:], len(text)]
-    titles = [text[start : text.index("\n", start)].strip(" =") for start in starts]
-    # what precedes the first title (an empty line) stays with it
-    return [(title, text[start:end]) for title, start, end in zip(titles, [0, *starts[1:]], ends, strict=True)]
-
-
-def _after_empty_line(text: str, start: int) -> bool:
-    return not text[:start].strip() or not text[text.rfind("\n", 0, start - 1) + 1 : start].strip()
+    starts = [0, *(match.start(1) - 1 for match in found[1:])]  # an empty line before the first title stays with it
+    titles = [match[1].strip("= ") for match in found]
+    return [
+        (title, text[start:end]) for title, start, end in zip(titles, starts, [*starts[1:], len(text)], strict=True)
+    ]
 
 
 # --- hub --------------------------------------------------------------------------------------------------------------
@@ -235,6 +234,8 @@ def _after_empty_line(text: str, start: int) -> bool:
 def _hub_source(config: DataConfig, evaluate_only: bool) -> Source:
     assert config.path is not None  # DataConfig refuses text and hf without a path
     path = str(Path(config.path).expanduser())
+    if not Path(path).exists() and (path.count("/") > 1 or path.startswith((".", "/"))):
+        raise ValueError(f"data.path={config.path} does not exist: give a folder, or a dataset's name on the hub")
     key: dict[str, Any] = {
         "path": path,
         "subset": config.subset,
@@ -261,12 +262,12 @@ def _read_hub(loaded: Any, path: str, text_field: str, evaluate_only: bool, prog
         labels = {label: split for label, split in labels.items() if split == "test"}
     found: dict[str, Sequence[Document]] = {}
     for label, split in labels.items():
-        if (
-            split
-            and split not in found
-            and len(documents := hub.read_split(loaded[label], label, path, text_field, progress))
-        ):
-            found[split] = documents
+        if split and split not in found:
+            documents: Sequence[Document] = hub.read_split(loaded[label], label, path, text_field, progress)
+            if Path(path).name == "wikitext":  # a row is a line there: documents are articles
+                documents = _articles("".join(hub.wikitext_lines(loaded[label], text_field)))
+            if documents:
+                found[split] = documents
     if not found:
         raise ValueError(f"data.path={path} has no train, validation or test split with text in '{text_field}'")
     ignored = [str(label) for label in loaded if not official_split(str(label))]

@@ -32,8 +32,8 @@ class Document(NamedTuple):
 
 
 def document(name: str, text: str, author: str | None = None) -> Document:
-    """A document of a text as it is, but for a byte-order mark and line ends of two characters."""
-    text = text.removeprefix("\ufeff").replace("\r\n", "\n")
+    """A document of a text as it is, but for line ends of two characters."""
+    text = text.replace("\r\n", "\n")
     data = text.encode()
     return Document(name, text, author, hashlib.sha256(data).hexdigest(), len(data))
 
@@ -97,19 +97,17 @@ def _is_jsonl(path: Path) -> bool:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file, decompressed by its suffix (.gz, .xz)."""
+    """The text of a file, decompressed by its suffix (.gz, .xz), without a byte-order mark."""
     data = _read_bytes(path)
     if not data.removeprefix(b"\xef\xbb\xbf"):
         raise ValueError(f"{path} is empty: remove it or give a file that holds text")
     if (offset := data.find(b"\0")) >= 0:
         raise ValueError(f"{path} is binary (a NUL byte at offset {offset}), not text: remove it or give a text file")
     try:
-        return data.decode("utf-8-sig")
+        return data.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        # the codec counts from behind the byte-order mark
-        offset = error.start + (3 if data.startswith(b"\xef\xbb\xbf") and len(error.object) < len(data) else 0)
         raise ValueError(
-            f"{path} is not UTF-8 (byte 0x{data[offset]:02x} at offset {offset}): convert it, "
+            f"{path} is not UTF-8 (byte 0x{data[error.start]:02x} at offset {error.start}): convert it, "
             "for example with iconv -f latin1 -t utf-8"
         ) from None
 

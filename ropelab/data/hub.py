@@ -80,3 +80,10 @@ def read_split(rows: Any, label: str, path: str, text_field: str, progress: Prog
     if progress:
         progress(f"reading {label}", 1, 1)
     return documents
+
+
+def wikitext_lines(rows: Any, text_field: str) -> Iterator[str]:
+    """The lines of WikiText from its dataset on the hub, where a row is a line and an empty line an empty string."""
+    for start in range(0, len(rows), _ROWS):
+        for line in rows[start : start + _ROWS][text_field]:
+            yield line or " \n"

@@ -112,10 +112,20 @@ def _gpt2_folder(config: DataConfig) -> Path:
         for folder in (base / "gpt2-tokenizer", base.parent / "gpt2-tokenizer"):
             if folder.is_dir():
                 return folder
-    raise ValueError(
-        "data.tokenizer=gpt2 needs data.tokenizer_path: the folder of encoder.json and vocab.bpe "
-        "(or gpt2-tokenizer/ with them in ROPELAB_DATA)"
-    )
+    return _gpt2_from_hub()
+
+
+def _gpt2_from_hub() -> Path:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        files = [hf_hub_download("openai-community/gpt2", name) for name in ("vocab.json", "merges.txt")]
+    except Exception as error:  # whatever goes wrong in there is the network's or the hub's
+        raise ValueError(
+            f"data.tokenizer=gpt2 is neither here nor to be had from the hub ({type(error).__name__}): set "
+            "data.tokenizer_path to a folder with encoder.json and vocab.bpe, or vocab.json and merges.txt"
+        ) from None
+    return Path(files[0]).parent
 
 
 def check_overlap(train: Corpus, other: Corpus) -> None:

@@ -51,10 +51,10 @@ def _take(documents: Sequence[Document], indices: Sequence[int]) -> Sequence[Doc
 
 
 def split_by_digest(digests: Sequence[str], n_held_out: int = 2) -> list[list[int]]:
-    """Indices of the documents: the training text, then 5% (at least one document) for each held-out split.
+    """Indices of the documents of the training text and of each held-out split, each in the order of the corpus.
 
-    Documents are taken in the order of their digests: the split depends on the contents alone, neither on names nor
-    on a seed. Each list is in the order of the corpus.
+    In the order of their digests the first 5% (at least one document) are the first held-out split, the next 5% the
+    second: the split depends on the contents alone, neither on names nor on a seed.
     """
     assert len(digests) > n_held_out
     order = sorted(range(len(digests)), key=lambda index: (digests[index], index))

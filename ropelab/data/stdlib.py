@@ -101,7 +101,7 @@ def _read_modules(root: Path, progress: Progress | None) -> tuple[dict[str, list
             progress("reading", number, len(files))
         name = path.relative_to(root).as_posix()
         try:
-            source = document(name, path.read_bytes().decode())
+            source = document(name, path.read_bytes().decode("utf-8-sig"))
         except UnicodeDecodeError:
             left_out["not_utf8"] += 1
             continue
