@@ -124,7 +124,7 @@ class Line:
         first = next((point for point in self.points if point.ppl is None), None)
         if first is None:
             return None
-        word = first.status if first.status != "ok" else "not finite"
+        word = first.status if first.status != "ok" else "non-finite"
         before = [point.ctx for point in self.defined if point.ctx < first.ctx]
         return first.ctx, f"{word} past {before[-1]}" if before else f"{word} at {first.ctx}"
 
@@ -161,23 +161,18 @@ def panels(evals: Iterable[Mapping[str, Any]]) -> list[Panel]:
     Runs of one method with different seeds become one line: the geometric mean of their perplexities. Two runs with the
     same seed are different experiments and stay apart, told by the run's name.
     """
+    evals = list(evals)
+    digests: dict[str, Any] = {}  # of a method without any defined row the digest is unknown: it joins the others
+    for item in evals:
+        if (digest := item["protocol"].get("targets_digest")) is not None:
+            digests.setdefault(_scoring(item), digest)
     grouped: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
     for item in evals:
-        methods = grouped.setdefault(_comparable(item["protocol"]), {})
+        scoring = _scoring(item)
+        targets = item["protocol"].get("targets_digest") or digests.get(scoring)
+        methods = grouped.setdefault(f"{scoring} {targets}", {})
         methods.setdefault(json.dumps(_method(item)), []).append(item)
-    found = []
-    for methods in grouped.values():
-        several_lengths = len({item["train_ctx"] for items in methods.values() for item in items}) > 1
-        lines: list[Line] = []
-        for items in methods.values():
-            latest = {item["run"]: item for item in items}  # a run evaluated twice: the later one counts
-            seeds = {item.get("seed") for item in latest.values()}
-            if len(seeds) == len(latest):
-                lines.append(_line(list(latest.values()), several_lengths, apart=False))
-            else:
-                lines.extend(_line([item], several_lengths, apart=True) for item in latest.values())
-        found.append(Panel(next(iter(methods.values()))[0]["protocol"], tuple(lines)))
-    return found
+    return [_panel(list(methods.values())) for methods in grouped.values()]
 
 
 def styles(drawn: Sequence[Panel]) -> dict[Line, Style]:
@@ -300,33 +295,23 @@ def curves(evals: Sequence[Mapping[str, Any]], *, title: str) -> Figure:
     return figure
 
 
-def explain(shown: Mapping[str, Any], baseline: Mapping[str, Any] | None = None) -> Figure:
+def explain(shown: Mapping[str, Any]) -> Figure:
     """What an encoding tells the model, as pictures with captions for a reader who meets it for the first time.
 
-    `shown` is a `show` object; `baseline` the same encoding without its scaling, drawn in grey behind it.
+    `shown` is a `show` object. Its coverage holds the turns of training as trained and those at ctx as scaled, so that
+    the picture of a scaling shows both spectra.
     """
     title = method_name(shown["pos"], shown["scaling"], shown["factor"], None)
     title += f" at ctx {shown['ctx']}, trained at {shown['train_ctx']}"
     parts: list[_Part] = []
     if shown.get("rotation"):
-        parts += [_rotation_part(shown), _wavelength_part(shown, baseline), _turns_part(shown, baseline)]
+        parts += [_rotation_part(shown), _wavelength_part(shown), _turns_part(shown)]
     if shown.get("bias"):
         parts += [_bias_part(shown), _reach_part(shown)]
     if shown.get("embedding"):
         parts += [_embedding_part(shown), _similarity_part(shown)]
-    if not parts and shown["pos"] == "none":
-        return _text_figure(
-            title,
-            "NoPE adds nothing: no vector to the tokens, no rotation of queries and keys, no bias to the scores. "
-            "Order comes in through the causal mask alone. Each token sees only the tokens before it, so the first "
-            "token averages over one token, the second over two, and a trained model can learn to count from that.",
-        )
     if not parts:
-        return _text_figure(
-            title,
-            f"{NAMES.get(shown['pos'], shown['pos'])} computes its position signal from the text itself, layer by "
-            "layer. There is nothing to draw before a text is given.",
-        )
+        return _text_figure(title, _nothing_to_draw(shown))
     with _look():
         return _stack(title, parts)
 
@@ -366,12 +351,27 @@ def replace_file(path: Path, content: bytes) -> None:
 # Evaluations to lines ------------------------------------------------------------------------------------------------
 
 
-def _comparable(protocol: Mapping[str, Any]) -> str:
-    """Two evaluations with the same string scored the same targets in the same way."""
-    name = protocol["name"]
-    own = {"sliding": "stride", "last": "last"}.get(name)
-    keys = ("name", "data", "targets_digest", "bos", *([own] if own else []))
-    return json.dumps([protocol.get(key) for key in keys])
+def _scoring(item: Mapping[str, Any]) -> str:
+    """How an evaluation scored which text; with the targets digest it says what may be compared."""
+    protocol = item["protocol"]
+    own = {"sliding": "stride", "last": "last"}.get(protocol["name"], "name")
+    keys = ("name", own, "data_digest", "span", "documents", "left_out", "bos", "dtype")
+    return json.dumps([item.get("data"), *(protocol.get(key) for key in keys)])
+
+
+def _panel(methods: Sequence[Sequence[Mapping[str, Any]]]) -> Panel:
+    several_lengths = len({item["train_ctx"] for items in methods for item in items}) > 1
+    lines: list[Line] = []
+    for items in methods:
+        latest = {item["run"]: item for item in items}  # a run evaluated twice: the later one counts
+        seeds = {item.get("seed") for item in latest.values()}
+        if len(seeds) == len(latest):
+            lines.append(_line(list(latest.values()), several_lengths, apart=False))
+        else:
+            lines.extend(_line([item], several_lengths, apart=True) for item in latest.values())
+    known = [item for items in methods for item in items if item["protocol"].get("targets_digest") is not None]
+    first = known[0] if known else methods[0][0]
+    return Panel({"data": first.get("data"), **first["protocol"]}, tuple(lines))
 
 
 def _method(item: Mapping[str, Any]) -> list[Any]:
@@ -413,7 +413,7 @@ def _point(row: Mapping[str, Any]) -> Point:
         tokens=row.get("tokens"),
         documents=row.get("documents"),
         unit=row.get("unit"),
-        status=row["status"] if row["status"] != "ok" or number_of else "not finite",
+        status=row["status"] if row["status"] != "ok" or number_of else "non-finite",
         reason=row.get("reason"),
     )
 
@@ -640,6 +640,26 @@ def _stack(title: str, parts: Sequence[_Part]) -> Figure:
     return figure
 
 
+def _nothing_to_draw(shown: Mapping[str, Any]) -> str:
+    if shown["pos"] == "none":
+        return (
+            "NoPE adds nothing: no vector to the tokens, no rotation of queries and keys, no bias to the scores. "
+            "Order comes in through the causal mask alone. Each token sees only the tokens before it, so the first "
+            "token averages over one token, the second over two, and a trained model can learn to count from that."
+        )
+    if shown["pos"] == "learned":
+        return (
+            f"A learned table gives each of the {shown['train_ctx']} training positions a vector of its own, which is "
+            "added to the token there. The vectors start as noise and get their meaning in training, so there is "
+            f"nothing to draw before. Position {shown['train_ctx']} and later ones have no vector: the method is "
+            "undefined there."
+        )
+    return (
+        f"{NAMES.get(shown['pos'], shown['pos'])} computes its position signal from the text itself, layer by layer. "
+        "There is nothing to draw before a text is given."
+    )
+
+
 def _mark_training(axes: Axes, train_ctx: int, ctx: int) -> None:
     """A vertical dashed line at the training length of an axis in tokens from 0 to ctx."""
     if train_ctx >= ctx:
@@ -669,7 +689,7 @@ def _rotation_part(shown: Mapping[str, Any]) -> _Part:
         "like a clock hand, by a fixed angle per token. Colour is the cosine of the angle, so one period of colours is "
         "one full turn. A score sees only the difference of two angles, and therefore the distance of two tokens. "
     )
-    if columns < ctx:
+    if ctx / columns * inv_freq.max() > math.pi:
         caption += "Pairs that look white turn too fast to be drawn at this width. "
     caption += _beyond(shown)
     if abs(factor - 1) > 1e-9:
@@ -706,61 +726,49 @@ def mean_cosine(inv_freq: np.ndarray, start: np.ndarray, step: float) -> np.ndar
     return mean
 
 
-def _wavelengths(shown: Mapping[str, Any]) -> np.ndarray:
-    """Tokens per full turn, (pairs,), inf for a pair that does not turn."""
-    inv_freq = _inv_freq(shown)
-    with np.errstate(divide="ignore"):
-        wavelengths: np.ndarray = 2 * math.pi / inv_freq
-    return wavelengths
+def _turns(shown: Mapping[str, Any], length: str) -> np.ndarray:
+    """Full turns of each pair, (pairs,): "train" within train_ctx as trained, "ctx" within ctx as scaled."""
+    return np.asarray([pair[f"turns_{length}"] for pair in shown["coverage"]], dtype=np.float64)
 
 
-def _turned(shown: Mapping[str, Any], baseline: Mapping[str, Any] | None) -> np.ndarray:
-    """Which pairs completed a full turn in training, (pairs,): by the spectrum training used, if it is given."""
-    turned: np.ndarray = _wavelengths(baseline or shown) <= shown["train_ctx"]
-    return turned
-
-
-def _wavelength_part(shown: Mapping[str, Any], baseline: Mapping[str, Any] | None) -> _Part:
-    wavelengths, turned = _wavelengths(shown), _turned(shown, baseline)
+def _wavelength_part(shown: Mapping[str, Any]) -> _Part:
     train_ctx, ctx = shown["train_ctx"], shown["ctx"]
-    still = int(np.isinf(wavelengths).sum())
+    with np.errstate(divide="ignore"):  # a pair that does not turn has no wavelength
+        trained: np.ndarray = train_ctx / _turns(shown, "train")  # (pairs,) tokens per full turn
+        scaled: np.ndarray = ctx / _turns(shown, "ctx")  # (pairs,)
+    turned = trained <= train_ctx
+    moved = ~np.isclose(trained, scaled, rtol=1e-6)
+    still = int(np.isinf(scaled).sum())
     caption = (
         f"Tokens until a pair is back where it started. Filled, {int(turned.sum())} of {len(turned)} pairs: at least "
         f"one full turn within the {train_ctx} training tokens, so every angle was met in training. Open: less than "
+        "one turn, "
     )
-    if baseline is not None:
-        caption += (
-            f"one turn. Grey: the spectrum of training. {_scaling_name(shown)} slows a pair down from grey to colour."
-        )
-    elif shown["scaling"] != "none":
-        caption += f"one turn. All wavelengths are those after {_scaling_name(shown)}."
+    if moved.any():
+        caption += f"so that some angles were not. Grey: as trained. {_scaling_name(shown)} moves grey to colour."
     else:
-        caption += "one turn, so that longer texts bring angles which the model never met."
+        caption += "so that longer texts bring angles which the model never met."
     if still:
         caption += f" {still} pairs do not turn at all and are not drawn."
 
     def draw(axes: Axes) -> None:
-        pairs = np.arange(len(wavelengths))
+        pairs = np.arange(len(scaled))
         axes.set_yscale("log")
-        if baseline is not None:
-            axes.plot(pairs, _wavelengths(baseline), "o", color="#b3b8c0", markersize=4, zorder=2)
-            for pair, before, after in zip(pairs, _wavelengths(baseline), wavelengths, strict=True):
-                if np.isfinite(after):
-                    axes.plot([pair, pair], [before, after], color="#b3b8c0", linewidth=0.9, zorder=1)
+        for pair in pairs[moved & np.isfinite(trained)]:
+            axes.plot([pair], [trained[pair]], "o", color="#b3b8c0", markersize=4, zorder=2)
+            if np.isfinite(scaled[pair]):
+                axes.plot([pair, pair], [trained[pair], scaled[pair]], color="#b3b8c0", linewidth=0.9, zorder=1)
         for chosen, face, colour in ((turned, SEEN, SEEN), (~turned, "white", NEW)):
-            at = pairs[chosen]
-            axes.plot(at, wavelengths[chosen], "o", color=colour, markerfacecolor=face, markersize=5, zorder=3)
-        for length, words, below in (
-            (train_ctx, "trained at", ctx > train_ctx),
-            (ctx, "evaluated at", ctx < train_ctx),
-        ):
-            if length == ctx == train_ctx and words == "evaluated at":
-                continue
+            chosen = chosen & np.isfinite(scaled)
+            axes.plot(pairs[chosen], scaled[chosen], "o", color=colour, markerfacecolor=face, markersize=5, zorder=3)
+        marks = {train_ctx: "trained and evaluated at" if ctx == train_ctx else "trained at"}
+        marks.setdefault(ctx, "evaluated at")
+        for length, words in marks.items():
             axes.axhline(length, color=INK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
+            below = length < max(marks)
             place: dict[str, Any] = {"textcoords": "offset points", "size": 8, "va": "top" if below else "bottom"}
-            axes.annotate(
-                f"{words} {length}", (0, length), (3, -3 if below else 2), xycoords=axes.get_yaxis_transform(), **place
-            )
+            where = axes.get_yaxis_transform()
+            axes.annotate(f"{words} {length}", (0, length), (3, -3 if below else 2), xycoords=where, **place)
         axes.set_xlabel("pair")
         axes.set_ylabel("wavelength (tokens)")
         _plain_log(axes)
@@ -768,16 +776,21 @@ def _wavelength_part(shown: Mapping[str, Any], baseline: Mapping[str, Any] | Non
     return _Part(draw, "Wavelengths", caption)
 
 
-def _turns_part(shown: Mapping[str, Any], baseline: Mapping[str, Any] | None) -> _Part:
+def _turns_part(shown: Mapping[str, Any]) -> _Part:
     ctx, train_ctx = shown["ctx"], shown["train_ctx"]
-    met = train_ctx / _wavelengths(baseline or shown)  # (pairs,) turns in training
-    reached = ctx / _wavelengths(shown)  # (pairs,) turns at ctx
-    new = (met < 1) & (reached > met * (1 + 1e-9))
+    met, reached = _turns(shown, "train"), _turns(shown, "ctx")  # (pairs,)
+    new = (met < 1) & (reached > met * (1 + 1e-6))
     caption = (
         f"From the turns a pair makes within the {train_ctx} training tokens (dot) to the turns it makes within {ctx} "
-        f"(triangle). Orange, {int(new.sum())} of {len(new)} pairs: the triangle passes angles below one full turn "
-        "that were never trained, the reason why rotary encodings break on longer texts. Blue: nothing new, because "
-        "the circle was complete already or because the pair was slowed down enough."
+        "(triangle). "
+    )
+    if new.any():
+        caption += (
+            f"Orange, {int(new.sum())} of {len(new)} pairs: the triangle passes angles below one full turn that were "
+            "never trained, the reason why rotary encodings break on longer texts. "
+        )
+    caption += (
+        "Blue: nothing new, because the circle was complete already or because the pair is no further than in training."
     )
 
     def draw(axes: Axes) -> None:

@@ -81,7 +81,7 @@ def headline(evals: Sequence[Mapping[str, Any]], verdicts: Sequence[Mapping[str,
     sentences = []
     if verdicts:
         count = {word: sum(item["verdict"] == word for item in verdicts) for word in ("PASS", "FAIL", "INCONCLUSIVE")}
-        parts = [f"{count['PASS']} of {len(verdicts)} published statements hold here"]
+        parts = [f"{count['PASS']} of {len(verdicts)} claims hold here"]
         if count["FAIL"]:
             parts.append(f"{count['FAIL']} {'does' if count['FAIL'] == 1 else 'do'} not")
         if count["INCONCLUSIVE"]:
@@ -308,10 +308,8 @@ def _kind(word: str) -> str:
 
 
 def _check(check: Mapping[str, Any]) -> str:
-    size = check.get("size")
-    published = f' <span class="mark">size {_e(size)} published</span>' if size in ("smaller", "larger") else ""
-    if size == "matches":
-        published = ' <span class="mark">size matches published</span>'
+    size = {"matches": "size as published", "smaller": "smaller than published", "larger": "larger than published"}
+    published = f' <span class="mark">{size[check["size"]]}</span>' if check.get("size") in size else ""
     word = str(check["verdict"])
     kind = _kind(word)
     return f"""<div class="check">
@@ -319,6 +317,7 @@ def _check(check: Mapping[str, Any]) -> str:
 {_e(check["statement"])}</p>
 {_interval_bar(check)}
 <p class="numbers">{_e(_check_numbers(check))}{published}</p>
+{f'<p class="numbers">{_e(check["needs"])}</p>' if check.get("needs") else ""}
 </div>"""
 
 
@@ -333,7 +332,10 @@ def _check_numbers(check: Mapping[str, Any]) -> str:
         text += f" ({_nats(ends[0])} to {_nats(ends[1])})"
     if tau is not None:
         text += f", τ = {_nats(tau)}"
-    return text + f"; perplexity ratio {number(math.exp(min(theta, 700)))}"
+    text += f"; perplexity ratio {number(math.exp(min(theta, 700)))}"
+    if check.get("published"):
+        text += f", published {' to '.join(number(ratio) for ratio in dict.fromkeys(check['published']))}"
+    return text
 
 
 def _nats(value: float | None) -> str:
@@ -381,6 +383,14 @@ def _interval_bar(check: Mapping[str, Any]) -> str:
 
 
 PLOTLY_DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")  # in the order of figures.DASHES
+SWATCH_MARKERS = (
+    '<circle cx="13" cy="5" r="2.6"/>',
+    '<path d="M10.5 2.5h5v5h-5z"/>',
+    '<path d="M13 2l3 5.5h-6z"/>',
+    '<path d="M13 1.8l3.2 3.2-3.2 3.2-3.2-3.2z"/>',
+    '<path d="M13 8l3-5.5h-6z"/>',
+    '<path d="M12 2.5h2v1.5h1.5v2h-1.5v1.5h-2v-1.5h-1.5v-2h1.5z"/>',
+)
 PLOTLY_MARKERS = ("circle", "square-open", "triangle-up-open", "diamond-open", "triangle-down-open", "cross-open")
 
 
@@ -438,17 +448,18 @@ def _interactive(index: int, panel: Panel, looks: Mapping[Line, Style]) -> str:
 def _swatch(style: Style) -> str:
     dashes = ("", "5 2", "1.5 2", "6 2 1.5 2", "8 3", "8 3 1.5 3")
     colours = f"--light:{style.colour};--dark:{_lighter(style.colour)}"
+    mark = "" if style.marker is None else SWATCH_MARKERS[style.marker]
     stroke = f'stroke-width="{style.width:.1f}" stroke-dasharray="{dashes[style.dash]}"'
     return (
         f'<svg class="swatch" viewBox="0 0 26 10" aria-hidden="true" style="{colours}">'
-        f'<line x1="1" x2="25" y1="5" y2="5" {stroke}/></svg>'
+        f'<line x1="1" x2="25" y1="5" y2="5" {stroke}/>{mark}</svg>'
     )
 
 
 def _lighter(colour: str) -> str:
     """The colour for a dark page: mixed with white until it reads there."""
     parts = [int(colour[at : at + 2], 16) for at in (1, 3, 5)]
-    return "#" + "".join(f"{round(part + 0.5 * (255 - part)):02x}" for part in parts)
+    return "#" + "".join(f"{round(part + 0.4 * (255 - part)):02x}" for part in parts)
 
 
 def _plot(panel: Panel, lines: Sequence[Line], looks: Mapping[Line, Style]) -> dict[str, Any]:
@@ -649,7 +660,11 @@ PROTOCOL_KEYS = {
     "last": "targets per block (k)",
     "documents": "documents used",
     "left_out": "documents left out as too short",
+    "span": "tokens of a block (span)",
     "max_ctx": "longest context the targets allow",
+    "tokens": "budget of spanned targets",
+    "unused": "documents beyond the budget",
+    "tokenizer": "tokeniser",
     "bos": "begin-of-sequence token",
     "dtype": "precision",
     "data": "data",
@@ -667,13 +682,14 @@ def _protocol_section(drawn: Sequence[Panel]) -> str:
         protocol = panel.protocol
         keys = [key for key in (*PROTOCOL_KEYS, *sorted(protocol)) if key in protocol and key != "name"]
         keys = [key for key in dict.fromkeys(keys) if OWNER.get(key, protocol["name"]) == protocol["name"]]
+        words = protocol_words(protocol)
         facts = "".join(
             f"<div><dt>{_e(PROTOCOL_KEYS.get(key, key))}</dt><dd>{_e(_said(protocol[key]))}</dd></div>"
             for key in keys
             if protocol[key] is not None
         )
         boxes.append(
-            f'<div class="protocol"><h3>{_e(protocol["name"])}</h3><p>{_e(protocol_words(protocol).capitalize())}.</p>'
+            f'<div class="protocol"><h3>{_e(protocol["name"])}</h3><p>{_e(words[0].upper() + words[1:])}.</p>'
             f"<dl>{facts}</dl></div>"
         )
     intro = (
@@ -687,6 +703,8 @@ def _protocol_section(drawn: Sequence[Panel]) -> str:
 def _said(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, list) and len(value) > 6:
+        return f"{len(value)} entries, listed in results.json"
     return value if isinstance(value, str) else json.dumps(_finite(value))
 
 
@@ -786,7 +804,7 @@ def _commands(evals: Sequence[Mapping[str, Any]], verdicts: Sequence[Mapping[str
         if item["scaling"] != "none":
             words += ["--factor", "auto-row" if item.get("factor") is None else f"{item['factor']:g}"]
         own = [key for key in ("stride", "last") if OWNER[key] == protocol["name"]]
-        words += [f"eval.{key}={protocol[key]}" for key in (*own, "max_ctx") if protocol.get(key) is not None]
+        words += [f"eval.{key}={protocol[key]}" for key in (*own, "max_ctx", "tokens") if protocol.get(key) is not None]
         if item.get("window") is not None:
             words.append(f"eval.window={item['window']}")
         commands.append(shlex.join(map(str, words)))
@@ -953,7 +971,7 @@ code, pre { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans 
 .numbers { font-size: .84rem; line-height: 1.45; color: var(--soft); font-variant-numeric: tabular-nums; }
 .numbers { text-wrap: wrap; }
 .check .numbers { grid-column: 1; }
-.check svg { grid-column: 2; grid-row: 1 / span 2; width: 100%; height: auto; overflow: visible; }
+.check svg { grid-column: 2; grid-row: 1 / span 3; width: 100%; height: auto; overflow: visible; }
 .sign { font-weight: 700; color: var(--open); } .sign.pass { color: var(--pass); } .sign.fail { color: var(--fail); }
 .check svg text { font-size: 10.5px; fill: var(--soft); }
 .axis, .zero { stroke: var(--soft); stroke-width: .8; } .zero { stroke-dasharray: 2 2; }
@@ -978,8 +996,9 @@ figure { margin: 1.25rem 0 1.75rem; break-inside: avoid; }
 .legend button:focus-visible, .scroll:focus-visible { outline: 2px solid var(--soft); outline-offset: 1px; }
 .legend button[aria-pressed="false"] { color: var(--soft); text-decoration: line-through; }
 .legend button[aria-pressed="false"] svg { opacity: .25; }
-.swatch { width: 26px; height: 10px; flex: none; } .swatch line { stroke: var(--light); }
-@media (prefers-color-scheme: dark) { .swatch line { stroke: var(--dark); } }
+.swatch { width: 26px; height: 10px; flex: none; --c: var(--light); }
+.swatch line, .swatch path { stroke: var(--c); } .swatch circle { fill: var(--c); } .swatch path { fill: var(--page); }
+@media (prefers-color-scheme: dark) { .swatch { --c: var(--dark); } }
 
 .scroll { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; font-size: .89rem; line-height: 1.35; font-variant-numeric: tabular-nums; }
@@ -988,7 +1007,7 @@ caption { text-align: left; font-weight: 600; padding-bottom: .4rem; white-space
 sup { font-size: .72em; line-height: 0; padding-left: .1em; }
 header + section h2 { margin-top: 1.5rem; }
 th, td { padding: .38rem .9rem .38rem 0; text-align: right; vertical-align: top; white-space: nowrap; }
-th:first-child { text-align: left; font-weight: 500; }
+th:first-child { text-align: left; font-weight: 500; position: sticky; left: 0; background: var(--page); }
 thead th { font-weight: 600; border-bottom: 1.5px solid var(--ink); vertical-align: bottom; }
 tbody tr + tr > * { border-top: 1px solid var(--rule); }
 td.text, th.text { text-align: left; white-space: normal; min-width: 14rem; overflow-wrap: anywhere; }
@@ -1015,6 +1034,6 @@ footer { color: var(--soft); font-size: .84rem; padding-top: 2rem; padding-botto
   }
   body { font-size: 10pt; } main, footer { max-width: none; padding: 0; }
   h2 { break-after: avoid; } .scroll { overflow: visible; } pre { white-space: pre-wrap; }
-  .swatch line { stroke: var(--light); }
+  .swatch { --c: var(--light); } .modebar { display: none !important; } tr { break-inside: avoid; }
 }
 """
