@@ -144,7 +144,7 @@ def _arrange(
 ) -> Texts:
     """The corpus of the splits that were found: missing ones are made from the training text.
 
-    ValueError: there is no training text, or test text occurs in it.
+    ValueError: there is no training text, too little to split, or test text occurs in it.
     """
     if evaluate_only:
         if "test" in found:
@@ -158,6 +158,8 @@ def _arrange(
     if missing := [split for split in SPLITS if split not in found]:
         made, how = make_splits(found["train"], missing)
         found = found | made
+        if empty := [split for split in SPLITS if not found[split]]:
+            raise ValueError(f"{path} is too short to be split, nothing is left for {empty[0]}: give more text")
     train, validation, test = (found[split] for split in SPLITS)
     shingles = overlap.collect((d.text for d in train), sum(d.n_bytes for d in train))
     if names := overlapping(test, shingles, {d.digest for d in train}):

@@ -3,7 +3,7 @@
 Both are cut into shingles: every run of 64 bytes of the UTF-8 text, blanks and control characters left out, so that
 the same text wrapped at another column is still the same text. A document overlaps when more than a fifth of its
 shingles occur in the training text. Broder, "On the resemblance and containment of documents" (1997), section 2:
-the share is his containment; keeping the hashes that are 0 modulo a number is his sampling.
+the share is his containment, and of a large text, as there, only every m-th shingle by its hash is kept.
 """
 
 from __future__ import annotations
@@ -100,7 +100,5 @@ def occurs(found: NDArray[np.uint64], train: Shingles) -> bool:
 def refusal(names: list[str]) -> ValueError:
     """The error for test documents, by name, whose text occurs in the training text."""
     shown = ", ".join(f"'{name}'" for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    return ValueError(
-        f"{len(names)} test document{'s' if len(names) > 1 else ''} occur{'' if len(names) > 1 else 's'} in the "
-        f"training text ({shown}): remove {'them' if len(names) > 1 else 'it'} from one of the two"
-    )
+    occur = "1 test document occurs" if len(names) == 1 else f"{len(names)} test documents occur"
+    return ValueError(f"{occur} in the training text ({shown}): remove what is repeated from one of the two")

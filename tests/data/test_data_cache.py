@@ -83,6 +83,19 @@ def test_digest_is_of_the_content(file: Path, tmp_path: Path, config: MakeConfig
     assert prepare(config(path=file), cache_dir=cache).digest != first.digest
 
 
+def test_trained_tokenizer_is_that_of_its_training_text(file: Path, tmp_path: Path, config: MakeConfig) -> None:
+    """Another text or another size is another tokeniser, with a cache of its own."""
+    other = tmp_path / "other.txt"
+    other.write_text(BODY.translate(str.maketrans("0123456789", "abcdefghij")))
+    cases = [config(path=path, tokenizer="bpe", vocab_size=size) for path in (file, other) for size in (280, 300)]
+    corpora = [prepare(case, cache_dir=tmp_path / "cache") for case in cases]
+    assert len({corpus.tokenizer.digest for corpus in corpora}) == 4
+    assert [corpus.tokenizer.n_vocab for corpus in corpora] == [280, 300, 280, 300]
+    learned = [corpora[index].tokenizer.decode(range(256, 279)) for index in (0, 2)]
+    assert any(letter in "0123456789" for letter in learned[0])
+    assert not any(letter in "0123456789" for letter in learned[1])
+
+
 def test_tokens_are_read_only_maps_of_plain_little_endian_files(file: Path, tmp_path: Path, config: MakeConfig) -> None:
     corpus = prepare(config(path=file), cache_dir=tmp_path / "cache")
     raw = (token_folder(tmp_path / "cache") / "train.bin").read_bytes()
@@ -95,6 +108,13 @@ def test_tokens_are_read_only_maps_of_plain_little_endian_files(file: Path, tmp_
 
 def truncate(folder: Path) -> None:
     os.truncate(folder / "train.bin", 100)
+
+
+def truncate_and_hide_it(folder: Path) -> None:
+    file = folder / "shingles.bin"
+    before = file.stat()
+    os.truncate(file, before.st_size - 8)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 def flip(folder: Path) -> None:
@@ -122,7 +142,9 @@ def remove_key(folder: Path) -> None:
     (folder / "index.json").write_text(json.dumps(index))
 
 
-@pytest.mark.parametrize("damage", [truncate, flip, cut_index, lie_in_index, remove_file, remove_key])
+@pytest.mark.parametrize(
+    "damage", [truncate, truncate_and_hide_it, flip, cut_index, lie_in_index, remove_file, remove_key]
+)
 def test_damaged_cache_is_built_again_and_said(
     damage: Callable[[Path], None], file: Path, tmp_path: Path, config: MakeConfig, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -36,6 +36,7 @@ def test_share_is_that_of_the_literal_sets(copied: int) -> None:
     assert shingles.modulus == 1
     assert overlap.share(overlap.hashes(test), shingles) == pytest.approx(literal_share(test, train))
     assert len(shingles.hashes) == len(set(literal_shingles(train)))
+    assert len(overlap.hashes(train)) == len(literal_shingles(train))
 
 
 def test_equal_shingles_have_equal_hashes_and_others_not() -> None:

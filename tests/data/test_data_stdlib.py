@@ -24,8 +24,8 @@ def library(tmp_path: Path) -> Path:
     """120 modules of one file, 6 packages of 12; and all that must be left out."""
     root = tmp_path / "lib"
     for number in range(120):
-        # every fifth is too short for a test document
-        write(root / f"m{number}.py", source(number, 1000 if number % 5 == 0 else 2049 + number))
+        # every fifth is a byte too short for a test document
+        write(root / f"m{number}.py", source(number, 2048 if number % 5 == 0 else 2049))
     for package in range(6):
         for number in range(12):
             write(root / f"p{package}" / "sub" / f"f{number:02}.py", source(1000 + 100 * package + number, 2100))
