@@ -640,6 +640,19 @@ def required(claims: Sequence[Claim]) -> list[Evaluation]:
     return [replace(evaluation, ctxs=tuple(sorted(values))) for evaluation, values in ctxs.items()]
 
 
+def evaluations(
+    terms: Sequence[str], runs: Mapping[str, Sequence[str]], cell: Cell, scalings: Sequence[str]
+) -> list[Evaluation]:
+    """What measures terms that no claim asks for, each over the whole ladder of the cell; `runs` are a set's overrides.
+
+    A term names its protocol. Raises ValueError for one that is not understood.
+    """
+    full = {name: _merged(cell.train, overrides) for name, overrides in runs.items()}
+    frame = Claim("", "", "", "cpu", cell, PROTOCOLS[0], full, (), DEFAULT_GAP, None, {}, None)
+    parsed = [_parse_term(frame, text, PROTOCOLS[0], scalings) for text in terms]
+    return [replace(frame.evaluation(term), ctxs=cell.ctxs) for term in parsed]
+
+
 # --- verdicts ---
 
 
@@ -1052,7 +1065,7 @@ def _size(interval: tuple[float, float], published: tuple[float, float] | None) 
 def _needs(contrast: Contrast, tau: float, alpha: float, n_checks: int) -> str:
     """What would decide an open check if the estimate stayed: a pass above tau, a fail below it."""
     n = needed_seeds(contrast, tau, alpha=alpha if contrast.theta > tau else alpha / n_checks)
-    return "more documents" if n is None else f"about {max(n, contrast.n_seeds + 1)} seeds"
+    return "more documents" if n is None else f"about {n} seeds"
 
 
 def _explain(

@@ -478,6 +478,15 @@ def test_needed_seeds_are_counted_from_the_seeds(configs):
     assert verdict.checks[0].needs == "about 75 seeds"
 
 
+def test_needed_seeds_of_a_failure_follow_its_stricter_bound(configs):
+    """Below tau the open question is a FAIL, at 0.025 / 2 for one of two checks."""
+    offsets = [0.0, 0.2, 0.4]
+    claim = load(configs, checks=[{**CHECK, "tau": 0.3}, {**CHECK, "tau": -5}])
+    verdict = verdict_of(claim, lambda t, s, d: 1.5 + (offsets[s] if t.startswith("rope@512") else 0) + 0.001 * (d % 2))
+    # theta 0.2, t(0.9875; 2) = 6.205: (6.205 * 0.2 / 0.1)^2 = 154.02
+    assert verdict.checks[0].needs == "about 155 seeds"
+
+
 def test_a_claim_needs_all_its_checks(configs):
     open_check = {**CHECK, "statement": "too close to call", "tau": 0.5}
     failing = {**CHECK, "statement": "far too much", "tau": 0.9}
@@ -487,6 +496,8 @@ def test_a_claim_needs_all_its_checks(configs):
     assert verdict.verdict == "FAIL"
     assert verdict.reason.startswith("far too much: ")
     assert [check.verdict for check in verdict.checks] == ["PASS", "INCONCLUSIVE", "FAIL"]
+    p_values = [check.p or 0 for check in verdict.checks]
+    assert p_values[0] < p_values[1] < p_values[2] == verdict.p
 
 
 def bounded_claim(configs: Path, name: str, loss: Loss, side: int, alpha: float, n_checks: int = 1) -> Claim:
@@ -546,8 +557,12 @@ def test_one_seed_with_a_known_deviation(configs, seed_sd, expected):
     verdict = verdict_of(claim, levels(HOLDS), seeds=[0])
     assert (verdict.verdict, verdict.one_seed) == (expected, True)
     assert any(note.startswith("one seed") for note in verdict.notes)
-    lo, hi = verdict.checks[0].interval or (0, 0)
-    assert (hi - lo) / 2 > 2 * 1.5 * seed_sd  # t of few degrees of freedom on 1.5 seed_sd, and the documents
+    loss = levels(HOLDS)
+    theta = [loss("rope@512|last", 0, d) - loss("alibi@512|last", 0, d) for d in range(DOCS)]
+    by_seed, by_doc = (1.5 * seed_sd) ** 2, statistics.variance(theta) / DOCS
+    df = (by_seed + by_doc) ** 2 / (by_seed**2 / 5 + by_doc**2 / (DOCS - 1))
+    half = t.ppf(0.975, df) * math.sqrt(by_seed + by_doc)
+    assert verdict.checks[0].interval == pytest.approx((statistics.mean(theta) - half, statistics.mean(theta) + half))
 
 
 def test_size_is_informative(configs):
@@ -647,6 +662,26 @@ def test_gate_rows(configs, changes, reason):
     assert (verdict.verdict, verdict.p) == ("INCONCLUSIVE", 1)
     assert reason in verdict.reason
     json.dumps(verdict.as_json(), allow_nan=False)
+
+
+def test_prefix_scores_other_targets_at_every_ctx(configs):
+    """A difference of differences under `prefix`: targets agree within a ctx, and that is enough."""
+    claim = load_check(configs, contrast={"b@4L": 1, "a@4L": -1, "b@L": -1, "a@L": 1}, protocol="prefix")
+    table = {"alibi@128|prefix": 1.5, "rope@128|prefix": 1.5, "alibi": 1.5, "rope": 2.0}
+    measurements = [
+        replace(m, rows={c: replace(row, targets=f"the first {c}") for c, row in m.rows.items()})
+        for m in measure([claim], levels(table))
+    ]
+    assert judge([claim], measurements, train([claim]), SEEDS)[0].verdict == "PASS"
+    measurements = changed(measurements, lambda term: term == "rope@512|prefix", targets="others")
+    (verdict,) = judge([claim], measurements, train([claim]), SEEDS)
+    assert "targets differ under prefix at ctx 512" in verdict.reason
+
+
+def test_gate_targets_without_a_digest(configs):
+    claim = load(configs)
+    measurements = changed(measure([claim], levels(HOLDS)), lambda term: True, targets=None)
+    assert "targets differ" in judge([claim], measurements, train([claim]), SEEDS)[0].reason
 
 
 def test_gate_no_documents(configs):
