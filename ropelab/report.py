@@ -81,7 +81,8 @@ def headline(evals: Sequence[Mapping[str, Any]], verdicts: Sequence[Mapping[str,
     sentences = []
     if verdicts:
         count = {word: sum(item["verdict"] == word for item in verdicts) for word in ("PASS", "FAIL", "INCONCLUSIVE")}
-        parts = [f"{count['PASS']} of {len(verdicts)} claims hold here"]
+        noun, verb = "claim" if len(verdicts) == 1 else "claims", "holds" if count["PASS"] == 1 else "hold"
+        parts = [f"{count['PASS']} of {len(verdicts)} {noun} {verb} here"]
         if count["FAIL"]:
             parts.append(f"{count['FAIL']} {'does' if count['FAIL'] == 1 else 'do'} not")
         if count["INCONCLUSIVE"]:
@@ -329,7 +330,8 @@ def _check_numbers(check: Mapping[str, Any]) -> str:
     text = f"θ = {_nats(theta)}"
     ends = check.get("interval")
     if ends is not None:
-        text += f" ({_nats(ends[0])} to {_nats(ends[1])})"
+        low, high = (_real(end) for end in ends)
+        text += f" ({'−∞' if low is None else _nats(low)} to {'∞' if high is None else _nats(high)})"
     if tau is not None:
         text += f", τ = {_nats(tau)}"
     text += f"; perplexity ratio {number(math.exp(min(theta, 700)))}"
@@ -338,11 +340,9 @@ def _check_numbers(check: Mapping[str, Any]) -> str:
     return text
 
 
-def _nats(value: float | None) -> str:
-    if _real(value) is None:
-        return "∞"
-    assert value is not None
-    return f"{value:.3f}".replace("-", "−") if abs(value) < 0.1 and value else f"{value:.2f}".replace("-", "−")
+def _nats(value: float) -> str:
+    """Two decimals, three where the number is small, with a true minus."""
+    return f"{value:.{3 if 0 < abs(value) < 0.1 else 2}f}".replace("-", "−")
 
 
 def _real(value: float | None) -> float | None:
