@@ -271,7 +271,8 @@ def train(config: Config, *, progress: Progress = _silent) -> dict[str, Any]:
             run.update_manifest(status="failed", error=f"{type(error).__name__}: {error}")
             tracker.finish(failed=True)
             raise
-        run.update_manifest(status="done", finished=time.time(), **_summary(run, config, best))
+        bytes_per_token = _bytes_per_target(validation, corpus.tokenizer)
+        run.update_manifest(status="done", finished=time.time(), **_summary(run, config, best, bytes_per_token))
         tracker.finish()
     return _train_result(run, skipped=False)
 
@@ -286,14 +287,22 @@ def _restore(checkpoint: Path, model: GPT, optimizer: torch.optim.AdamW) -> tupl
     return state["step"], math.inf if best is None else best
 
 
-def _summary(run: RunDir, config: Config, best: float) -> dict[str, Any]:
+def _bytes_per_target(windows: NDArray[np.int64], tokenizer: data.Tokenizer) -> float:
+    """Mean UTF-8 bytes of the scored targets of windows (N, ctx + 1)."""
+    targets = windows[:, 1:].reshape(-1)  # (N x ctx,)
+    return float(tokenizer.byte_lengths[targets[targets != tokenizer.separator]].mean())
+
+
+def _summary(run: RunDir, config: Config, best: float, bytes_per_token: float) -> dict[str, Any]:
     """What a manifest says of a finished training; train_loss is the mean over the last 5% of the steps."""
     lines = run.metrics()
     tail = [line["loss"] for line in lines[-max(1, config.train.steps // 20) :]]
+    val_nll = next(line["val_nll"] for line in reversed(lines) if "val_nll" in line)
     return {
         "step": config.train.steps,
         "train_loss": float(np.mean(tail)),
-        "val_nll": next(line["val_nll"] for line in reversed(lines) if "val_nll" in line),
+        "val_nll": val_nll,
+        "val_bits_per_byte": val_nll / math.log(2) / bytes_per_token,
         "best_val_nll": best,
         "tokens_per_s": lines[-1]["tokens_per_s"],
     }
@@ -357,7 +366,9 @@ def evaluate(
     encodings = {ctx: build(trained.pos, method, geometry) for ctx, method in methods.items()}
 
     tokenizer = data.load_tokenizer(run.tokenizer_path)
-    split, corpus_digest, corpus_name = _evaluation_split(manifest, trained, other_text, tokenizer, cache_dir, progress)
+    split, corpus_digest, corpus_name = _evaluation_split(
+        manifest, trained, other_text, config.split, tokenizer, cache_dir, progress
+    )
     lengths = [len(split.document(i)) for i in range(len(split))]
     layout = lay_out(lengths, contexts, config)
     documents = [split.document(i) for i in layout.documents]
@@ -367,7 +378,7 @@ def evaluate(
         "scaling": {str(ctx): {"name": m.name, **m.parameters} for ctx, m in methods.items()},
         "window": config.window,
         "protocol": [layout.protocol, layout.contexts, layout.span, layout.scored, layout.documents, layout.units],
-        "text": corpus_digest,
+        "text": [corpus_digest, config.split],
         "tokenizer": tokenizer.digest,
         "dtype": DTYPE_NAMES[dtype],
     }
@@ -455,6 +466,7 @@ def evaluate(
             "span": layout.span,
             "tokens": config.tokens,
             "max_ctx": config.max_ctx,
+            "split": config.split,
             "documents": len(documents),
             "left_out": layout.left_out,
             "unused": layout.unused,
@@ -488,6 +500,7 @@ def _evaluation_split(
     manifest: dict[str, Any],
     trained: Config,
     other_text: DataConfig | None,
+    which: str,
     tokenizer: data.Tokenizer,
     cache_dir: str,
     progress: Progress,
@@ -500,7 +513,9 @@ def _evaluation_split(
             f"the text of data={trained.data.name} is not the one that {manifest['run']} was trained on; restore it"
         )
     if other_text is None:
-        return own.test, own.digest, own.name
+        return (own.test if which == "test" else own.validation), own.digest, own.name
+    if which != "test":
+        raise ValueError(f"eval.split={which} belongs to the run's own text; other text is all test")
     other = data.prepare(other_text, cache_dir=cache, evaluate_only=True, tokenizer=tokenizer, progress=progress)
     data.check_overlap(own, other)
     return other.test, other.digest, other.name

@@ -151,8 +151,10 @@ class EvalConfig:
     window: int | None  # attention window control: keep keys with 0 <= i - j < window
     scalings: tuple[str, ...]  # `name` or `name:factor`; empty: --scaling, or the trained one
     dtype: str
+    split: str  # test | validation (for choices that must not see the test text)
 
     def __post_init__(self) -> None:
+        _one_of("eval.split", self.split, ("test", "validation"))
         _one_of("eval.protocol", self.protocol, PROTOCOLS)
         for key in ("stride", "last", "tokens"):
             _at_least(f"eval.{key}", getattr(self, key), 1)

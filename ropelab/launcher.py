@@ -1,0 +1,102 @@
+"""Independent runs side by side on this machine: one process a run, the cores shared out."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+Progress = Callable[..., None]
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def share_threads(n_tasks: int, slots: int) -> list[int]:
+    """Threads of each task: those that do not fill a wave of `slots` come first and share all cores between them."""
+    odd = n_tasks % slots
+    return [slots // odd] * odd + [1] * (n_tasks - odd)
+
+
+def run_side_by_side(
+    tasks: Sequence[dict[str, Any]], *, slots: int, progress: Progress
+) -> tuple[list[dict[str, Any]], int | None]:
+    """Run the tasks of `worker`, at most `slots` threads of them at a time.
+
+    Returns the workers' last lines in the order of the tasks (an `error` entry for one that failed; the others go on)
+    and the signal that interrupted the work, if one did: the workers were told, have saved and ended.
+    """
+    threads = share_threads(len(tasks), slots)
+    results: list[dict[str, Any]] = [{"error": "not started", "status": 1}] * len(tasks)
+    lines: queue.Queue[tuple[int, dict[str, Any] | None]] = queue.Queue()
+    running: dict[int, subprocess.Popen[str]] = {}
+    waiting = list(range(len(tasks)))
+    caught: list[int] = []
+
+    def forward(signum: int, frame: object) -> None:
+        caught.append(signum)
+        for process in running.values():
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(signum)
+
+    before = {signum: signal.signal(signum, forward) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        while running or (waiting and not caught):
+            while waiting and not caught:
+                free = slots - sum(threads[index] for index in running)
+                if threads[waiting[0]] > free:
+                    break
+                index = waiting.pop(0)
+                running[index] = _start({**tasks[index], "threads": threads[index]}, index, lines)
+            index, line = lines.get()
+            if line is None:
+                running.pop(index).wait()
+            elif "progress" in line:
+                progress(**line["progress"])
+            else:
+                results[index] = line
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+        for process in running.values():
+            process.terminate()
+            process.wait()
+    return results, caught[0] if caught else None
+
+
+def _start(task: dict[str, Any], index: int, lines: queue.Queue[tuple[int, dict[str, Any] | None]]) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": str(task["threads"])}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ropelab.worker"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,  # a Ctrl-C reaches the workers through `forward` only, once
+    )
+    assert process.stdin is not None
+    json.dump(task, process.stdin)
+    process.stdin.close()
+
+    def read() -> None:
+        assert process.stdout is not None
+        last = None
+        for text in process.stdout:
+            with contextlib.suppress(ValueError):
+                last = json.loads(text)
+                lines.put((index, last))
+        if last is None or "progress" in last:
+            lines.put((index, {"error": f"the worker died with status {process.wait()}", "status": 1}))
+        lines.put((index, None))
+
+    threading.Thread(target=read, daemon=True).start()
+    return process

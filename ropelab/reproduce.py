@@ -1,0 +1,160 @@
+"""Claims from nothing to verdicts: train what is missing, evaluate, judge."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ropelab import claims, config, launcher
+from ropelab.claims import Claim, Evaluation, Measurement, Row, Training, Verdict
+from ropelab.schema import Config
+
+Progress = Callable[..., None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is reproduced together: claims, and evaluations for the figures beside them."""
+
+    title: str
+    claims: list[Claim]
+    evaluations: list[Evaluation]  # each once; ctxs are those of the cell
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """Verdicts, the `eval` objects behind them, and the runs that failed as (name, message)."""
+
+    verdicts: list[Verdict]
+    evals: list[dict[str, Any]]
+    manifests: list[dict[str, Any]]
+    measurements: list[Measurement]
+    failures: list[tuple[str, str]]
+    interrupted: int | None
+    trained: int  # runs that were not finished before
+
+
+def plan_claims(names: Sequence[str]) -> Plan:
+    """The plan of claims given by id or file. `ValueError` for an unknown id or a file that is not understood."""
+    folder = config.config_dir()
+    loaded = [claims.load_claim(claims.claim_path(name, folder), folder) for name in names]
+    return Plan(", ".join(claim.id for claim in loaded), loaded, _over_the_ladder(claims.required(loaded), loaded))
+
+
+def plan_set(name: str) -> Plan:
+    """The plan of `configs/set/NAME.yaml`: claims and further evaluations."""
+    folder = config.config_dir()
+    tree = yaml.safe_load((folder / "set" / f"{name}.yaml").read_text(encoding="utf-8"))
+    plan = plan_claims(tree["claims"])
+    cell = claims.load_cell(folder / "cell" / f"{tree['cell']}.yaml")
+    extra = claims.evaluations(tree["evaluations"], tree["runs"], cell, config.choices("scaling"))
+    return Plan(tree["title"], plan.claims, list(dict.fromkeys([*extra, *plan.evaluations])))
+
+
+def sets() -> tuple[str, ...]:
+    return config.choices("set")
+
+
+def _over_the_ladder(required: Sequence[Evaluation], of: Sequence[Claim]) -> list[Evaluation]:
+    """Each evaluation at all lengths of its cell: the curve costs little more than the points a check needs."""
+    ladder = {claim.runs[run]: claim.cell.ctxs for claim in of for run in claim.runs}
+    return [dataclasses.replace(item, ctxs=tuple(sorted({*item.ctxs, *ladder[item.run]}))) for item in required]
+
+
+def run_plan(
+    plan: Plan, *, seeds: Sequence[int], overrides: Sequence[str], alpha: float, split: str, progress: Progress
+) -> Outcome:
+    """Train the runs of a plan for every seed where they are missing, evaluate them, and judge the claims.
+
+    `overrides` apply to every run (device, runs_dir, cache_dir, track). `split` is the one that is scored: `test`, or
+    `validation` for calibration. `ValueError` for an override that a claim fixes, before anything starts.
+    """
+    for override in overrides:
+        head = override.partition("=")[0].partition(".")[0]
+        if head not in ("device", "runs_dir", "cache_dir", "track"):
+            raise ValueError(f"{override} is fixed by the claim's file; reproduce takes device, runs_dir, cache_dir, track")
+    jobs: list[tuple[int, tuple[str, ...], list[Evaluation]]] = []
+    for seed in seeds:
+        for run in dict.fromkeys(item.run for item in plan.evaluations):
+            jobs.append((seed, run, [item for item in plan.evaluations if item.run == run]))
+    jobs.sort(key=lambda job: -len(job[2]))  # the longest first
+    tasks = []
+    for seed, run, items in jobs:
+        resolved = config.load([*run, f"seed={seed}", *overrides])
+        questions = [{"eval": _eval_tree(item, split), "scaling": _scaling_text(item)} for item in items]
+        tasks.append({"config": config.to_dict(resolved), "evaluations": questions})
+    slots = launcher.cores() if config.load(list(overrides)).device in ("auto", "cpu") and not _has_gpu() else 1
+    results, interrupted = launcher.run_side_by_side(tasks, slots=slots, progress=progress)
+
+    measurements, trainings, evals, manifests, failures, trained = [], [], [], [], [], 0
+    for (seed, run, items), result in zip(jobs, results, strict=True):
+        if "error" in result:
+            failures.append((" ".join(run) + f" seed={seed}", result["error"]))
+            continue
+        trained += not result["train"]["skipped"]
+        manifests.append(result["manifest"])
+        trainings.append(_training(run, seed, result["manifest"]))
+        for item, done in zip(items, result["evaluations"], strict=True):
+            evals.append(done["result"])
+            measurements.append(_measurement(item, seed, done))
+    verdicts = [] if failures or interrupted else claims.judge(plan.claims, measurements, trainings, seeds, alpha=alpha)
+    evals.sort(key=lambda item: (item["seed"], item["protocol"]["name"]))
+    return Outcome(verdicts, evals, manifests, measurements, failures, interrupted, trained)
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available() or torch.backends.mps.is_available()
+
+
+def _eval_tree(item: Evaluation, split: str) -> dict[str, Any]:
+    overrides = [*item.overrides, f"eval.ctx={','.join(map(str, item.ctxs))},", f"eval.split={split}"]
+    tree: dict[str, Any] = config.to_dict(config.load(overrides))["eval"]
+    return tree
+
+
+def _scaling_text(item: Evaluation) -> str | None:
+    if item.scaling is None or item.factor is None:
+        return item.scaling
+    return f"{item.scaling}:{item.factor:g}"
+
+
+def _measurement(item: Evaluation, seed: int, done: dict[str, Any]) -> Measurement:
+    from ropelab.experiment import Evaluated
+
+    result = done["result"]
+    evaluated = Evaluated(result, Path(done["losses"]))
+    rows = {}
+    for row in result["rows"]:
+        ok = row["status"] == "ok"
+        rows[row["ctx"]] = Row(
+            status=row["status"],
+            reason=row.get("reason"),
+            nll=evaluated.document_means(row["ctx"]) if ok else {},
+            targets=row.get("targets_digest"),
+            spectrum=row.get("spectrum_digest"),
+        )
+    protocol = result["protocol"]
+    authors = dict(zip(protocol["document_digests"], protocol["authors"], strict=True))
+    clusters = {digest: author for digest, author in authors.items() if author}
+    return Measurement(item, seed, protocol["dtype"], rows, clusters)
+
+
+def _training(run: tuple[str, ...], seed: int, manifest: dict[str, Any]) -> Training:
+    return Training(
+        run,
+        seed,
+        val_loss=manifest["val_nll"],
+        best_val_loss=manifest["best_val_nll"],
+        train_loss=manifest["train_loss"],
+        val_bpb=manifest["val_bits_per_byte"],
+        dtype=manifest["dtype"],
+    )
+
+
+__all__ = ["Config", "Outcome", "Plan", "plan_claims", "plan_set", "run_plan", "sets"]

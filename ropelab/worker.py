@@ -1,0 +1,78 @@
+"""A process that trains one run and evaluates it: one JSON task on stdin, JSON lines on stdout.
+
+Lines `{"progress": {...}}` come as the work goes, then one `{"train": ..., "evaluations": [...]}` or
+`{"error": message, "status": exit status}`. Started by `launcher`, one for each run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+PROGRESS_EVERY = 0.25  # seconds between progress lines
+
+
+class _Reporter:
+    """Progress as JSON lines; a parent that is gone is no reason to stop working."""
+
+    def __init__(self) -> None:
+        self._last = 0.0
+
+    def __call__(self, description: str, done: int, total: int, **facts: Any) -> None:
+        now = time.monotonic()
+        if done < total and now - self._last < PROGRESS_EVERY:
+            return
+        self._last = now
+        emit({"progress": {"description": description, "done": done, "total": total, **facts}})
+
+
+def emit(line: dict[str, Any]) -> None:
+    with contextlib.suppress(OSError):
+        sys.stdout.write(json.dumps(line) + "\n")
+        sys.stdout.flush()
+
+
+def work(task: dict[str, Any]) -> dict[str, Any]:
+    """Train `task["config"]`, then run `task["evaluations"]` on it: {"eval": {...}, "scaling": {...} or null} each."""
+    import torch
+
+    torch.set_num_threads(task["threads"])
+    from ropelab import config, experiment, runs
+
+    resolved = config.from_dict(task["config"])
+    reporter = _Reporter()
+    trained = experiment.train(resolved, progress=reporter)
+    run = runs.RunDir(Path(trained["run_dir"]))
+    evaluations = []
+    for question in task["evaluations"]:
+        tree = {**task["config"], "eval": question["eval"]}
+        scaling = question["scaling"]
+        done = experiment.evaluate(
+            run,
+            config.from_dict(tree).eval,
+            scaling=None if scaling is None else config.parse_scaling(scaling),
+            device=resolved.device,
+            cache_dir=resolved.cache_dir,
+            progress=reporter,
+        )
+        evaluations.append({"result": done.result, "losses": str(done.losses_path)})
+    return {"train": trained, "evaluations": evaluations, "manifest": run.manifest()}
+
+
+def main() -> None:
+    task = json.load(sys.stdin)
+    try:
+        emit(work(task))
+    except Exception as error:
+        status = {"Interrupted": 128 + getattr(error, "signum", 2), "NonFiniteLossError": 1}.get(type(error).__name__, 1)
+        emit({"error": str(error) or type(error).__name__, "status": 2 if isinstance(error, ValueError) else status})
+        if type(error).__name__ not in ("Interrupted", "NonFiniteLossError") and not isinstance(error, ValueError):
+            raise
+
+
+if __name__ == "__main__":
+    main()
