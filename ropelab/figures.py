@@ -305,7 +305,9 @@ def explain(shown: Mapping[str, Any]) -> Figure:
     title += f" at ctx {shown['ctx']}, trained at {shown['train_ctx']}"
     parts: list[_Part] = []
     if shown.get("rotation"):
-        parts += [_rotation_part(shown), _wavelength_part(shown), _turns_part(shown)]
+        parts.append(_rotation_part(shown))
+    if shown.get("coverage"):
+        parts += [_wavelength_part(shown), _turns_part(shown)]
     if shown.get("bias"):
         parts += [_bias_part(shown), _reach_part(shown)]
     if shown.get("embedding"):
@@ -355,7 +357,7 @@ def _scoring(item: Mapping[str, Any]) -> str:
     """How an evaluation scored which text; with the targets digest it says what may be compared."""
     protocol = item["protocol"]
     own = {"sliding": "stride", "last": "last"}.get(protocol["name"], "name")
-    keys = ("name", own, "data_digest", "span", "documents", "left_out", "bos", "dtype")
+    keys = ("name", own, "split", "data_digest", "span", "documents", "left_out", "bos", "dtype")
     return json.dumps([item.get("data"), *(protocol.get(key) for key in keys)])
 
 

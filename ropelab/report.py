@@ -670,6 +670,9 @@ PROTOCOL_KEYS = {
     "data": "data",
     "data_digest": "data digest",
     "targets_digest": "targets digest",
+    "document_digests": "document digests",
+    "authors": "authors",
+    "split": "split",
 }
 OWNER = {"stride": "sliding", "last": "last"}  # a parameter of one protocol says nothing in another
 
@@ -682,11 +685,10 @@ def _protocol_section(drawn: Sequence[Panel]) -> str:
         protocol = panel.protocol
         keys = [key for key in (*PROTOCOL_KEYS, *sorted(protocol)) if key in protocol and key != "name"]
         keys = [key for key in dict.fromkeys(keys) if OWNER.get(key, protocol["name"]) == protocol["name"]]
+        keys = [key for key in keys if _known(protocol[key])]
         words = protocol_words(protocol)
         facts = "".join(
-            f"<div><dt>{_e(PROTOCOL_KEYS.get(key, key))}</dt><dd>{_e(_said(protocol[key]))}</dd></div>"
-            for key in keys
-            if protocol[key] is not None
+            f"<div><dt>{_e(PROTOCOL_KEYS.get(key, key))}</dt><dd>{_e(_said(protocol[key]))}</dd></div>" for key in keys
         )
         boxes.append(
             f'<div class="protocol"><h3>{_e(protocol["name"])}</h3><p>{_e(words[0].upper() + words[1:])}.</p>'
@@ -698,6 +700,10 @@ def _protocol_section(drawn: Sequence[Panel]) -> str:
         "context. Numbers may be compared only where the targets digest is the same.</p>"
     )
     return _section("protocol", "What was scored", intro + "".join(boxes))
+
+
+def _known(value: object) -> bool:
+    return any(each is not None for each in value) if isinstance(value, list) else value is not None
 
 
 def _said(value: object) -> str:
@@ -822,6 +828,8 @@ def _manifest_section(manifest: Mapping[str, Any]) -> str:
     table = (
         f'<div class="scroll" tabindex="0" role="region" aria-label="Versions and settings"><table>{rows}</table></div>'
     )
+    if len(_flat(facts)) > 24:
+        table = f"<details><summary>All {len(_flat(facts))} values</summary>{table}</details>"
     return _section("versions", "Versions and settings", table)
 
 
@@ -1019,6 +1027,7 @@ dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr))
 dl { font-size: .86rem; }
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 pre { background: var(--tint); padding: .8rem 1rem; overflow-x: auto; font-size: .82rem; line-height: 1.6; }
+summary { cursor: pointer; font-family: var(--sans); font-size: .89rem; }
 footer { color: var(--soft); font-size: .84rem; padding-top: 2rem; padding-bottom: 3rem; }
 
 @media (max-width: 40rem) {

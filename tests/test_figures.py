@@ -93,7 +93,8 @@ def crowded() -> list[dict[str, Any]]:
 
 def texts(figure: Figure) -> list[Text]:
     """Every text that is seen: tick labels outside an axis's range are objects too, but never drawn."""
-    FigureCanvasAgg(figure).draw()
+    if figure.stale:
+        FigureCanvasAgg(figure).draw()
     found = list(figure.texts)
     for axes in figure.axes:
         found += [*axes.texts, axes.title, axes.xaxis.label, axes.yaxis.label]
@@ -424,6 +425,15 @@ def test_bias_lines_are_the_bias_and_heads_are_named() -> None:
     assert weight is not None
     assert float(weight[0, 2]) == pytest.approx(math.exp(-1.0))  # head 1, distance 2: e^(-2/2)
     assert_readable(figure)
+
+
+def test_one_position_is_enough() -> None:
+    for one in (
+        rope(1),
+        shown("mine", 1, bias={"by_distance": [[0.0]]}),
+        shown("sinusoidal", 1, embedding=[[0.0, 1.0]]),
+    ):
+        assert_readable(figures.explain(one))
 
 
 def test_bias_that_cuts_off_is_drawn() -> None:
