@@ -732,8 +732,6 @@ def _context_section(drawn: Sequence[Panel]) -> str:
 
 def _context_table(panel: Panel) -> str:
     ctx = panel.ctxs[-1]
-    if panel.protocol["name"] == "prefix":
-        return ""  # other targets at every ctx: a difference means nothing
     windows = {_family(line): line for line in panel.lines if line.window is not None}
     rows = []
     for line in panel.lines:
@@ -742,7 +740,9 @@ def _context_table(panel: Panel) -> str:
         end, start = _loss(line, ctx), _loss(line, line.train_ctx)
         control = windows.get(_family(line))
         walled = _loss(control, ctx) if control else None
-        gain = start - end if start is not None and end is not None and panel.protocol["name"] == "last" else None
+        gain = None  # only `last` changes nothing but the context
+        if panel.protocol["name"] == "last" and start is not None and end is not None:
+            gain = start - end
         if end is None or (gain is None and walled is None):
             continue
         cells = (
