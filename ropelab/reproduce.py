@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ropelab import claims, config, launcher
 from ropelab.claims import Claim, Evaluation, Measurement, Row, Training, Verdict
 from ropelab.schema import Config
@@ -46,13 +44,13 @@ def plan_claims(names: Sequence[str]) -> Plan:
 
 
 def plan_set(name: str) -> Plan:
-    """The plan of `configs/set/NAME.yaml`: claims and further evaluations."""
-    folder = config.config_dir()
-    tree = yaml.safe_load((folder / "set" / f"{name}.yaml").read_text(encoding="utf-8"))
-    plan = plan_claims(tree["claims"])
-    cell = claims.load_cell(folder / "cell" / f"{tree['cell']}.yaml")
-    extra = claims.evaluations(tree["evaluations"], tree["runs"], cell, config.choices("scaling"))
-    return Plan(tree["title"], plan.claims, list(dict.fromkeys([*extra, *plan.evaluations])))
+    """The plan of `configs/set/NAME.yaml`, or of a FILE.yaml: claims and further evaluations.
+
+    `ValueError` for an unknown name or a file that is not understood.
+    """
+    found = claims.load_set(name, config.config_dir())
+    needed = _over_the_ladder(claims.required(found.claims), found.claims)
+    return Plan(found.title, list(found.claims), claims.united([*found.evaluations, *needed]))
 
 
 def sets() -> tuple[str, ...]:
@@ -76,7 +74,9 @@ def run_plan(
     for override in overrides:
         head = override.partition("=")[0].partition(".")[0]
         if head not in ("device", "runs_dir", "cache_dir", "track"):
-            raise ValueError(f"{override} is fixed by the claim's file; reproduce takes device, runs_dir, cache_dir, track")
+            raise ValueError(
+                f"{override} is fixed by the claim's file; reproduce takes device, runs_dir, cache_dir, track"
+            )
     jobs: list[tuple[int, tuple[str, ...], list[Evaluation]]] = []
     for seed in seeds:
         for run in dict.fromkeys(item.run for item in plan.evaluations):

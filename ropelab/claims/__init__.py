@@ -1,0 +1,47 @@
+"""Claims: published statements as files, what has to be measured for them, and their verdicts."""
+
+from ropelab.claims.files import (
+    Cell,
+    Check,
+    Claim,
+    ClaimSet,
+    ContrastCheck,
+    Evaluation,
+    ExactCheck,
+    Term,
+    claim_path,
+    load_cell,
+    load_claim,
+    load_set,
+    packaged_claims,
+    parse_number,
+    required,
+    united,
+)
+from ropelab.claims.verdicts import CheckResult, Measurement, Row, Training, Verdict, calibration, judge
+
+__all__ = [
+    "Cell",
+    "Check",
+    "CheckResult",
+    "Claim",
+    "ClaimSet",
+    "ContrastCheck",
+    "Evaluation",
+    "ExactCheck",
+    "Measurement",
+    "Row",
+    "Term",
+    "Training",
+    "Verdict",
+    "calibration",
+    "claim_path",
+    "judge",
+    "load_cell",
+    "load_claim",
+    "load_set",
+    "packaged_claims",
+    "parse_number",
+    "required",
+    "united",
+]

@@ -1,0 +1,579 @@
+"""Verdicts: measurements of a claim's terms, judged; the gates say where numbers cannot carry a verdict.
+
+A check passes or fails where the confidence interval of its contrast, over seeds and documents, lies on one side of its
+threshold. Nothing here runs a model: the caller supplies rows of losses and what the trainings came to.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from ropelab.claims.files import (
+    EXACT,
+    Claim,
+    ContrastCheck,
+    Evaluation,
+    ExactCheck,
+    Term,
+    changes_spectrum,
+    in_length_terms,
+    plain_term,
+    terms_of,
+)
+from ropelab.stats import ALPHA, Contrast, Decision, FloatArray, combine, decide, holm, needed_seeds, two_way
+
+MIN_DOCS = 6  # documents, and clusters of documents
+MAX_OVERFIT = 0.02  # nats of the final above the best validation loss
+MAX_GENERALISATION_GAP = 0.25  # nats of the validation above the training loss
+LR_TOLERANCE = 0.01  # nats above the best learning rate of the check
+SAME_LOSS = 1e-5  # nats; below what float32 arithmetic in another order changes
+
+
+# --- what the caller supplies ---
+
+
+@dataclass(frozen=True)
+class Row:
+    """One evaluation at one ctx.
+
+    `nll` maps a document's digest to its mean loss (nats per target); `targets` is the digest of what was scored, and
+    `spectrum` a digest of everything that the encoding under its scaling says at this ctx (None: nothing to digest).
+    """
+
+    status: str  # "ok", "undefined", ...
+    reason: str | None
+    nll: Mapping[str, float]
+    targets: str | None
+    spectrum: str | None
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The rows (ctx -> Row) of one evaluation of one seed. It may hold more ctxs than were asked for."""
+
+    evaluation: Evaluation
+    seed: int
+    dtype: str  # of the evaluation's arithmetic
+    rows: Mapping[int, Row]
+    clusters: Mapping[str, str] = field(default_factory=dict)  # document digest -> its author; absent: itself
+
+
+@dataclass(frozen=True)
+class Training:
+    """What the training of one run and seed came to. Losses in nats per token."""
+
+    run: tuple[str, ...]
+    seed: int
+    val_loss: float
+    best_val_loss: float
+    train_loss: float  # mean over the last 5% of the steps
+    val_bpb: float  # validation bits per byte
+    dtype: str  # as resolved on the device
+
+
+# --- what comes out ---
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """What a check came to. Statistics are None where they could not be computed."""
+
+    statement: str
+    kind: str  # "contrast" or one of EXACT
+    verdict: Decision
+    reason: str
+    tau: float | None = None
+    theta: float | None = None
+    interval: tuple[float, float] | None = None
+    p: float | None = None
+    reversed: bool = False  # FAIL: the whole interval lies on the other side of 0 than was published
+    size: str | None = None  # exp(interval) beside the published ratios: matches, smaller, larger
+    published: tuple[float, float] | None = None
+    published_source: str | None = None
+    in_length: float | None = None  # largest difference of the compared runs at their training length, nats
+    n_seeds: int | None = None
+    n_docs: int | None = None
+    needs: str | None = None  # what would decide an open check
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data; numbers that are not finite become None."""
+        return {
+            "statement": self.statement,
+            "kind": self.kind,
+            "theta": _finite(self.theta),
+            "tau": self.tau,
+            "interval": None if self.interval is None else [_finite(bound) for bound in self.interval],
+            "p": _finite(self.p),
+            "verdict": self.verdict,
+            "reversed": self.reversed,
+            "reason": self.reason,
+            "size": self.size,
+            "published": None if self.published is None else list(self.published),
+            "published_source": self.published_source,
+            "in_length": _finite(self.in_length),
+            "seeds": self.n_seeds,
+            "documents": self.n_docs,
+            "needs": self.needs,
+        }
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The verdict of a claim: `raw_verdict` alone, `verdict` among all claims judged together (Holm)."""
+
+    claim: str
+    statement: str
+    source: str
+    verdict: Decision
+    raw_verdict: Decision
+    reason: str
+    p: float | None  # the largest of its checks, 1 where a gate forbids a verdict; None for exact claims
+    p_adjusted: float | None
+    one_seed: bool
+    notes: tuple[str, ...]
+    checks: tuple[CheckResult, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data; numbers that are not finite become None."""
+        return {
+            "claim": self.claim,
+            "statement": self.statement,
+            "source": self.source,
+            "verdict": self.verdict,
+            "raw_verdict": self.raw_verdict,
+            "reason": self.reason,
+            "p": _finite(self.p),
+            "p_adjusted": _finite(self.p_adjusted),
+            "one_seed": self.one_seed,
+            "notes": list(self.notes),
+            "checks": [check.as_json() for check in self.checks],
+        }
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+# --- judging ---
+
+
+class _Measured:
+    """Rows by claim, term and seed."""
+
+    def __init__(self, measurements: Iterable[Measurement]) -> None:
+        self._by_key = {(m.evaluation.key, m.seed): m for m in measurements}
+        self.seeds = sorted({seed for _, seed in self._by_key})
+
+    def of(self, claim: Claim, term: Term, seed: int) -> Measurement | None:
+        measurement = self._by_key.get((claim.evaluation(term), seed))
+        return measurement if measurement is not None and term.ctx in measurement.rows else None
+
+    def row(self, claim: Claim, term: Term, seed: int) -> Row:
+        measurement = self.of(claim, term, seed)
+        assert measurement is not None, (term, seed)
+        return measurement.rows[term.ctx]
+
+
+def judge(
+    claims: Sequence[Claim],
+    measurements: Iterable[Measurement],
+    trainings: Iterable[Training],
+    seeds: Sequence[int],
+    *,
+    alpha: float = ALPHA,
+) -> list[Verdict]:
+    """The verdicts of claims judged together from the runs with these seeds.
+
+    A claim passes if all checks pass, fails if one fails, and is inconclusive otherwise, or whenever a gate says that
+    the numbers cannot carry a verdict: too few seeds or documents, losses that are not finite, different targets, an
+    unchanged spectrum, runs that are untrained, overfitted, or too far apart at their training length, mixed dtypes.
+    Over the statistical claims, Holm's correction can turn PASS into INCONCLUSIVE, never the other way.
+
+    Args:
+        alpha: one-sided error rate of a check. A design with a second look at more seeds halves it at both looks.
+    """
+    measured = _Measured(measurements)
+    trained = {(training.run, training.seed): training for training in trainings}
+    raw = [_judge_alone(claim, measured, trained, seeds, alpha) for claim in claims]
+    statistical = [i for i, verdict in enumerate(raw) if verdict.p is not None]
+    adjusted = dict(zip(statistical, holm([verdict.p for verdict in raw if verdict.p is not None]), strict=True))
+    return [_with_holm(verdict, adjusted.get(i), len(statistical), alpha) for i, verdict in enumerate(raw)]
+
+
+def _with_holm(verdict: Verdict, p_adjusted: float | None, n_claims: int, alpha: float) -> Verdict:
+    verdict = replace(verdict, p_adjusted=p_adjusted)
+    if verdict.raw_verdict != "PASS" or p_adjusted is None or p_adjusted < alpha:
+        return verdict
+    reason = f"passes alone (p = {verdict.p:.2g}), not among {n_claims} claims judged together (Holm: {p_adjusted:.2g})"
+    return replace(verdict, verdict="INCONCLUSIVE", reason=reason)
+
+
+def _judge_alone(
+    claim: Claim,
+    measured: _Measured,
+    trained: Mapping[tuple[tuple[str, ...], int], Training],
+    seeds: Sequence[int],
+    alpha: float,
+) -> Verdict:
+    statistical = [check for check in claim.checks if isinstance(check, ContrastCheck)]
+    results: list[CheckResult] = []
+    problems = _training_problems(claim, statistical, trained, seeds) if statistical else []
+    for check in claim.checks:
+        if isinstance(check, ExactCheck):
+            results.append(_judge_exact(claim, check, measured, seeds))
+        else:
+            result, found = _judge_contrast(claim, check, measured, seeds, alpha, len(statistical))
+            results.append(result)
+            problems += found
+    problems = list(dict.fromkeys(problems))
+    exact_failed = any(result.verdict == "FAIL" and result.kind in EXACT for result in results)
+    verdict = combine([result.verdict for result in results])
+    if problems and not exact_failed:
+        verdict, reason = "INCONCLUSIVE", "; ".join(problems)
+    else:
+        reason = _reason(verdict, results)
+    p_values = [result.p if result.p is not None else 1.0 for result in results if result.kind == "contrast"]
+    return Verdict(
+        claim=claim.id,
+        statement=claim.statement,
+        source=claim.source,
+        verdict=verdict,
+        raw_verdict=verdict,
+        reason=reason,
+        p=None if not statistical else 1.0 if problems else max(p_values),
+        p_adjusted=None,
+        one_seed=len(seeds) == 1 and bool(statistical),
+        notes=_notes(claim, statistical, seeds),
+        checks=tuple(results),
+    )
+
+
+def _reason(verdict: Decision, results: Sequence[CheckResult]) -> str:
+    if verdict == "PASS":
+        return "the check holds" if len(results) == 1 else f"all {len(results)} checks hold"
+    first = next(result for result in results if result.verdict == verdict)
+    return f"{first.statement}: {first.reason}"
+
+
+def _runs(checks: Sequence[ContrastCheck]) -> list[str]:
+    return list(dict.fromkeys(term.run for check in checks for term in terms_of(check)))
+
+
+def _notes(claim: Claim, statistical: Sequence[ContrastCheck], seeds: Sequence[int]) -> tuple[str, ...]:
+    if not statistical:
+        return ()
+    notes = []
+    if len(seeds) == 1:
+        notes.append("one seed: the variation over seeds is that of the calibration seeds, widened")
+    unchecked = [run for run in _runs(statistical) if run not in claim.lr_check]
+    if unchecked:
+        notes.append(f"lr unchecked: no learning-rate check for {', '.join(unchecked)}")
+    if claim.max_bpb is None:
+        notes.append("training level unchecked: no max_bpb")
+    return tuple(notes)
+
+
+# --- gates ---
+
+
+def _training_problems(
+    claim: Claim,
+    statistical: Sequence[ContrastCheck],
+    trained: Mapping[tuple[tuple[str, ...], int], Training],
+    seeds: Sequence[int],
+) -> list[str]:
+    """Why the runs cannot carry a verdict: one line per run and cause, with the first seed that shows it."""
+    problems: list[str] = []
+    dtypes: dict[str, str] = {}
+    for run in _runs(statistical):
+        found: dict[str, str] = {}
+        for seed in seeds:
+            training = trained.get((claim.runs[run], seed))
+            if training is None:
+                found.setdefault("missing", f"{run}, seed {seed}: not trained")
+                continue
+            dtypes.setdefault(training.dtype, f"{run} in {training.dtype}")
+            for cause, message in _training_faults(training, claim.max_bpb):
+                found.setdefault(cause, f"{run}, seed {seed}: {message}")
+        problems += found.values()
+        problems += _lr_problems(run, claim.lr_check.get(run))
+    if len(dtypes) > 1:
+        problems.append(f"trained in different dtypes: {', '.join(dtypes.values())}; set train.dtype")
+    return problems
+
+
+def _training_faults(training: Training, max_bpb: float | None) -> list[tuple[str, str]]:
+    losses = (training.val_loss, training.best_val_loss, training.train_loss, training.val_bpb)
+    if not all(math.isfinite(loss) for loss in losses):
+        return [("finite", "a training or validation loss is not finite")]
+    faults: list[tuple[str, str]] = []
+    if max_bpb is not None and training.val_bpb > max_bpb:
+        faults.append(("untrained", f"untrained, {training.val_bpb:.2f} bits per byte against at most {max_bpb:g}"))
+    if training.val_loss > training.best_val_loss + MAX_OVERFIT:
+        rise = training.val_loss - training.best_val_loss
+        faults.append(("overfitted", f"overfitted, the validation loss rose by {rise:.3f} nats from its best"))
+    gap = training.val_loss - training.train_loss
+    if gap > MAX_GENERALISATION_GAP:
+        faults.append(("memorised", f"overfitted, the validation loss is {gap:.2f} nats above the training loss"))
+    return faults
+
+
+def _lr_problems(run: str, losses: Mapping[float, float] | None) -> list[str]:
+    """A rate of the check is better than the common one by more than the tolerance: the comparison favours others."""
+    if losses is None:
+        return []
+    best = min(losses, key=lambda multiple: losses[multiple])
+    if losses[1.0] - losses[best] <= LR_TOLERANCE:
+        return []
+    return [f"{run}: its learning-rate check prefers {best:g} times train.lr by {losses[1.0] - losses[best]:.3f} nats"]
+
+
+def _row_problems(claim: Claim, terms: Sequence[Term], measured: _Measured, seeds: Sequence[int]) -> list[str]:
+    """Why no contrast of these terms can be computed; the first of each kind."""
+    documents: set[frozenset[str]] = set()
+    for term in terms:
+        for seed in seeds:
+            if measured.of(claim, term, seed) is None:
+                return [f"{term.text}, seed {seed}: not measured"]
+            row = measured.row(claim, term, seed)
+            if row.status != "ok":
+                return [f"{term.text}, seed {seed}: {row.status}{f' ({row.reason})' if row.reason else ''}"]
+            if not all(math.isfinite(nll) for nll in row.nll.values()):
+                return [f"{term.text}, seed {seed}: a loss is not finite"]
+            documents.add(frozenset(row.nll))
+    if len(documents) > 1:
+        return ["documents differ between the evaluations"]
+    return ["no document was scored"] if documents == {frozenset[str]()} else []
+
+
+def _same_ground_problems(
+    claim: Claim, terms: Sequence[Term], measured: _Measured, seeds: Sequence[int], n_docs: int
+) -> list[str]:
+    """Too few documents, different targets, an evaluation in low precision."""
+    problems: list[str] = []
+    targets: dict[str, dict[str | None, str]] = {}
+    clusters: set[str] = set()
+    for term in terms:
+        for seed in seeds:
+            measurement = measured.of(claim, term, seed)
+            assert measurement is not None, term
+            if measurement.dtype != "fp32":
+                problems.append(f"{term.text} was evaluated in {measurement.dtype}; claims need eval.dtype=fp32")
+            row = measurement.rows[term.ctx]
+            targets.setdefault(term.targets, {}).setdefault(row.targets, f"{term.text}, seed {seed}")
+            clusters = {measurement.clusters.get(document, document) for document in row.nll}
+            if len(clusters) < MIN_DOCS:
+                what = (
+                    f"{n_docs} documents"
+                    if len(clusters) == n_docs
+                    else f"{n_docs} documents by {len(clusters)} authors"
+                )
+                problems.append(f"{what}: a verdict over texts needs at least {MIN_DOCS}")
+    for name, digests in targets.items():
+        if len(digests) > 1 or None in digests:
+            problems.append(f"targets differ under {name}: {' against '.join(digests.values())}")
+    return problems
+
+
+def _spectrum_problems(claim: Claim, terms: Sequence[Term], measured: _Measured, seeds: Sequence[int]) -> list[str]:
+    """A scaling was asked for and the encoding says what it said without."""
+    for term in terms:
+        if not changes_spectrum(claim, term):
+            continue
+        plain = plain_term(claim, term.run, term.protocol)
+        for seed in seeds:
+            if measured.of(claim, plain, seed) is None:
+                return [f"{plain.text}, seed {seed}: not measured"]
+            spectrum = measured.row(claim, term, seed).spectrum
+            if spectrum is None:
+                return [f"{term.text}: no spectrum was recorded, so the scaling may not have been applied"]
+            if spectrum == measured.row(claim, plain, seed).spectrum:
+                return [f"{term.text}: spectrum unchanged by the scaling"]
+    return []
+
+
+def _in_length_gap(
+    claim: Claim, check: ContrastCheck, measured: _Measured, seeds: Sequence[int]
+) -> tuple[float | None, list[str]]:
+    """The largest difference (nats) between the compared runs at L, and what is wrong with it."""
+    largest: float | None = None
+    problems: list[str] = []
+    for protocol, plain in in_length_terms(claim, check).items():
+        if missing := _row_problems(claim, plain, measured, seeds):
+            return None, missing
+        means = {term.run: float(_losses(claim, term, measured, seeds).mean()) for term in plain}
+        low, high = min(means, key=lambda r: means[r]), max(means, key=lambda r: means[r])
+        difference = means[high] - means[low]
+        largest = difference if largest is None else max(largest, difference)
+        if difference > claim.gap:
+            problems.append(
+                f"not comparable in length: {high} is {difference:.2f} nats behind {low} at the training length "
+                f"({protocol}; at most {claim.gap:g})"
+            )
+    return largest, problems
+
+
+# --- checks ---
+
+
+def _losses(claim: Claim, term: Term, measured: _Measured, seeds: Sequence[int]) -> FloatArray:
+    """(n_seeds, n_docs) mean losses of a term, documents in the order of their digests."""
+    rows = [measured.row(claim, term, seed).nll for seed in seeds]
+    return np.array([[nll[document] for document in sorted(nll)] for nll in rows], dtype=np.float64)
+
+
+def _theta(claim: Claim, check: ContrastCheck, measured: _Measured, seeds: Sequence[int]) -> FloatArray:
+    """(n_seeds, n_docs) contrast, paired: the same seed and the same document in every term."""
+    parts = [weight * _losses(claim, term, measured, seeds) for term, weight in check.terms]
+    theta: FloatArray = np.sum(np.stack(parts), axis=0)
+    return theta
+
+
+def _judge_contrast(
+    claim: Claim, check: ContrastCheck, measured: _Measured, seeds: Sequence[int], alpha: float, n_checks: int
+) -> tuple[CheckResult, list[str]]:
+    """The result of a check and the gates that it did not pass."""
+    result = CheckResult(
+        check.statement,
+        "contrast",
+        "INCONCLUSIVE",
+        "",
+        tau=check.tau,
+        published=check.published,
+        published_source=check.published_source,
+    )
+    terms = terms_of(check)
+    problems = [f"{check.statement}: no seed was run"] if not seeds else _row_problems(claim, terms, measured, seeds)
+    if problems:
+        return replace(result, reason=problems[0]), problems
+    contrast = two_way(_theta(claim, check, measured, seeds), seed_sd=check.seed_sd, seed_sd_n=check.seed_sd_n)
+    in_length, problems = _in_length_gap(claim, check, measured, seeds)
+    if len(seeds) == 1 and check.seed_sd is None:
+        problems.append("one seed, and no seed_sd in the claim file: run at least 2 seeds")
+    problems += _same_ground_problems(claim, terms, measured, seeds, contrast.n_docs)
+    problems += _spectrum_problems(claim, terms, measured, seeds)
+    verdict = decide(contrast, check.tau, alpha=alpha, n_checks=n_checks)
+    interval = contrast.bound(alpha)
+    result = replace(
+        result,
+        theta=contrast.theta,
+        interval=interval if math.isfinite(contrast.variance) else None,
+        p=contrast.p_greater(check.tau) if math.isfinite(contrast.variance) else None,
+        size=_size(interval, check.published) if math.isfinite(contrast.variance) else None,
+        in_length=in_length,
+        n_seeds=contrast.n_seeds,
+        n_docs=contrast.n_docs,
+    )
+    if problems:
+        return replace(result, reason="; ".join(dict.fromkeys(problems))), problems
+    reversed_ = verdict == "FAIL" and interval[1] < 0 <= check.tau
+    needs = _needs(contrast, check.tau, alpha, n_checks) if verdict == "INCONCLUSIVE" else None
+    reason = _explain(verdict, contrast.theta, interval, check.tau, reversed_, needs)
+    return replace(result, verdict=verdict, reason=reason, reversed=reversed_, needs=needs), []
+
+
+def _size(interval: tuple[float, float], published: tuple[float, float] | None) -> str | None:
+    """Whether the measured effect is of the published size. Informative: it never changes a verdict."""
+    if published is None:
+        return None
+    low, high = math.log(published[0]), math.log(published[1])
+    if interval[1] < low:
+        return "smaller"
+    return "larger" if interval[0] > high else "matches"
+
+
+def _needs(contrast: Contrast, tau: float, alpha: float, n_checks: int) -> str:
+    """What would decide an open check if the estimate stayed: a pass above tau, a fail below it."""
+    n = needed_seeds(contrast, tau, alpha=alpha if contrast.theta > tau else alpha / n_checks)
+    return "more documents" if n is None else f"about {n} seeds"
+
+
+def _explain(
+    verdict: Decision, theta: float, interval: tuple[float, float], tau: float, reversed_: bool, needs: str | None
+) -> str:
+    numbers = f"{theta:+.3f} nats ({interval[0]:+.3f} to {interval[1]:+.3f}) against {tau:+.3f}"
+    if verdict == "PASS":
+        return numbers
+    if verdict == "INCONCLUSIVE":
+        return f"{numbers}; needs {needs}"
+    if reversed_:
+        return f"{numbers}: reversed"
+    return f"{numbers}: {'beyond the margin' if tau < 0 else 'smaller than published'}"
+
+
+def _judge_exact(claim: Claim, check: ExactCheck, measured: _Measured, seeds: Sequence[int]) -> CheckResult:
+    result = CheckResult(check.statement, check.kind, "INCONCLUSIVE", "no seed was run")
+    judge_seed: Callable[[Mapping[Term, Row]], tuple[Decision, str]] = {
+        "defined": _judge_defined,
+        "undefined": _judge_undefined,
+        "identical": _judge_identical,
+    }[check.kind]
+    for seed in seeds:
+        for term in check.terms:
+            if measured.of(claim, term, seed) is None:
+                return replace(result, verdict="INCONCLUSIVE", reason=f"{term.text}, seed {seed}: not measured")
+    for seed in seeds:
+        verdict, reason = judge_seed({term: measured.row(claim, term, seed) for term in check.terms})
+        result = replace(result, verdict=verdict, reason=reason, n_seeds=len(seeds))
+        if verdict != "PASS":
+            return replace(result, reason=f"seed {seed}: {reason}")
+    return result
+
+
+def _judge_defined(rows: Mapping[Term, Row]) -> tuple[Decision, str]:
+    for term, row in rows.items():
+        if row.status != "ok" or not all(math.isfinite(nll) for nll in row.nll.values()):
+            return "FAIL", f"{term.text} is {row.status if row.status != 'ok' else 'not finite'}"
+    return "PASS", "every row has a perplexity"
+
+
+def _judge_undefined(rows: Mapping[Term, Row]) -> tuple[Decision, str]:
+    reasons: list[str] = []
+    for term, row in rows.items():
+        if row.status != "undefined":
+            return "FAIL", f"{term.text} is {row.status}, not undefined"
+        if not row.reason:
+            return "FAIL", f"{term.text} is undefined without a reason"
+        reasons.append(row.reason)
+    return "PASS", f"undefined: {reasons[0]}"
+
+
+def _judge_identical(rows: Mapping[Term, Row]) -> tuple[Decision, str]:
+    (first, reference), *others = rows.items()
+    if reference.spectrum is None or reference.status != "ok":
+        return "INCONCLUSIVE", f"{first.text} has no spectrum to compare"
+    for term, row in others:
+        if row.spectrum != reference.spectrum:
+            return "FAIL", f"{term.text} has another spectrum than {first.text}"
+        if row.targets != reference.targets or row.nll.keys() != reference.nll.keys():
+            return "INCONCLUSIVE", f"{term.text} and {first.text} score different targets"
+        largest = max((abs(row.nll[d] - reference.nll[d]) for d in row.nll), default=0.0)
+        if not largest <= SAME_LOSS:
+            return "FAIL", f"{term.text} differs from {first.text} by {largest:.2g} nats in a document"
+    return "PASS", "one spectrum, the same losses"
+
+
+# --- calibration ---
+
+
+def calibration(claim: Claim, measurements: Iterable[Measurement]) -> dict[int, tuple[float, int]]:
+    """`seed_sd` and `seed_sd_n` of each check: standard deviation of its contrast over the seeds, and their number.
+
+    Keys are indices into `claim.checks`. A check with fewer than two complete seeds, and an exact one, has no entry.
+    Use seeds and documents that the claim itself is never judged on.
+    """
+    measured = _Measured(measurements)
+    table: dict[int, tuple[float, int]] = {}
+    for index, check in enumerate(claim.checks):
+        if not isinstance(check, ContrastCheck):
+            continue
+        seeds = [seed for seed in measured.seeds if not _row_problems(claim, terms_of(check), measured, [seed])]
+        if len(seeds) >= 2 and not _row_problems(claim, terms_of(check), measured, seeds):
+            means = _theta(claim, check, measured, seeds).mean(axis=1)  # (n_seeds,)
+            table[index] = (float(means.std(ddof=1)), len(seeds))
+    return table
