@@ -154,3 +154,16 @@ def test_the_plan_of_the_demo_measures_nothing_twice():
     assert len(measured) == len(plan.evaluations)
     for evaluation in required(found.claims):
         assert set(evaluation.ctxs) <= measured[evaluation.key]
+
+
+def test_the_plan_of_a_set_without_evaluations_is_that_of_its_claims(tmp_path):
+    """Nothing is added but the rungs of the ladder that no check names."""
+    path = tmp_path / "ours.yaml"
+    path.write_text("title: An order\nclaims: [c-order]\n")
+    plan = reproduce.plan_set(str(path))
+    assert (plan.title, plan.claims) == ("An order", [packaged("c-order")])
+    needed = {evaluation.key for evaluation in required(plan.claims)}
+    assert needed
+    assert {evaluation.key: evaluation.ctxs for evaluation in plan.evaluations} == dict.fromkeys(
+        needed, (128, 256, 512, 1024)
+    )
