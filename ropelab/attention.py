@@ -88,7 +88,7 @@ class Attend:
         return torch.cat(parts, dim=2) if out is None else out
 
     def _block_mask(self, start: int, stop: int, first: int) -> Tensor:
-        """(1, H or 1, rows, keys): the bias of rows stop-1 down to start and keys first..stop-1, -inf above the diagonal.
+        """(1, H or 1, rows, keys): the bias of rows stop-1 down to start and keys first..stop-1; -inf in the future.
 
         Row r and column c stand at distance (stop - 1 - r) - (first + c), a function of r + c alone.
         """

@@ -168,7 +168,7 @@ def evaluate(
             head = item.partition("=")[0].partition(".")[0]
             if head in ("pos", "model", "train", "seed"):
                 raise ValueError(f"{item} is fixed by the run; eval takes {', '.join(EVAL_KEYS)}")
-            if item.startswith("data.tokenizer") or item.startswith("data.vocab_size"):
+            if item.startswith(("data.tokenizer", "data.vocab_size")):
                 raise ValueError(f"{item}: evaluation uses the run's own tokeniser")
         from ropelab import config, runs
 
@@ -219,7 +219,8 @@ def _questions(trained: dict[str, Any], settings: list[str], scalings: tuple[str
         inherited = [f"scaling.{key}={value}" for key, value in own.items() if key != "name" and value is not None]
         given = {item.partition("=")[0] for item in mine}
         mine = [f"scaling={own['name']}", *(i for i in inherited if i.partition("=")[0] not in given), *mine]
-    methods = [config.parse_scaling(item) for item in scalings] or [config.load(mine).scaling if mine else None]
+    methods: list[Any] = [config.parse_scaling(item) for item in scalings]
+    methods = methods or [config.load(mine).scaling if mine else None]
 
     texts = [item for item in settings if item.startswith(("data=", "data."))]
     text = None
@@ -319,7 +320,9 @@ def _reproduce(
         if all(verdict.verdict != "INCONCLUSIVE" for verdict in outcome.verdicts):
             break
     if outcome.interrupted:
-        _fail(128 + outcome.interrupted, "interrupted; finished runs and checkpoints are kept, the same command goes on")
+        _fail(
+            128 + outcome.interrupted, "interrupted; finished runs and checkpoints are kept, the same command goes on"
+        )
     if outcome.failures:
         _fail(1, "; ".join(f"{name}: {message}" for name, message in outcome.failures))
     verdicts = [verdict.as_json() for verdict in outcome.verdicts]
@@ -336,9 +339,14 @@ def _reproduce(
             "training dtype": sorted({manifest["dtype"] for manifest in outcome.manifests}),
             "text": outcome.manifests[0]["corpus"],
         }
-        command = f"ropelab demo{f' --seeds {count}' if count > 1 else ''}" if names == ["demo"] else f"ropelab reproduce {' '.join(names)} --seeds {count}"
+        command = f"ropelab reproduce {' '.join(names)} --seeds {count}"
         page = report.write_report(
-            output, evals=outcome.evals, verdicts=verdicts, title=plan.title, notes=[f"Made by `{command}`."], manifest=facts
+            output,
+            evals=outcome.evals,
+            verdicts=verdicts,
+            title=plan.title,
+            notes=[f"Made by `{command}`."],
+            manifest=facts,
         )
     if as_json:
         _print_json({"evals": outcome.evals, "verdicts": verdicts})
@@ -346,8 +354,318 @@ def _reproduce(
         console = Console()
         console.print(report.terminal_table(outcome.evals))
         console.print(report.verdict_table(verdicts))
-        _say(f"{outcome.trained} of {len(outcome.manifests)} runs trained, the rest was there; {time.time() - began:.0f} s")
+        seconds = time.time() - began
+        _say(f"{outcome.trained} of {len(outcome.manifests)} runs trained, the rest was there; {seconds:.0f} s")
         if output is not None:
             print(page)
     if any(verdict["verdict"] == "FAIL" for verdict in verdicts):
         raise typer.Exit(1)
+
+
+@app.command()
+def show(
+    arguments: RunsAndOverrides = None,
+    pos: Pos = None,
+    scaling: Scaling = None,
+    factor: Factor = None,
+    ctx: Ctx = None,
+    as_json: Json = False,
+    output: Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE.png", help="Draw it.")] = None,
+) -> None:
+    """Methods and their papers; the numbers and pictures of one; a run; or what a configuration comes to."""
+    with _reported():
+        named, settings = _separate(list(arguments or []))
+        method = pos or scaling or any(item.startswith(("pos=", "scaling=")) for item in settings)
+        _option(settings, "--pos", "pos", pos)
+        _option(settings, "--scaling", "scaling", scaling)
+        _option(settings, "--factor", "scaling.factor", factor)
+        if len(named) > 1 or (named and method):
+            raise ValueError("show takes one RUN, or one method, or settings")
+        if ctx and not (method or named):
+            raise ValueError("--ctx belongs to a method or a run; add --pos NAME")
+        if output is not None and not (method or named):
+            raise ValueError("-o draws a method or a run; add --pos NAME")
+        if not (named or settings):
+            _show_methods(as_json=as_json)
+        elif named or method:
+            _show_numbers(named, settings, ctx, as_json=as_json, output=output)
+        else:
+            from ropelab import config
+
+            _print_tree(config.to_dict(config.load(settings)), as_json=as_json)
+
+
+def _show_methods(*, as_json: bool) -> None:
+    from ropelab import config
+
+    table = {group: config.summaries(group) for group in config.METHODS}
+    if as_json:
+        _print_json({g: {n: {"summary": s, "paper": p} for n, (s, p) in rows.items()} for g, rows in table.items()})
+        return
+    titles = {"pos": "Position encodings, --pos NAME", "scaling": "Scalings of a rotary spectrum, --scaling NAME"}
+    for group, rows in table.items():
+        print(titles[group])
+        for name, (summary, paper) in rows.items():
+            print(f"  {name:<20} {summary}\n  {'':<20} {paper}")
+        print()
+    print("The numbers of one: ropelab show --pos rope --scaling yarn --factor 8 --ctx 1024; -o FILE.png draws them.")
+
+
+def _print_tree(tree: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        _print_json(tree)
+        return
+    import yaml
+
+    print(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), end="")
+
+
+def _show_numbers(
+    named: list[str], settings: list[str], ctx: list[str] | None, *, as_json: bool, output: Path | None
+) -> None:
+    from ropelab import config, runs
+
+    resolved = config.load(settings)
+    if named:
+        run = runs.find_run(named[0], Path(resolved.runs_dir).expanduser())
+        trained = config.from_dict(run.manifest()["config"])
+        if any(item.partition("=")[0] not in ("runs_dir", "cache_dir") for item in settings):
+            raise ValueError(f"{run.name} has its own configuration; show RUN takes no settings")
+        resolved = trained
+    length = _one_length(ctx) or resolved.train.ctx
+    from ropelab import show as shown
+
+    numbers = shown.numbers(resolved, ctx=length)
+    if output is not None:
+        from ropelab import figures
+
+        figures.save(figures.explain(numbers), output)
+        _say(f"picture: {output}")
+    if as_json:
+        _print_json({**numbers, "run": run.name} if named else numbers)
+        return
+    if named:
+        manifest = run.manifest()
+        keys = ("status", "step", "train_loss", "val_nll", "params", "device", "dtype", "attention_backend", "error")
+        _print_tree({"run": run.name, **{key: manifest.get(key) for key in keys}}, as_json=False)
+    _print_numbers(numbers)
+
+
+def _one_length(ctx: list[str] | None) -> int | None:
+    if not ctx:
+        return None
+    try:
+        length = int(ctx[0].rstrip(","))
+    except ValueError:
+        raise ValueError(f"--ctx takes one length here, not '{ctx[0]}'") from None
+    if len(ctx) > 1 or not 1 <= length <= 2**20:
+        raise ValueError(f"--ctx takes one length from 1 to {2**20} here, not '{','.join(ctx)}'")
+    return length
+
+
+def _print_numbers(numbers: dict[str, Any]) -> None:
+    """The numbers of a method as text."""
+    from ropelab import config
+
+    summary, paper = config.summaries("pos")[numbers["pos"]]
+    print(f"pos {numbers['pos']}: {summary}\n  {paper}")
+    if numbers["scaling"] != "none":
+        summary, paper = config.summaries("scaling")[numbers["scaling"]]
+        print(f"scaling {numbers['scaling']}, factor {numbers['factor']:g}: {summary}\n  {paper}")
+    print(f"train_ctx {numbers['train_ctx']}, ctx {numbers['ctx']}, {numbers['n_head']} heads of {numbers['d_head']}")
+    if numbers["rotation"] is not None:
+        print(f"attention factor {numbers['rotation']['attention_factor']:.4f} (scores get its square)")
+        print("pair   radians/token   wavelength   turns in train_ctx   turns asked in ctx")
+        for row, inv_freq in zip(numbers["coverage"], numbers["rotation"]["inv_freq"], strict=True):
+            print(
+                f"{row['pair']:>4}   {inv_freq:>13.6g}   {row['wavelength']:>10.1f}   {row['turns_train']:>18.3f}   "
+                f"{row['turns_ctx']:>18.3f}"
+            )
+    if numbers["bias"] is not None:
+        distances = [d for d in (0, 1, 2, 4, 16, 64, 256, 1024, 4096) if d < numbers["ctx"]]
+        print("bias by distance\nhead" + "".join(f"{d:>12}" for d in distances))
+        for head, row in enumerate(numbers["bias"]["by_distance"]):
+            print(f"{head:>4}" + "".join(f"{row[d]:>12.5g}" for d in distances))
+    if numbers["embedding"] is not None:
+        rows, columns = len(numbers["embedding"]), len(numbers["embedding"][0])
+        print(f"embedding table of {rows} positions x {columns} dimensions; -o FILE.png draws it, --json prints it")
+
+
+@app.command("runs")
+def list_runs(
+    action: Annotated[str, typer.Argument(metavar="[list|rm]", help="What to do.")] = "list",
+    arguments: RunsAndOverrides = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Remove without asking.")] = False,
+    as_json: Json = False,
+) -> None:
+    """The runs there are; `runs rm RUN ...` removes them after asking."""
+    with _reported():
+        from ropelab import config, runs
+
+        if "=" in action:
+            arguments, action = [action, *(arguments or [])], "list"
+        named, settings = _separate(list(arguments or []))
+        runs_dir = Path(config.load(settings).runs_dir).expanduser()
+        if action == "rm":
+            if not named:
+                raise ValueError("runs rm needs the runs to remove")
+            _remove([runs.find_run(name, runs_dir) for name in named], yes=yes)
+            return
+        if action != "list":
+            raise ValueError(f"runs takes list or rm, not '{action}'")
+        rows = []
+        for run in [runs.find_run(name, runs_dir) for name in named] or runs.all_runs(runs_dir):
+            manifest = run.manifest()
+            fields = ("step", "train_loss", "val_nll", "params", "train_ctx", "error")
+            rows.append({"run": run.name, "status": run.status(), **{key: manifest.get(key) for key in fields}})
+        if as_json:
+            _print_json(rows)
+            return
+        if not rows:
+            _say(f"there are no runs in {runs_dir}")
+        for row in rows:
+            loss = "" if row["val_nll"] is None else f"val {row['val_nll']:.4f}"
+            print(f"{row['run']:<44} {row['status']:<12} L={row['train_ctx']:<6} {loss}  {row['error'] or ''}".rstrip())
+
+
+def _remove(found: list[Any], *, yes: bool) -> None:
+    import shutil
+
+    for run in found:
+        if not yes and not typer.confirm(f"Remove {run.path} and its checkpoints and results?", err=True):
+            continue
+        with run.locked():
+            shutil.rmtree(run.path)
+        _say(f"removed {run.name}")
+
+
+@app.command("data")
+def prepare_data(
+    action: Annotated[str, typer.Argument(metavar="[list|prepare]", help="What to do.")] = "list",
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """The corpora there are; `data prepare data=books data.tokenizer=bpe` reads, checks and tokenises one."""
+    with _reported():
+        from ropelab import config
+
+        resolved = config.load(list(overrides or []))
+        from ropelab import data
+
+        if action == "list":
+            found = [
+                info._asdict() if hasattr(info, "_asdict") else vars(info) for info in data.describe(resolved.data.path)
+            ]
+            if as_json:
+                _print_json(found)
+                return
+            for info in found:
+                present = {True: "here", False: "not here", None: "give data.path"}[info["present"]]
+                print(f"{info['name']:<12} {present:<16} {info['summary']}")
+        elif action == "prepare":
+            from ropelab.progress import Bar
+
+            evaluate_only = resolved.data.name in ("nonfiction", "wikitext")
+            with Bar() as bar:
+                corpus = data.prepare(
+                    resolved.data, cache_dir=Path(resolved.cache_dir), evaluate_only=evaluate_only, progress=bar
+                )
+            splits = {split.name: split for split in (corpus.train, corpus.validation, corpus.test)}
+            facts = {
+                "name": corpus.name,
+                "digest": corpus.digest,
+                "tokenizer": corpus.tokenizer.name,
+                "n_vocab": corpus.tokenizer.n_vocab,
+                "tokens": {name: len(split.tokens) for name, split in splits.items()},
+                "longest_test_document": max(
+                    (len(corpus.test.document(i)) for i in range(len(corpus.test))), default=0
+                ),
+                **corpus.details,
+            }
+            _print_tree(facts, as_json=as_json)
+        else:
+            raise ValueError(f"data takes list or prepare, not '{action}'")
+
+
+@app.command("report")
+def make_report(
+    arguments: RunsAndOverrides = None,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="Where it goes.")] = Path("report"),
+) -> None:
+    """One self-contained page from the evaluations that runs hold already; without RUN, of all runs."""
+    with _reported():
+        from ropelab import config, runs
+
+        named, settings = _separate(list(arguments or []))
+        runs_dir = Path(config.load(settings).runs_dir).expanduser()
+        found = [runs.find_run(name, runs_dir) for name in named] or runs.all_runs(runs_dir)
+        evals = [
+            json.loads(path.read_text(encoding="utf-8")) for run in found for path in sorted(run.results.glob("*.json"))
+        ]
+        if not evals:
+            raise ValueError(
+                f"no evaluation in {runs_dir if not named else ', '.join(named)}; run `ropelab eval` first"
+            )
+        from ropelab import report
+
+        manifest = found[0].manifest()
+        page = report.write_report(
+            output, evals=evals, verdicts=[], title="Perplexity past the training length",
+            notes=["Made by `ropelab report`."],
+            manifest={
+                "runs": [run.name for run in found],
+                "environment": manifest["environment"],
+                "device": manifest["device"],
+            },
+        )  # fmt: skip
+        print(page)
+
+
+@app.command()
+def bench(
+    what: Annotated[str, typer.Argument(metavar="train|eval|attention", help="What to time.")],
+    overrides: Overrides = None,
+    pos: Pos = None,
+    ctx: Ctx = None,
+    peers: Annotated[bool, typer.Option(help="train: also time transformers' GPT-2 at the same shape.")] = True,
+    rounds: Annotated[int, typer.Option(help="Rounds; the best counts.")] = 10,
+    as_json: Json = False,
+) -> None:
+    """Time training steps beside peers, long evaluations with their memory, or the attention kernels."""
+    with _reported():
+        from ropelab import config
+        from ropelab.evaluation import ladder
+
+        if what not in ("train", "eval", "attention"):
+            raise ValueError(f"bench takes train, eval or attention, not '{what}'")
+        if rounds < 1:
+            raise ValueError(f"--rounds must be at least 1, not {rounds}")
+        settings = list(overrides or [])
+        _option(settings, "--pos", "pos", pos)
+        from ropelab import bench as timing
+
+        if what == "train":
+            if ctx:
+                raise ValueError(f"bench train takes no --ctx; use train.ctx={ctx[0]}")
+            given = {item.partition("=")[0] for item in settings}
+            shape = [] if "model" in given else [i for i in timing.TRAIN_SHAPE if i.partition("=")[0] not in given]
+            result = timing.train(config.load([*shape, *settings]), peers=peers, rounds=rounds)
+        elif what == "eval":
+            resolved = config.load(settings)
+            names = ("rope", "alibi") if not pos else ("rope", *(name for name in pos if name != "rope"))
+            result = timing.evaluation(resolved, contexts=ladder((ctx or ["16384,"])[0], 128), names=names)
+        else:
+            result = timing.attention(
+                config.load(settings), contexts=ladder((ctx or ["512,2048,8192"])[0], 128), rounds=rounds
+            )
+        if as_json:
+            _print_json(result)
+            return
+        rows = result.pop("rows", None)
+        _print_tree(result, as_json=False)
+        for row in rows or []:
+            print(
+                "  ".join(
+                    f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
+                )
+            )

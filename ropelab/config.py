@@ -224,9 +224,9 @@ def _parse(key: str, text: str, kind: Any) -> Any:
 
 def _read(key: str, text: str, default: Any) -> Any:
     """The value of a method's parameter: of the type of its default in the YAML; `auto` also admits numbers."""
-    if default is None or isinstance(default, int) and not isinstance(default, bool):
+    if default is None or (isinstance(default, int) and not isinstance(default, bool)):
         return _parse(key, text, int | None if default is None else int)
-    if default in ("auto", "auto-row") or isinstance(default, float) and key == "scaling.factor":
+    if default in ("auto", "auto-row") or (isinstance(default, float) and key == "scaling.factor"):
         return text if text in ("auto", "auto-row") else _parse_factor(key, text)
     return _parse(key, text, type(default))
 

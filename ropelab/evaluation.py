@@ -15,6 +15,7 @@ Under the first three the targets are the same at every ctx. The definitions to 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -131,7 +132,7 @@ def lay_out(lengths: Sequence[int], contexts: tuple[int, ...], config: EvalConfi
         )
     if config.protocol == "last" and config.last > smallest // 2:
         raise ValueError(
-            f"eval.last={config.last} is above half of the smallest ctx; set eval.last to {max(1, smallest // 2)} or less"
+            f"eval.last={config.last} is above half of the smallest ctx; set it to {max(1, smallest // 2)} or less"
         )
     longest = max(lengths, default=0)
     if config.protocol == "nonoverlapping":
@@ -139,7 +140,7 @@ def lay_out(lengths: Sequence[int], contexts: tuple[int, ...], config: EvalConfi
     usable = [i for i, length in enumerate(lengths) if length >= span + 1]
     if not usable:
         raise ValueError(
-            f"no test document is long enough for ctx {span}: it needs {span + 1} tokens and the longest has {longest}; "
+            f"no test document is long enough for ctx {span}: that needs {span + 1} tokens, the longest has {longest}; "
             f"use --ctx {max(longest - 1, 0)} or less, or other text"
         )
     if config.tokens < len(usable) * span:
@@ -228,5 +229,5 @@ def position_curve(losses: NDArray[np.float32], windows: Windows, *, buckets: in
     table = losses.reshape(-1, windows.scored).astype(np.float64)  # (N, scored)
     low = windows.ctx - windows.scored
     edges = np.unique(np.linspace(low, windows.ctx, min(buckets, windows.scored) + 1).round().astype(int))
-    means = [float(table[:, a - low : b - low].mean()) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    means = [float(table[:, a - low : b - low].mean()) for a, b in itertools.pairwise(edges)]
     return {"edges": [float(edge) for edge in edges], "nll": means}

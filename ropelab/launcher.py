@@ -36,7 +36,7 @@ def run_side_by_side(
     and the signal that interrupted the work, if one did: the workers were told, have saved and ended.
     """
     threads = share_threads(len(tasks), slots)
-    results: list[dict[str, Any]] = [{"error": "not started", "status": 1}] * len(tasks)
+    results: list[dict[str, Any]] = [{"error": "not started"}] * len(tasks)
     lines: queue.Queue[tuple[int, dict[str, Any] | None]] = queue.Queue()
     running: dict[int, subprocess.Popen[str]] = {}
     waiting = list(range(len(tasks)))
@@ -73,7 +73,9 @@ def run_side_by_side(
     return results, caught[0] if caught else None
 
 
-def _start(task: dict[str, Any], index: int, lines: queue.Queue[tuple[int, dict[str, Any] | None]]) -> subprocess.Popen[str]:
+def _start(
+    task: dict[str, Any], index: int, lines: queue.Queue[tuple[int, dict[str, Any] | None]]
+) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": str(task["threads"])}
     process = subprocess.Popen(
         [sys.executable, "-m", "ropelab.worker"],
@@ -95,7 +97,7 @@ def _start(task: dict[str, Any], index: int, lines: queue.Queue[tuple[int, dict[
                 last = json.loads(text)
                 lines.put((index, last))
         if last is None or "progress" in last:
-            lines.put((index, {"error": f"the worker died with status {process.wait()}", "status": 1}))
+            lines.put((index, {"error": f"the worker died with status {process.wait()}"}))
         lines.put((index, None))
 
     threading.Thread(target=read, daemon=True).start()

@@ -66,7 +66,8 @@ class Block(nn.Module):
             k = rotate(k, rotation.cos_k, rotation.sin_k, interleaved=rotation.interleaved)
         # (B, H, T, D) -> (B, T, C)
         x = x + self.attention_out(attend(q, k, v).transpose(1, 2).reshape(batch, length, width))
-        return x + self.mlp_out(F.gelu(self.mlp_in(self.norm_mlp(x))))
+        out: Tensor = x + self.mlp_out(F.gelu(self.mlp_in(self.norm_mlp(x))))
+        return out
 
 
 class Prepared(NamedTuple):
@@ -144,7 +145,8 @@ class GPT(nn.Module):
             x = x + prepared.embedding
         for block in self.blocks:
             x = block(x, prepared.rotation, prepared.attend)
-        return self.norm_out(x)
+        out: Tensor = self.norm_out(x)
+        return out
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (..., C) -> scores of the V - 1 tokens that can be predicted; the separator has none."""

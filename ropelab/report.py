@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ropelab import files
 from ropelab.figures import (
     CAP,
     Line,
@@ -34,7 +35,6 @@ from ropelab.figures import (
     ppl_ticks,
     protocol_facts,
     protocol_words,
-    replace_file,
     styles,
 )
 
@@ -69,10 +69,10 @@ def write_report(
     picture = png(curves(evals, title=title))
     results = _finite({"evals": evals, "verdicts": verdicts})
     page = _page(evals, verdicts, title, notes, manifest, picture)
-    replace_file(folder / "curves.png", picture)
-    replace_file(folder / "results.json", (json.dumps(results, indent=1, ensure_ascii=False) + "\n").encode())
-    replace_file(folder / "results.csv", _csv(evals).encode())
-    replace_file(folder / "report.html", page.encode())
+    files.write(folder / "curves.png", picture)
+    files.write(folder / "results.json", (json.dumps(results, indent=1, ensure_ascii=False) + "\n").encode())
+    files.write(folder / "results.csv", _csv(evals).encode())
+    files.write(folder / "report.html", page.encode())
     return folder / "report.html"
 
 

@@ -1,4 +1,4 @@
-"""One trained model and its folder: identity, manifest, metrics, checkpoints, results. Free of torch until tensors move.
+"""One trained model and its folder: identity, manifest, metrics, checkpoints, results. torch comes in with tensors.
 
     runs/<pos>[-<scaling>]-<data>-s<seed>-<digest8>/
         manifest.json      resolved configuration, digests, versions, device, status: running | done | failed
@@ -15,16 +15,15 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
-import shutil
 import sys
-import uuid
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ropelab import files
 from ropelab.schema import Config
 
 if TYPE_CHECKING:
@@ -35,46 +34,6 @@ NUMERICS_VERSION = 1  # raised when a change of the code changes the numbers of 
 
 class RunError(ValueError):
     """A run that cannot be used: missing, unfinished, locked, or altered."""
-
-
-# --- files ----------------------------------------------------------------------------------------------------------
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: temporary name in the same folder, fsync, rename."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
-
-def write_json(path: Path, data: Any) -> None:
-    write_atomically(path, (json.dumps(data, indent=1, allow_nan=False) + "\n").encode())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def digest_of(data: Any) -> str:
-    """sha256 of plain data, independent of the order of its keys."""
-    return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 # --- identity -------------------------------------------------------------------------------------------------------
@@ -154,7 +113,7 @@ class RunDir:
 
     def update_manifest(self, **fields: Any) -> None:
         current = self.manifest() if self.manifest_path.exists() else {}
-        write_json(self.manifest_path, {**current, **fields})
+        files.write_json(self.manifest_path, {**current, **fields})
 
     def status(self) -> str:
         """done | failed | running | interrupted: `running` with a free lock is a process that died."""
@@ -200,7 +159,7 @@ class RunDir:
     def truncate_metrics(self, step: int) -> None:
         """Drop the lines after `step`: a resumed run writes them again."""
         kept = [line for line in self.metrics() if line["step"] <= step]
-        write_atomically(self.metrics_path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        files.write(self.metrics_path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
     # checkpoints
 
@@ -213,31 +172,23 @@ class RunDir:
         """
         from safetensors.torch import save_file
 
-        folder = self.path / "checkpoints"
-        folder.mkdir(exist_ok=True)
-        temporary = folder / f".{name}.{uuid.uuid4().hex[:8]}"
-        temporary.mkdir()
-        try:
+        final = self.path / "checkpoints" / name
+        with files.new_folder(final) as temporary:
             sums = {}
             for part, content in tensors.items():
                 file = temporary / f"{part}.safetensors"
                 save_file({key: tensor.detach().cpu().contiguous() for key, tensor in content.items()}, file)
                 with file.open("rb") as handle:
                     os.fsync(handle.fileno())
-                sums[file.name] = sha256_of(file)
-            write_json(temporary / "state.json", {**state, "sha256": sums})
-            final = folder / name
+                sums[file.name] = files.sha256_of(file)
+            files.write_json(temporary / "state.json", {**state, "sha256": sums})
             if final.exists():
-                shutil.rmtree(final)
-            temporary.rename(final)
-            _sync_folder(folder)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+                files.discard(final)
+            files.publish(temporary, final)
         if prune and self._intact(final):
             for old in self._step_checkpoints():
                 if old.name < name:
-                    shutil.rmtree(old, ignore_errors=True)
+                    files.discard(old)
 
     def _step_checkpoints(self) -> list[Path]:
         return sorted((self.path / "checkpoints").glob("step-*"))
@@ -246,7 +197,7 @@ class RunDir:
     def _intact(checkpoint: Path) -> bool:
         try:
             state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-            return all(sha256_of(checkpoint / name) == digest for name, digest in state["sha256"].items())
+            return all(files.sha256_of(checkpoint / name) == digest for name, digest in state["sha256"].items())
         except (OSError, ValueError, KeyError, AttributeError):
             return False
 
@@ -284,9 +235,8 @@ def open_runs_dir(path: str) -> Path:
     folder = Path(path).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".write-{uuid.uuid4().hex[:8]}"
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         raise ValueError(
             f"runs_dir={path} cannot be written ({error.strerror}); choose another with runs_dir=FOLDER"

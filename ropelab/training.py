@@ -31,7 +31,7 @@ class NonFiniteLossError(RuntimeError):
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step: its number from 1, mean loss of its batch in nats per token, gradient norm before clipping."""
+    """One optimizer step, counted from 1: mean loss of its batch in nats per token, gradient norm before clipping."""
 
     step: int
     loss: float
@@ -40,7 +40,7 @@ class Step:
 
 
 def lr_at(step: int, config: TrainConfig) -> float:
-    """Learning rate of step 1..steps: linear from 0 over the warm-up, then a cosine to final_lr x lr at the last step."""
+    """Learning rate of step 1..steps: linear over the warm-up, then a cosine to final_lr x lr at the last step."""
     if step <= config.warmup:
         return config.lr * step / config.warmup
     progress = (step - config.warmup) / max(1, config.steps - config.warmup)
@@ -66,7 +66,8 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 def build_optimizer(model: GPT, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW in two groups: weight decay for matrices and the token table; none for positions, norms and scalars."""
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         positional = name.startswith("encoding.")
         (plain if positional or parameter.dim() < 2 else decayed).append(parameter)
@@ -127,7 +128,8 @@ def steps(
         # the mean is over the targets of the whole batch, so that it does not depend on the micro-batch
         scored = (windows[:, 1:] != separator).sum()
         total = torch.zeros((), device=device)
-        for micro in windows.split(config.micro):  # (micro, ctx + 1)
+        for low in range(0, len(windows), config.micro):
+            micro = windows[low : low + config.micro]  # (micro, ctx + 1)
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
                 loss = model.nll(model(micro[:, :-1]), micro[:, 1:]).sum() / scored
             loss.backward()  # type: ignore[no-untyped-call]

@@ -1,7 +1,7 @@
 """A process that trains one run and evaluates it: one JSON task on stdin, JSON lines on stdout.
 
 Lines `{"progress": {...}}` come as the work goes, then one `{"train": ..., "evaluations": [...]}` or
-`{"error": message, "status": exit status}`. Started by `launcher`, one for each run.
+`{"error": message}`. Started by `launcher`, one for each run.
 """
 
 from __future__ import annotations
@@ -68,9 +68,8 @@ def main() -> None:
     try:
         emit(work(task))
     except Exception as error:
-        status = {"Interrupted": 128 + getattr(error, "signum", 2), "NonFiniteLossError": 1}.get(type(error).__name__, 1)
-        emit({"error": str(error) or type(error).__name__, "status": 2 if isinstance(error, ValueError) else status})
-        if type(error).__name__ not in ("Interrupted", "NonFiniteLossError") and not isinstance(error, ValueError):
+        emit({"error": str(error) or type(error).__name__})
+        if not isinstance(error, ValueError) and type(error).__name__ not in ("Interrupted", "NonFiniteLossError"):
             raise
 
 

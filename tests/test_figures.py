@@ -20,7 +20,7 @@ from matplotlib.image import imread
 from matplotlib.text import Text
 from scipy.optimize import minimize
 
-from ropelab import figures
+from ropelab import figures, files
 
 LADDER = (128, 256, 512, 1024)
 
@@ -313,7 +313,7 @@ def test_png_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="no space"):
-        figures.replace_file(path, b"half")
+        files.write(path, b"half")
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["curves.png"]
 

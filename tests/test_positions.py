@@ -176,9 +176,8 @@ def test_partial_rotary_equals_transformers(fraction: float) -> None:
     from transformers import GPTNeoXConfig
     from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding
 
-    config = GPTNeoXConfig(
-        hidden_size=128, num_attention_heads=2, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": fraction}
-    )  # fmt: skip
+    parameters = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": fraction}
+    config = GPTNeoXConfig(hidden_size=128, num_attention_heads=2, rope_parameters=parameters)
     theirs = GPTNeoXRotaryEmbedding(config).inv_freq
     ours, _ = rope(64, 128, fraction=fraction).spectrum(128)
     torch.testing.assert_close(ours.float(), theirs, rtol=1e-6, atol=0)

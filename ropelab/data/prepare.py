@@ -9,7 +9,8 @@ from functools import cache as once
 from pathlib import Path
 from typing import Any
 
-from ropelab.data import cache, overlap
+from ropelab import files
+from ropelab.data import overlap
 from ropelab.data.corpora import Source, find_source, overlapping
 from ropelab.data.documents import Document, Progress, Texts
 from ropelab.data.tokenizers import Bytes, Tokenizer, load_tokenizer, read_gpt2, train_bpe
@@ -43,24 +44,30 @@ def prepare(
     ValueError: names the file and the fix when the text is missing, damaged, or in train and test at once.
     """
     cache_dir = Path(cache_dir).expanduser()
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"cache_dir={cache_dir} cannot be written ({error.strerror}): set it or ROPELAB_CACHE to another folder"
+        ) from None
     source = find_source(config, evaluate_only=evaluate_only)
     texts = once(lambda: source.read(progress))
     facts = _facts(source, config, cache_dir, texts)
     if tokenizer is None:
         tokenizer = _tokenizer(config, cache_dir, facts, texts, progress)
-    folder = cache_dir / "tokens" / cache.digest_of([facts.digest, tokenizer.digest])
+    folder = cache_dir / "tokens" / files.digest_of([facts.digest, tokenizer.digest])
     splits, shingles = load_or_build(folder, tokenizer, lambda: _unchanged(texts(), facts), progress)
     return Corpus(config.name, facts.digest, tokenizer, **splits, details=facts.details, shingles=shingles)
 
 
 def _facts(source: Source, config: DataConfig, cache_dir: Path, texts: Callable[[], Texts]) -> Facts:
-    path = cache_dir / "sources" / f"{cache.digest_of([VERSION, config.name, source.key])}.json"
-    stored = cache.read_json(path)
+    path = cache_dir / "sources" / f"{files.digest_of([VERSION, config.name, source.key])}.json"
+    stored = files.read_json(path)
     try:
         return Facts(**stored)
     except TypeError:  # there is none, or it is damaged
         facts = _read_facts(texts())
-        cache.write_json(path, vars(facts))
+        files.write_json(path, vars(facts))
         return facts
 
 
@@ -72,8 +79,8 @@ def _read_facts(texts: Texts) -> Facts:
     counts = {split: len(documents) for split, documents in texts.splits()}
     sizes = {split: sum(document.n_bytes for document in documents) for split, documents in texts.splits()}
     return Facts(
-        digest=cache.digest_of(rows),
-        train_digest=cache.digest_of([digest for _, _, digest in rows["train"]]),
+        digest=files.digest_of(rows),
+        train_digest=files.digest_of([digest for _, _, digest in rows["train"]]),
         details=texts.details | {"documents": counts, "bytes": sizes},
     )
 
@@ -94,7 +101,7 @@ def _tokenizer(
         return read_gpt2(_gpt2_folder(config))
     if not facts.details["documents"]["train"]:
         raise ValueError(f"data.tokenizer=bpe is trained on training text, which {config.name} has not: use bytes")
-    key = cache.digest_of([facts.train_digest, config.vocab_size])
+    key = files.digest_of([facts.train_digest, config.vocab_size])
     path = cache_dir / "tokenizers" / key / "tokenizer.json"
     try:
         return load_tokenizer(path)

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ropelab.data.cache import digest_of, write_json
 from ropelab.data.documents import Progress
+from ropelab.files import digest_of, write_json
 
 if TYPE_CHECKING:
     import tokenizers

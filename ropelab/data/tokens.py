@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ropelab.data import cache
+from ropelab import files
 from ropelab.data.documents import SPLITS, Document, Progress, Texts
 from ropelab.data.overlap import Shingles
 from ropelab.data.tokenizers import Tokenizer, Tokens
@@ -79,11 +79,11 @@ def load_or_build(
                 return _load(folder, tokenizer)
             except (OSError, ValueError, KeyError, TypeError) as error:
                 _log.warning("the token cache %s is damaged (%s): it is built again", folder, error)
-                cache.discard(folder)
-        with cache.new_folder(folder) as temporary:
+                files.discard(folder)
+        with files.new_folder(folder) as temporary:
             _build(temporary, tokenizer, texts(), progress)
             # where another process was first, its folder is loaded: the contents are the same
-            cache.publish(temporary, folder)
+            files.publish(temporary, folder)
     return _load(folder, tokenizer)
 
 
@@ -117,7 +117,7 @@ def _build(folder: Path, tokenizer: Tokenizer, texts: Texts, progress: Progress 
     index["shingles"] = _write(folder / "shingles.bin", [texts.shingles.hashes.astype("<u8")]) | {
         "modulus": texts.shingles.modulus
     }
-    cache.write_json(folder / "index.json", index)
+    files.write_json(folder / "index.json", index)
     if progress:
         progress("tokenising", total, total)
 
@@ -145,13 +145,13 @@ def _write(path: Path, arrays: Iterable[NDArray[Any]]) -> dict[str, Any]:
             digest.update(data)
             file.write(data)
         file.flush()
-        cache.sync(file.fileno())
+        os.fsync(file.fileno())
     state = path.stat()
     return {"size": state.st_size, "mtime_ns": state.st_mtime_ns, "sha256": digest.hexdigest()}
 
 
 def _load(folder: Path, tokenizer: Tokenizer) -> tuple[dict[str, Split], Shingles]:
-    index = cache.read_json(folder / "index.json")
+    index = files.read_json(folder / "index.json")
     if not isinstance(index, dict) or index.get("format") != FORMAT or index["dtype"] != tokenizer.dtype.str:
         raise ValueError("its index.json is missing, cut short or of another version")
     splits = {}

@@ -24,7 +24,7 @@ Spectrum = tuple[Tensor, float]
 
 
 def linear(inv_freq: Tensor, *, base: float, ctx: int, original_ctx: int, factor: float) -> Spectrum:
-    """Position interpolation: positions, hence frequencies, divided by s. Chen et al. 2023 (2306.15595), section 2.3."""
+    """Position interpolation: positions, hence frequencies, divided by s. Chen et al. (2306.15595), section 2.3."""
     return inv_freq / factor, 1.0
 
 
@@ -35,7 +35,7 @@ def _ntk_spectrum(inv_freq: Tensor, base: float, stretch: float) -> Tensor:
         raise ValueError("NTK scaling needs at least two rotary pairs: a rotated dimension of 4 or more")
     new_base = base * stretch ** (2 * pairs / (2 * pairs - 2))
     exponents = torch.arange(pairs, dtype=torch.float64) / pairs
-    return new_base**-exponents
+    return torch.pow(new_base, -exponents)
 
 
 def ntk(inv_freq: Tensor, *, base: float, ctx: int, original_ctx: int, factor: float) -> Spectrum:

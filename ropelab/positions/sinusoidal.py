@@ -22,8 +22,9 @@ def _check(d_model: int, base: float) -> None:
 class Sinusoidal(PositionEncoding):
     """Vaswani et al. 2017 (1706.03762), section 3.5: table[p, 2i] = sin(p base^(-2i/C)), table[p, 2i+1] = cos(...).
 
-    The table is scaled to the root mean square of freshly drawn token embeddings (0.02) and then by one learned gain,
-    1 at first: with the bare table (0.71) against tokens of 0.02 the text would be drowned at the start of training.
+    The table is multiplied by one learned scalar, which starts where its rows have the root mean square of freshly
+    drawn token embeddings (0.02): with the bare table (0.71) the text would be drowned at the start of training. The
+    scalar is trained in the units of an embedding, so that it can grow as fast as the tokens do.
     """
 
     def __init__(self, geometry: Geometry, *, base: float) -> None:
@@ -31,7 +32,7 @@ class Sinusoidal(PositionEncoding):
         _check(geometry.d_model, base)
         self.d_model = geometry.d_model
         self.base = base
-        self.gain = nn.Parameter(torch.ones(()))
+        self.scale = nn.Parameter(torch.tensor(self.token_std(geometry.d_model) / RMS_OF_TABLE))
 
     def table(self, positions: Tensor) -> Tensor:
         """The bare table, (T, C) fp32; angles in fp64."""
@@ -41,8 +42,7 @@ class Sinusoidal(PositionEncoding):
         return torch.stack((angles.sin(), angles.cos()), dim=-1).reshape(len(positions), self.d_model).float()
 
     def forward(self, positions: Tensor, *, ctx: int) -> Positions:
-        scale = self.token_std(self.d_model) / RMS_OF_TABLE
-        return Positions(embedding=self.table(positions).to(self.gain.device) * (scale * self.gain))
+        return Positions(embedding=self.table(positions).to(self.scale.device) * self.scale)
 
 
 class SinusoidalFairseq(PositionEncoding):

@@ -1,4 +1,4 @@
-"""Files of the cache: written to a temporary name, synced, renamed, so that a name in the cache is a whole file."""
+"""Files that are whole or not there: written under a temporary name, synced, renamed. And digests of content."""
 
 from __future__ import annotations
 
@@ -14,48 +14,51 @@ from typing import Any
 
 
 def digest_of(value: Any) -> str:
-    """sha256 of a JSON value in its one canonical form."""
+    """sha256 of a JSON value in its one canonical form, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+def sha256_of(path: Path) -> str:
+    """sha256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def read_json(path: Path) -> Any:
-    """The value in a file of the cache, or None when there is none or it is damaged."""
+    """The value in a JSON file, or None when there is none or it is damaged."""
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError):
         return None
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file as a whole."""
-    make_folder(path.parent)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+def write(path: Path, content: bytes) -> None:
+    """Write a file; a reader sees the old one or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = Path(name)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(value, file, ensure_ascii=False)
-            sync(file.fileno())
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())  # mkstemp is private; this is an ordinary file
+        temporary.replace(path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
 
 
-def make_folder(path: Path) -> None:
-    """Create a folder of the cache; ValueError where that is not allowed."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(
-            f"cache_dir cannot be written ({path}: {error.strerror}): set cache_dir or ROPELAB_CACHE to another folder"
-        ) from None
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file as a whole. `ValueError` for a number that is not finite: JSON has none."""
+    write(path, (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
 @contextlib.contextmanager
 def new_folder(final: Path) -> Iterator[Path]:
     """A temporary folder beside `final` to write files into, removed at the end if it was not published."""
-    make_folder(final.parent)
+    final.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{final.name[:16]}-", dir=final.parent))
     try:
         yield temporary
@@ -65,7 +68,7 @@ def new_folder(final: Path) -> Iterator[Path]:
 
 def publish(temporary: Path, final: Path) -> bool:
     """Rename a finished folder to its place; False when another process was first (its folder stays)."""
-    temporary.chmod(0o755)
+    temporary.chmod(0o777 & ~_umask())
     sync_folder(temporary)
     try:
         temporary.rename(final)
@@ -78,14 +81,9 @@ def publish(temporary: Path, final: Path) -> bool:
 
 
 def discard(folder: Path) -> None:
-    """Remove a damaged folder: renamed first, so that its name never stands for half of it."""
+    """Remove a folder: renamed first, so that its name never stands for half of it."""
     with new_folder(folder) as temporary, contextlib.suppress(FileNotFoundError):
-        folder.rename(temporary / "damaged")
-
-
-def sync(handle: int) -> None:
-    """Have a file's contents on the disk before it is renamed."""
-    os.fsync(handle)
+        folder.rename(temporary / "discarded")
 
 
 def sync_folder(folder: Path) -> None:
@@ -95,3 +93,9 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,47 @@
+# `make demo` and `make test` need nothing but Python 3.11 or newer; everything lands in .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+.PHONY: help demo test setup check fix bench clean
+
+help:
+	@echo "make demo    set up and run the main job: report in demo/report.html"
+	@echo "make test    set up and run the tests"
+	@echo "make setup   set up only      make check   ruff and mypy      make fix   let ruff repair"
+	@echo "make bench   time training and evaluation"
+
+# torch comes first and alone: the pin selects one build, and nothing later replaces it
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("ropelab needs Python 3.11 or newer: make PYTHON=python3.11") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+.venv/installed-dev: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+setup: .venv/installed-dev
+
+demo: .venv/installed
+	$(BIN)/ropelab demo
+
+test: setup
+	$(BIN)/python -m pytest -q
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+fix: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup
+	$(BIN)/ropelab bench train
+	$(BIN)/ropelab bench eval
+	$(BIN)/ropelab bench attention
+
+clean:
+	rm -rf .venv demo dist build *.egg-info

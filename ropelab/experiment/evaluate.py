@@ -1,0 +1,304 @@
+"""From a trained run to perplexities."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ropelab import config as configs
+from ropelab import data, files, runs, stats
+from ropelab.evaluation import ladder, lay_out, position_curve, score, target_documents, target_tokens
+from ropelab.experiment.devices import DTYPE_NAMES, device_name, resolve_device
+from ropelab.experiment.train import Progress, build_model, silent
+from ropelab.model import GPT
+from ropelab.positions import SCALINGS, Geometry, PositionEncoding, build, resolve_factor
+from ropelab.runs import RunDir, RunError
+from ropelab.schema import Config, ContextLengthError, DataConfig, EvalConfig, Method
+from ropelab.training import resolve_dtype
+
+NO_SCALING = Method("none", {})
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluated:
+    """One evaluation: the `eval` object of the JSON contract, and the losses it was computed from."""
+
+    result: dict[str, Any]
+    losses_path: Path
+
+    def document_means(self, ctx: int) -> dict[str, float]:
+        """Mean loss in nats of every document at one ctx, by the digest of its text."""
+        tensors = runs.load_tensors(self.losses_path)
+        losses = tensors[f"nll.{ctx}"].double().numpy()
+        document = tensors[f"document.{ctx}"].numpy()
+        sums = np.bincount(document, losses)
+        counts = np.bincount(document)
+        return dict(zip(self.result["protocol"]["document_digests"], (sums / counts).tolist(), strict=True))
+
+
+def evaluate(
+    run: RunDir,
+    config: EvalConfig,
+    *,
+    scaling: Method | None = None,
+    other_text: DataConfig | None = None,
+    device: str = "auto",
+    cache_dir: str,
+    progress: Progress = silent,
+) -> Evaluated:
+    """Perplexity of a finished run over a ladder of contexts, under one protocol and one scaling.
+
+    `scaling` replaces the trained one (`none` removes it; None keeps it); `other_text` is scored instead of the run's
+    own test split, with the run's tokeniser. An evaluation that the run folder holds already is read, not repeated.
+    `ValueError` for what cannot be evaluated; a length at which the encoding is undefined is a row that says so.
+    """
+    weights = run.load_weights()
+    manifest = run.manifest()
+    trained = configs.from_dict(manifest["config"])
+    kept = scaling is None
+    scaling = trained.scaling if scaling is None else scaling
+    contexts = ladder(config.ctx, trained.train.ctx)
+    target = resolve_device(device)
+    geometry = Geometry(trained.model.d_model, trained.model.n_head, trained.train.ctx)
+    per_row = scaling.parameters.get("factor") == "auto-row"
+    methods = {
+        ctx: resolve_factor(scaling, longest=ctx if per_row else max(contexts), train_ctx=trained.train.ctx)
+        for ctx in contexts
+    }
+    encodings = {ctx: build(trained.pos, method, geometry) for ctx, method in methods.items()}
+
+    tokenizer = data.load_tokenizer(run.tokenizer_path)
+    split, corpus_digest, corpus_name = _evaluation_split(
+        manifest, trained, other_text, config.split, tokenizer, cache_dir, progress
+    )
+    lengths = [len(split.document(i)) for i in range(len(split))]
+    layout = lay_out(lengths, contexts, config)
+    documents = [split.document(i) for i in layout.documents]
+    dtype = resolve_dtype(config.dtype, target)
+    question = {
+        "numerics": runs.NUMERICS_VERSION,
+        "scaling": {str(ctx): {"name": m.name, **m.parameters} for ctx, m in methods.items()},
+        "window": config.window,
+        "protocol": [layout.protocol, layout.contexts, layout.span, layout.scored, layout.documents, layout.units],
+        "text": [corpus_digest, config.split],
+        "tokenizer": tokenizer.digest,
+        "dtype": DTYPE_NAMES[dtype],
+    }
+    name = files.digest_of(question)[:16]
+    result_path, losses_path = run.results / f"{name}.json", run.results / f"{name}.safetensors"
+    if result_path.exists() and losses_path.exists():
+        return Evaluated(json.loads(result_path.read_text(encoding="utf-8")), losses_path)
+
+    model = build_model(trained, tokenizer.n_vocab, scaling=NO_SCALING)
+    model.load_state_dict(weights, strict=True)
+    model.to(target).eval()
+    digests = [split.digests[i] for i in layout.documents]
+    authors = [split.authors[i] for i in layout.documents]
+    rows: list[dict[str, Any]] = []
+    tensors: dict[str, Tensor] = {}
+    curve = None
+    total = sum(len(layout.windows(ctx).start) * ctx for ctx in contexts)
+    done = 0
+
+    def advance(tokens: int) -> None:
+        nonlocal done
+        done += tokens
+        progress("evaluate", done, total, run=run.name)
+
+    shared: NDArray[np.float32] | None = None
+    for ctx in reversed(contexts):
+        factor = methods[ctx].parameters.get("factor")
+        windows = layout.windows(ctx)
+        if encodings[ctx].rotary:
+            model.encoding = encodings[ctx]  # parameter-free: the weights stay as they were loaded
+        try:
+            spectrum = _spectrum_digest(model.encoding, ctx)
+        except ContextLengthError as error:
+            rows.append(_undefined(ctx, factor, str(error)))
+            continue
+        _check_applied(methods[ctx], trained, geometry, ctx, spectrum)
+        if layout.protocol == "prefix" and shared is not None and not model.encoding.length_dependent and not per_row:
+            # scores at a position do not depend on what follows, so the longest pass holds every shorter one
+            losses = shared.reshape(len(windows.start), -1)[:, :ctx].reshape(-1)
+            advance(len(windows.start) * ctx)
+        else:
+            scorer = scorer_of(model, window=config.window, dtype=dtype)
+            losses = score(windows, documents, scorer, batch_tokens=_batch_tokens(target), progress=advance)
+            shared = losses if shared is None else shared
+        tokens = target_tokens(windows, documents)
+        owner = target_documents(windows)
+        rows.append(
+            {
+                "ctx": ctx,
+                "factor": factor,
+                **_figures(losses, tokenizer.byte_lengths[tokens], owner, authors, max(contexts)),
+                "documents": len(documents),
+                "context_min": ctx - windows.scored + 1,
+                "context_mean": ctx - (windows.scored - 1) / 2,
+                "spectrum_digest": spectrum[:16],
+                "targets_digest": layout.targets_digest(split.digests, ctx)[:16],
+            }
+        )
+        tensors[f"nll.{ctx}"] = torch.from_numpy(losses)
+        tensors[f"document.{ctx}"] = torch.from_numpy(owner)
+        curve = {"ctx": ctx, **position_curve(losses, windows)} if curve is None else curve
+    rows.reverse()
+    if layout.protocol == "last":
+        at_train = next((row for row in rows if row["ctx"] == trained.train.ctx and row["status"] == "ok"), None)
+        for row in rows:
+            if at_train is not None and row["status"] == "ok":
+                row["context_gain"] = at_train["nll"] - row["nll"]
+    result = {
+        "run": run.name,
+        "pos": trained.pos.name,
+        "scaling": scaling.name,
+        "factor": None if per_row else methods[max(contexts)].parameters.get("factor"),
+        "kept_scaling": kept and scaling.name != "none",
+        "train_ctx": trained.train.ctx,
+        "seed": trained.seed,
+        "data": corpus_name,
+        "window": config.window,
+        "device": device_name(target),
+        "protocol": {
+            "name": layout.protocol,
+            "stride": config.stride if layout.protocol == "sliding" else None,
+            "last": config.last if layout.protocol == "last" else None,
+            "span": layout.span,
+            "tokens": config.tokens,
+            "max_ctx": config.max_ctx,
+            "split": config.split,
+            "documents": len(documents),
+            "left_out": layout.left_out,
+            "unused": layout.unused,
+            "bos": None,
+            "targets_digest": next((row["targets_digest"] for row in reversed(rows) if row["status"] == "ok"), None)
+            if layout.protocol != "prefix"
+            else None,
+            "document_digests": digests,
+            "authors": authors,
+            "data_digest": corpus_digest[:16],
+            "tokenizer": tokenizer.name,
+            "dtype": DTYPE_NAMES[dtype],
+        },
+        "rows": rows,
+        "position_curve": curve,
+    }
+    run.results.mkdir(exist_ok=True)
+    if tensors:
+        from safetensors.torch import save
+
+        files.write(losses_path, save({key: value.contiguous() for key, value in tensors.items()}))
+        files.write_json(result_path, result)
+    return Evaluated(result, losses_path)
+
+
+def _evaluation_split(
+    manifest: dict[str, Any],
+    trained: Config,
+    other_text: DataConfig | None,
+    which: str,
+    tokenizer: data.Tokenizer,
+    cache_dir: str,
+    progress: Progress,
+) -> tuple[data.Split, str, str]:
+    """The documents to score, the digest of their corpus and its name. `RunError` when the run's own text changed."""
+    cache = Path(cache_dir).expanduser()
+    own = data.prepare(trained.data, cache_dir=cache, tokenizer=tokenizer, progress=progress)
+    if own.digest != manifest["corpus"]["digest"]:
+        raise RunError(
+            f"the text of data={trained.data.name} is not the one that {manifest['run']} was trained on; restore it"
+        )
+    if other_text is None:
+        return (own.test if which == "test" else own.validation), own.digest, own.name
+    if which != "test":
+        raise ValueError(f"eval.split={which} belongs to the run's own text; other text is all test")
+    other = data.prepare(other_text, cache_dir=cache, evaluate_only=True, tokenizer=tokenizer, progress=progress)
+    data.check_overlap(own, other)
+    return other.test, other.digest, other.name
+
+
+def _batch_tokens(device: torch.device) -> int:
+    """Tokens of one forward pass: enough to fill the device, little enough to stay in cache on a CPU."""
+    return 4096 if device.type == "cpu" else 131072
+
+
+def scorer_of(model: GPT, *, window: int | None, dtype: torch.dtype) -> Callable[..., NDArray[np.float32]]:
+    device = model.tokens.weight.device
+    rows = max(1, 2**24 // model.tokens.num_embeddings)  # targets whose logits are held at once
+
+    @torch.no_grad()
+    def scorer(inputs: NDArray[np.int64], targets: NDArray[np.int64]) -> NDArray[np.float32]:
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            hidden = model(torch.from_numpy(inputs).to(device), window=window)  # (B, ctx, C)
+            scored = hidden[:, -targets.shape[1] :].flatten(0, 1)  # (B x scored, C)
+            wanted = torch.from_numpy(targets).to(device).flatten()  # (B x scored,)
+            parts = [
+                model.nll(scored[low : low + rows], wanted[low : low + rows]) for low in range(0, len(wanted), rows)
+            ]
+        losses: NDArray[np.float32] = torch.cat(parts).float().cpu().numpy()
+        return losses.reshape(targets.shape)
+
+    return scorer
+
+
+def _figures(
+    losses: NDArray[np.float32],
+    byte_lengths: NDArray[np.int64],
+    owner: NDArray[np.int64],
+    authors: list[str | None],
+    ctx: int,
+) -> dict[str, Any]:
+    """Perplexity and its kin from the losses of one row: sums in fp64, one division."""
+    exact = losses.astype(np.float64)
+    nll = float(exact.sum() / len(exact))
+    by_document = np.split(exact, np.flatnonzero(np.diff(owner)) + 1)
+    interval = stats.row_interval(by_document, max_ctx=ctx, authors=authors)
+    finite = math.isfinite(nll)
+    return {
+        "ppl": math.exp(nll) if finite and nll < 700 else None,
+        "nll": nll if finite else None,
+        "bits_per_byte": float(exact.sum() / (math.log(2) * byte_lengths.sum())) if finite else None,
+        "tokens": len(exact),
+        "ci95": None if interval is None else [x if math.isfinite(x) else None for x in (interval.lo, interval.hi)],
+        "unit": None if interval is None else interval.unit,
+        "status": "ok" if finite else "non-finite",
+    }
+
+
+def _undefined(ctx: int, factor: float | None, reason: str) -> dict[str, Any]:
+    empty = dict.fromkeys(("ppl", "nll", "bits_per_byte", "ci95", "unit"))
+    return {"ctx": ctx, "factor": factor, **empty, "tokens": 0, "documents": 0, "status": "undefined", "reason": reason}
+
+
+def _spectrum_digest(encoding: PositionEncoding, ctx: int) -> str:
+    """sha256 of all that an encoding says at a length: two evaluations with equal digests had equal positions."""
+    with torch.no_grad():
+        record = encoding(torch.arange(ctx, device=next((p.device for p in encoding.parameters()), None)), ctx=ctx)
+    hasher = hashlib.sha256()
+    for part in (record.embedding, record.bias, *(record.rotation or ())):
+        if isinstance(part, Tensor):
+            hasher.update(part.cpu().contiguous().numpy().tobytes())
+    return hasher.hexdigest()
+
+
+def _check_applied(method: Method, trained: Config, geometry: Geometry, ctx: int, digest: str) -> None:
+    """A scaling that was asked for must have changed the spectrum, where it is not the identity by definition."""
+    if method.name == "none":
+        return
+    original_ctx = method.parameters["original_ctx"] or geometry.ctx
+    identical = ctx <= original_ctx if SCALINGS[method.name].length_dependent else method.parameters["factor"] == 1
+    plain = _spectrum_digest(build(trained.pos, NO_SCALING, geometry), ctx)
+    if (digest == plain) != identical:
+        raise RuntimeError(
+            f"scaling={method.name} left the spectrum {'unchanged' if not identical else 'changed'} at {ctx}"
+        )
