@@ -48,15 +48,16 @@ def build(pos: Method, scaling: Method, geometry: Geometry) -> PositionEncoding:
 
 
 def resolve_factor(scaling: Method, *, longest: int, train_ctx: int) -> Method:
-    """`scaling` with `factor: auto` replaced by a number.
+    """`scaling` with a factor of `auto` or `auto-row` replaced by a number.
 
-    auto is the smallest power of two that covers `longest` (published curves hold one factor along a curve); for
-    a dynamic method it is 1, which is transformers' s = max(1, ctx/original_ctx).
+    That is the smallest power of two that covers `longest`: for `auto` the longest ctx of the ladder (published curves
+    hold one factor along a curve), for `auto-row` the row's own. For a dynamic method it is 1, which is transformers'
+    s = max(1, ctx/original_ctx).
     """
     if scaling.name == "none":
         return scaling
     factor = scaling.parameters["factor"]
-    if factor == "auto":
+    if factor in ("auto", "auto-row"):
         original_ctx = scaling.parameters["original_ctx"] or train_ctx
         factor = 1.0
         while not SCALINGS[scaling.name].length_dependent and factor * original_ctx < longest:
