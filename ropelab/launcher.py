@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 Progress = Callable[..., None]
+Lines = queue.SimpleQueue[tuple[int, dict[str, Any] | None] | None]
+"""(task, line) as a worker writes it; (task, None) when it has ended; None when a signal came."""
 
 
 def cores() -> int:
@@ -24,7 +26,7 @@ def cores() -> int:
 def share_threads(n_tasks: int, slots: int) -> list[int]:
     """Threads of each task: those that do not fill a wave of `slots` come first and share all cores between them."""
     odd = n_tasks % slots
-    return [slots // odd] * odd + [1] * (n_tasks - odd)
+    return [slots // odd if index < odd else 1 for index in range(n_tasks)]
 
 
 def run_side_by_side(
@@ -37,18 +39,17 @@ def run_side_by_side(
     """
     threads = share_threads(len(tasks), slots)
     results: list[dict[str, Any]] = [{"error": "not started"}] * len(tasks)
-    lines: queue.Queue[tuple[int, dict[str, Any] | None]] = queue.Queue()
+    lines: Lines = queue.SimpleQueue()
     running: dict[int, subprocess.Popen[str]] = {}
     waiting = list(range(len(tasks)))
     caught: list[int] = []
+    forwarded = 0
 
-    def forward(signum: int, frame: object) -> None:
+    def note(signum: int, frame: object) -> None:
         caught.append(signum)
-        for process in running.values():
-            with contextlib.suppress(ProcessLookupError):
-                process.send_signal(signum)
+        lines.put(None)  # wakes the loop, which forwards it: here a worker could be half started
 
-    before = {signum: signal.signal(signum, forward) for signum in (signal.SIGINT, signal.SIGTERM)}
+    before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
         while running or (waiting and not caught):
             while waiting and not caught:
@@ -57,7 +58,14 @@ def run_side_by_side(
                     break
                 index = waiting.pop(0)
                 running[index] = _start({**tasks[index], "threads": threads[index]}, index, lines)
-            index, line = lines.get()
+            for signum in caught[forwarded:]:
+                forwarded += 1
+                for process in running.values():
+                    process.send_signal(signum)  # nothing to one that has ended
+            item = lines.get()
+            if item is None:
+                continue
+            index, line = item
             if line is None:
                 running.pop(index).wait()
             elif "progress" in line:
@@ -73,9 +81,7 @@ def run_side_by_side(
     return results, caught[0] if caught else None
 
 
-def _start(
-    task: dict[str, Any], index: int, lines: queue.Queue[tuple[int, dict[str, Any] | None]]
-) -> subprocess.Popen[str]:
+def _start(task: dict[str, Any], index: int, lines: Lines) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": str(task["threads"])}
     process = subprocess.Popen(
         [sys.executable, "-m", "ropelab.worker"],
@@ -83,11 +89,12 @@ def _start(
         stdout=subprocess.PIPE,
         text=True,
         env=environment,
-        start_new_session=True,  # a Ctrl-C reaches the workers through `forward` only, once
+        start_new_session=True,  # a Ctrl-C reaches the workers through us only, once
     )
     assert process.stdin is not None
-    json.dump(task, process.stdin)
-    process.stdin.close()
+    with contextlib.suppress(BrokenPipeError):  # it died already; its missing last line will say so
+        json.dump(task, process.stdin)
+        process.stdin.close()
 
     def read() -> None:
         assert process.stdout is not None

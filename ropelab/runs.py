@@ -4,7 +4,8 @@
         manifest.json      resolved configuration, digests, versions, device, status: running | done | failed
         metrics.jsonl      one line a logged step, append-only
         tokenizer.json     the run's own copy
-        checkpoints/       step-00001000/{model,optimizer}.safetensors, state.json with their sha256
+        checkpoints/       step-00001000/{model,optimizer}.safetensors, state.json with their sha256: the newest two,
+                           of a finished run the last; keep-0.2500/model.safetensors where train.keep asked for it
         results/           evaluations: <digest>.json and its per-token losses <digest>.safetensors
 
 Files are written under a temporary name, synced and renamed. Nothing here is a pickle: a stranger's run folder cannot
@@ -14,11 +15,14 @@ execute code.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
+import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -134,10 +138,16 @@ class RunDir:
     def locked(self) -> Iterator[None]:
         """Hold the run for one writer; a dead process does not keep it. `RunError` when another one holds it."""
         with (self.path / "lock").open("a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise RunError(f"{self.name} is being written by another process; wait for it or stop it") from None
+            for pause in (0.05, 0.1, 0.2, None):  # `status` of another process holds it for a moment
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if pause is None:
+                        raise RunError(
+                            f"{self.name} is being written by another process; wait for it or stop it"
+                        ) from None
+                    time.sleep(pause)
             yield
 
     # metrics
@@ -151,33 +161,64 @@ class RunDir:
         if not self.metrics_path.exists():
             return []
         lines = []
-        for text in self.metrics_path.read_text(encoding="utf-8").splitlines():
+        for text in self.metrics_path.read_text(encoding="utf-8", errors="replace").splitlines():
             with contextlib.suppress(ValueError):  # a line cut short by a kill
                 lines.append(json.loads(text))
         return lines
 
-    def truncate_metrics(self, step: int) -> None:
-        """Drop the lines after `step`: a resumed run writes them again."""
+    def rewind(self, step: int) -> None:
+        """Drop the metrics and checkpoints after `step`, which a resumed run writes again, and what kills left over.
+
+        The checkpoints after the one that is gone on from are damaged: they must not count as earlier ones later.
+        """
         kept = [line for line in self.metrics() if line["step"] <= step]
         files.write(self.metrics_path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        for checkpoint in self._step_checkpoints():
+            if checkpoint.name > _step_name(step):
+                files.discard(checkpoint)
+        for leftover in (self.path / "checkpoints").glob(".*"):  # temporary folders of killed processes
+            shutil.rmtree(leftover)
+        for leftover in self.path.glob(".*.json*.*"):
+            leftover.unlink()
 
     # checkpoints
 
-    def save_checkpoint(
-        self, name: str, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], *, prune: bool
+    def save_step(
+        self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], *, last: bool
     ) -> None:
-        """Write `checkpoints/<name>/` with one safetensors file per entry of `tensors` and state.json.
+        """Write the checkpoint of a step, from which training can go on: `checkpoints/step-<step>/`.
 
-        Earlier step checkpoints are removed only after the new one has been read back and its checksums hold.
+        It is read back, and only when its checksums hold are earlier ones removed: all at the `last` step, before
+        that all but the one before. `OSError` when it cannot be written or read back; the earlier ones are there.
         """
+        if self.metrics_path.exists():  # a checkpoint on the disk never has fewer metrics beside it than steps
+            with self.metrics_path.open("rb") as file:
+                os.fsync(file.fileno())
+        final = self.path / "checkpoints" / _step_name(step)
+        self._save(final, tensors, {"step": step, **state})
+        if not self._intact(final):
+            raise OSError(errno.EIO, "the checkpoint reads back altered", str(final))
+        earlier = [old for old in self._step_checkpoints() if old.name < final.name]
+        for old in earlier if last else earlier[:-1]:
+            files.discard(old)
+
+    def save_kept(self, fraction: float, step: int, model: Mapping[str, Tensor]) -> None:
+        """Write the weights at a fraction of the training, which stay: `checkpoints/keep-<fraction>/`."""
+        self._save(self.path / "checkpoints" / f"keep-{fraction:.4f}", {"model": model}, {"step": step})
+
+    def _save(self, final: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
+        """Write a folder with one safetensors file per entry of `tensors`, and state.json with their sha256."""
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
-        final = self.path / "checkpoints" / name
         with files.new_folder(final) as temporary:
             sums = {}
             for part, content in tensors.items():
                 file = temporary / f"{part}.safetensors"
-                save_file({key: tensor.detach().cpu().contiguous() for key, tensor in content.items()}, file)
+                try:
+                    save_file({key: tensor.detach().cpu().contiguous() for key, tensor in content.items()}, file)
+                except SafetensorError as error:  # how safetensors reports a full disk
+                    raise OSError(f"{final} cannot be written: {error}") from None
                 with file.open("rb") as handle:
                     os.fsync(handle.fileno())
                 sums[file.name] = files.sha256_of(file)
@@ -185,10 +226,6 @@ class RunDir:
             if final.exists():
                 files.discard(final)
             files.publish(temporary, final)
-        if prune and self._intact(final):
-            for old in self._step_checkpoints():
-                if old.name < name:
-                    files.discard(old)
 
     def _step_checkpoints(self) -> list[Path]:
         return sorted((self.path / "checkpoints").glob("step-*"))
@@ -202,23 +239,50 @@ class RunDir:
             return False
 
     def latest_checkpoint(self) -> Path | None:
-        """The newest step checkpoint whose checksums hold; a damaged one is named on stderr and passed over."""
+        """The newest step checkpoint whose checksums hold; damaged ones are named on stderr and passed over."""
+        damaged: list[str] = []
+        found = None
         for checkpoint in reversed(self._step_checkpoints()):
             if self._intact(checkpoint):
-                return checkpoint
-            print(f"ropelab: {checkpoint} is truncated or altered; using the one before it", file=sys.stderr)
-        return None
+                found = checkpoint
+                break
+            damaged.append(checkpoint.name)
+        if damaged:
+            instead = f"goes on from {found.name}" if found else "starts again at step 0: there is no earlier one"
+            print(
+                f"ropelab: {self.name}: {', '.join(damaged)} is truncated or altered; training {instead}",
+                file=sys.stderr,
+            )
+        return found
+
+    def is_done(self) -> bool:
+        """Is the run finished, and does it have the weights it ended with? Missing ones are named on stderr."""
+        if not self.manifest_path.exists():
+            return False
+        manifest = self.manifest()
+        if manifest.get("status") != "done":
+            return False
+        if self._intact(self._last_checkpoint(manifest)):
+            return True
+        print(f"ropelab: {self.name} is finished, but its weights are damaged or gone: training it", file=sys.stderr)
+        return False
+
+    def _last_checkpoint(self, manifest: Mapping[str, Any]) -> Path:
+        return self.path / "checkpoints" / _step_name(manifest["config"]["train"]["steps"])
 
     def load_weights(self) -> dict[str, Tensor]:
         """The finished run's weights. `RunError` when the run is unfinished or its checkpoint is damaged."""
         manifest = self.manifest()
         if manifest.get("status") != "done":
             raise RunError(f"{self.name} is {self.status()}, not done; finish it with `ropelab train` first")
-        name = f"step-{manifest['config']['train']['steps']:08d}"
-        checkpoint = self.path / "checkpoints" / name
+        checkpoint = self._last_checkpoint(manifest)
         if not self._intact(checkpoint):
             raise RunError(f"{checkpoint} is truncated, altered or missing; train the run again")
         return load_tensors(checkpoint / "model.safetensors")
+
+
+def _step_name(step: int) -> str:
+    return f"step-{step:08d}"
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

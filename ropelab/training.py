@@ -22,10 +22,10 @@ BETAS = (0.9, 0.95)
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss became NaN or infinite; `step` is the step whose batch did it."""
+    """The loss or its gradient became NaN or infinite; `step` is the step whose batch did it."""
 
-    def __init__(self, step: int, loss: float) -> None:
-        super().__init__(f"the loss became {loss} at step {step}; lower train.lr or use train.dtype=fp32")
+    def __init__(self, step: int, what: str, value: float) -> None:
+        super().__init__(f"the {what} became {value} at step {step}; lower train.lr or use train.dtype=fp32")
         self.step = step
 
 
@@ -136,11 +136,11 @@ def steps(
             total += loss.detach()
         value = float(total)
         if not math.isfinite(value):
-            raise NonFiniteLossError(step, value)
+            raise NonFiniteLossError(step, "loss", value)
         limit = config.grad_clip if config.grad_clip is not None else math.inf
         norm = float(nn.utils.clip_grad_norm_(model.parameters(), limit))
         if not math.isfinite(norm):
-            raise NonFiniteLossError(step, norm)
+            raise NonFiniteLossError(step, "norm of the gradient", norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         yield Step(step, value, lr, norm)
@@ -156,6 +156,6 @@ def validation_nll(model: GPT, windows: NDArray[np.int64], *, dtype: torch.dtype
         part = to_device(windows[low : low + batch], device)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
             losses = model.nll(model(part[:, :-1]), part[:, 1:])
-        total += float(losses.double().sum())
+        total += float(losses.cpu().double().sum())  # MPS has no fp64
         count += int((part[:, 1:] != separator).sum())
     return total / count

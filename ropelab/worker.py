@@ -67,10 +67,13 @@ def main() -> None:
     task = json.load(sys.stdin)
     try:
         emit(work(task))
+    except KeyboardInterrupt:  # outside the training, which saves and says where
+        emit({"error": "interrupted"})
     except Exception as error:
         emit({"error": str(error) or type(error).__name__})
-        if not isinstance(error, ValueError) and type(error).__name__ not in ("Interrupted", "NonFiniteLossError"):
-            raise
+        expected = isinstance(error, ValueError | OSError)
+        if not expected and type(error).__name__ not in ("Interrupted", "NonFiniteLossError"):
+            raise  # our own bug: with its traceback
 
 
 if __name__ == "__main__":

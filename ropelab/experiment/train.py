@@ -9,7 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,7 +24,7 @@ from ropelab.experiment.devices import DTYPE_NAMES, device_name, environment, re
 from ropelab.model import GPT
 from ropelab.positions import SCALINGS, Geometry, build
 from ropelab.runs import RunDir
-from ropelab.schema import Config, Method
+from ropelab.schema import Config, Method, TrainConfig
 from ropelab.tracking import Tracker
 from ropelab.training import (
     NonFiniteLossError,
@@ -74,6 +74,20 @@ def training_scaling(config: Config) -> Method:
     return Method(scaling.name, {**scaling.parameters, "factor": float(factor)})
 
 
+def kept_steps(config: TrainConfig) -> dict[int, float]:
+    """The steps after which weights are kept, with their fraction of the training.
+
+    `ValueError` for a fraction that comes before the first step.
+    """
+    for fraction in config.keep:
+        if round(fraction * config.steps) < 1:
+            raise ValueError(
+                f"train.keep={fraction:g} comes before the first of train.steps={config.steps} steps; "
+                f"use at least {1 / config.steps:.4g}"
+            )
+    return {round(fraction * config.steps): fraction for fraction in config.keep}
+
+
 def build_model(config: Config, n_vocab: int, *, scaling: Method) -> GPT:
     """The GPT of a configuration with freshly drawn weights, on the CPU."""
     geometry = Geometry(config.model.d_model, config.model.n_head, config.train.ctx)
@@ -106,6 +120,7 @@ def train(config: Config, *, progress: Progress = silent) -> dict[str, Any]:
     (before anything is written), `NonFiniteLossError`, and `Interrupted` after saving.
     """
     device = resolve_device(config.device)
+    keep = kept_steps(config.train)
     scaling = training_scaling(config)
     geometry = Geometry(config.model.d_model, config.model.n_head, config.train.ctx)
     build(config.pos, scaling, geometry)  # refused here rather than after the corpus was read
@@ -120,7 +135,7 @@ def train(config: Config, *, progress: Progress = silent) -> dict[str, Any]:
     identity = runs.identity(resolved, corpus_digest=corpus.digest, tokenizer_digest=corpus.tokenizer.digest)
     digest = files.digest_of(identity)
     run = RunDir(runs_dir / runs.run_name(config, digest))
-    if run.manifest_path.exists() and run.manifest().get("status") == "done":
+    if run.is_done():
         return _train_result(run, skipped=True)
     run.path.mkdir(exist_ok=True)
     with run.locked(), _interrupts() as caught:
@@ -135,7 +150,7 @@ def train(config: Config, *, progress: Progress = silent) -> dict[str, Any]:
         corpus.tokenizer.save(run.tokenizer_path)
         run.update_manifest(
             run=run.name, digest=digest, identity=identity, config=configs.to_dict(resolved), status="running",
-            error=None, train_ctx=config.train.ctx, original_ctx=config.train.ctx,
+            error=None, failed_step=None, train_ctx=config.train.ctx, original_ctx=config.train.ctx,
             corpus={
                 "name": corpus.name, "digest": corpus.digest, "joined_share": batches.joined_share, **corpus.details,
             },
@@ -146,19 +161,18 @@ def train(config: Config, *, progress: Progress = silent) -> dict[str, Any]:
             attention_backend=model.train().prepare(config.train.ctx).attend.kernel, environment=environment(),
             started=begun.get("started", time.time()),
         )  # fmt: skip
-        run.truncate_metrics(start)
+        run.rewind(start)
         if config.train.compile:
             for block in model.blocks:
                 block.compile()  # in place: names of the parameters stay, identical blocks share one compilation
         tracker = Tracker(
             config.track, name=run.name, run_id=digest[:16], folder=run.path, facts=configs.to_dict(resolved)
         )
-        keep = {round(fraction * config.train.steps): fraction for fraction in config.train.keep}
 
         def save(step: int) -> None:
             tensors = {"model": model.state_dict(), "optimizer": optimizer_tensors(model, optimizer)}
-            state = {"step": step, "best_val_nll": best if math.isfinite(best) else None}
-            run.save_checkpoint(f"step-{step:08d}", tensors, state, prune=True)
+            state = {"best_val_nll": best if math.isfinite(best) else None}
+            run.save_step(step, tensors, state, last=step == config.train.steps)
 
         began, seen, step = time.perf_counter(), 0, start
         try:
@@ -184,9 +198,7 @@ def train(config: Config, *, progress: Progress = silent) -> dict[str, Any]:
                 tracker.log(line)
                 progress("train", step, config.train.steps, loss=done.loss, tokens_per_s=speed, run=run.name)
                 if step in keep:
-                    run.save_checkpoint(
-                        f"keep-{keep[step]:.4f}", {"model": model.state_dict()}, {"step": step}, prune=False
-                    )
+                    run.save_kept(keep[step], step, model.state_dict())
                 if last or caught or step % config.train.checkpoint_every == 0:
                     save(step)
                 if caught and not last:
@@ -201,7 +213,8 @@ def train(config: Config, *, progress: Progress = silent) -> dict[str, Any]:
             tracker.finish(failed=True)
             raise
         except BaseException as error:
-            run.update_manifest(status="failed", error=f"{type(error).__name__}: {error}")
+            with suppress(OSError):  # of a full disk: then the run shows as interrupted
+                run.update_manifest(status="failed", error=f"{type(error).__name__}: {error}")
             tracker.finish(failed=True)
             raise
         bytes_per_token = _bytes_per_target(validation, corpus.tokenizer)
