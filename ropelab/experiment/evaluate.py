@@ -234,7 +234,8 @@ def _batch_tokens(device: torch.device) -> int:
 
 def scorer_of(model: GPT, *, window: int | None, dtype: torch.dtype) -> Callable[..., NDArray[np.float32]]:
     device = model.tokens.weight.device
-    rows = max(1, 2**24 // model.tokens.num_embeddings)  # targets whose logits are held at once
+    numbers = 2**24 if device.type == "cpu" else 2**28  # logits held at once: 64 MB, 1 GB
+    rows = max(1, numbers // model.tokens.num_embeddings)
 
     @torch.no_grad()
     def scorer(inputs: NDArray[np.int64], targets: NDArray[np.int64]) -> NDArray[np.float32]:

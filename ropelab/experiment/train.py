@@ -24,7 +24,7 @@ from ropelab.experiment.devices import DTYPE_NAMES, device_name, environment, re
 from ropelab.model import GPT
 from ropelab.positions import SCALINGS, Geometry, build
 from ropelab.runs import RunDir
-from ropelab.schema import Config, Method, TrainConfig
+from ropelab.schema import Config, DataConfig, Method, TrainConfig
 from ropelab.tracking import Tracker
 from ropelab.training import (
     NonFiniteLossError,
@@ -131,7 +131,7 @@ def train(config: Config, *, progress: Progress = silent) -> dict[str, Any]:
         max(4, VALIDATION_TOKENS // config.train.ctx)
     )
 
-    resolved = dataclasses.replace(config, scaling=scaling)
+    resolved = dataclasses.replace(config, scaling=scaling, data=_found_from_anywhere(config.data))
     identity = runs.identity(resolved, corpus_digest=corpus.digest, tokenizer_digest=corpus.tokenizer.digest)
     digest = files.digest_of(identity)
     run = RunDir(runs_dir / runs.run_name(config, digest))
@@ -229,6 +229,13 @@ def _restore(checkpoint: Path, model: GPT, optimizer: torch.optim.AdamW) -> tupl
     load_optimizer_tensors(model, optimizer, runs.load_tensors(checkpoint / "optimizer.safetensors"))
     best = state["best_val_nll"]
     return state["step"], math.inf if best is None else best
+
+
+def _found_from_anywhere(text: DataConfig) -> DataConfig:
+    """The same text by an absolute path, so that an evaluation from another folder finds it; hub names stay."""
+    if text.path is None or not Path(text.path).expanduser().exists():
+        return text
+    return dataclasses.replace(text, path=str(Path(text.path).expanduser().resolve()))
 
 
 def _bytes_per_target(windows: NDArray[np.int64], tokenizer: data.Tokenizer) -> float:
