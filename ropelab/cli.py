@@ -10,6 +10,7 @@ import contextlib
 import json
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -42,6 +43,10 @@ Protocol = Annotated[list[str] | None, typer.Option("--protocol", metavar="NAME"
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
+# a mistake in options and arguments; typer brings its own click, so the class has no one public name
+UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+
+
 def main() -> None:
     """Entry point of the `ropelab` command."""
     if sys.argv[1:] == ["--version"]:
@@ -49,7 +54,15 @@ def main() -> None:
 
         print(f"ropelab {__version__}")
         return
-    app()
+    try:
+        status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+    except UsageError as error:
+        status = 2
+        _say(_one_line(error.format_message()))  # type: ignore[attr-defined]
+    except typer.Abort:
+        status = 1
+        _say(_one_line("nothing was done; answer y, or add --yes"))
+    sys.exit(status)
 
 
 @contextlib.contextmanager
@@ -74,8 +87,12 @@ def _reported() -> Iterator[None]:
 
 
 def _fail(status: int, message: str) -> NoReturn:
-    typer.echo(f"ropelab: {' '.join(message.split())}", err=True)
+    _say(_one_line(message))
     raise typer.Exit(status)
+
+
+def _one_line(message: str) -> str:
+    return f"ropelab: {' '.join(message.split())}"
 
 
 def _say(message: str) -> None:
@@ -89,6 +106,25 @@ def _option(overrides: list[str], option: str, key: str, values: list[str] | Non
         if other is not None:
             raise ValueError(f"{option} {value} and {other}: give {key} once")
         overrides.append(f"{key}={value}")
+
+
+def _check_output(path: Path, *, picture: bool) -> None:
+    """`ValueError`, before hours of work, for an -o that cannot be written; missing folders are made later."""
+    if picture and path.suffix.lower() != ".png":
+        raise ValueError(f"-o {path} is drawn as PNG; give it a name that ends in .png")
+    if picture and path.is_dir():
+        raise ValueError(f"-o {path} is a folder; give the name of a file in it, such as {path / 'curves.png'}")
+    _check_writable(f"-o {path}", path.absolute().parent if picture else path.absolute())
+
+
+def _check_writable(what: str, folder: Path) -> None:
+    """`ValueError` when files could not be made in a folder, or the folder itself; nothing is left behind."""
+    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise ValueError(f"{what} cannot be written ({error.strerror}); choose another place") from None
 
 
 def _print_json(data: Any) -> None:
@@ -174,35 +210,43 @@ def evaluate(
 
         plain = [item for item in settings if item.partition("=")[0].partition(".")[0] not in ("scaling", "data")]
         base = config.load(plain)
+        if output is not None:
+            _check_output(output, picture=True)
         runs_dir = Path(base.runs_dir).expanduser()
         found = [runs.find_run(name, runs_dir) for name in named] or [runs.latest_finished(runs_dir)]
         if not named:
             _say(f"evaluating the latest finished run, {found[0].name}")
-        for run in found:  # before any work: every run is usable and every scaling applies
-            run.load_weights()
         from ropelab import experiment
         from ropelab.progress import Bar
 
+        questions = []
+        for run in found:  # before any work: every run is usable and every scaling applies
+            run.load_weights()
+            for scaled, text in _questions(run.manifest()["config"], settings, base.eval.scalings):
+                experiment.resolve_ladder(run, base.eval, scaling=scaled)
+                questions.append((run, scaled, text))
         results = []
         with Bar() as bar:
-            for run in found:
-                for scaled, text in _questions(run.manifest()["config"], settings, base.eval.scalings):
-                    done = experiment.evaluate(
-                        run, base.eval, scaling=scaled, other_text=text, device=base.device,
-                        cache_dir=base.cache_dir, progress=bar,
-                    )  # fmt: skip
-                    results.append(done.result)
+            for run, scaled, text in questions:
+                done = experiment.evaluate(
+                    run, base.eval, scaling=scaled, other_text=text, device=base.device, cache_dir=base.cache_dir,
+                    progress=bar,
+                )  # fmt: skip
+                results.append(done.result)
         if as_json:
             _print_json(results[0] if len(results) == 1 else {"results": results})
-            return
-        from rich.console import Console
+        else:
+            from rich.console import Console
 
-        from ropelab import figures, report
+            from ropelab import report
 
-        Console().print(report.terminal_table(results))
-        path = output or found[0].path / "curves.png"
-        figures.save(figures.curves(results, title="Perplexity past the training length"), path)
-        _say(f"plot: {path}")
+            Console().print(report.terminal_table(results))
+        if output is not None or not as_json:
+            from ropelab import figures
+
+            path = output or found[0].path / "curves.png"
+            figures.save(figures.curves(results, title="Perplexity past the training length"), path)
+            _say(f"plot: {path}")
 
 
 def _questions(trained: dict[str, Any], settings: list[str], scalings: tuple[str, ...]) -> list[tuple[Any, Any]]:
@@ -214,8 +258,6 @@ def _questions(trained: dict[str, Any], settings: list[str], scalings: tuple[str
         raise ValueError("give either --scaling or eval.scalings, not both")
     if mine and not any(item.startswith("scaling=") for item in mine):
         own = trained["scaling"]
-        if own["name"] == "none":
-            raise ValueError(f"{mine[0]} needs a scaling to belong to; add --scaling linear, ntk, dynamic_ntk or yarn")
         inherited = [f"scaling.{key}={value}" for key, value in own.items() if key != "name" and value is not None]
         given = {item.partition("=")[0] for item in mine}
         mine = [f"scaling={own['name']}", *(i for i in inherited if i.partition("=")[0] not in given), *mine]
@@ -306,10 +348,15 @@ def _reproduce(
 ) -> None:
     import time
 
-    from ropelab import reproduce
+    from ropelab import config, experiment, reproduce
     from ropelab.progress import Bar
 
     plan = reproduce.plan_set(names[0]) if names[0] in reproduce.sets() else reproduce.plan_claims(names)
+    if output is not None:
+        _check_output(output, picture=False)
+    resolved = config.load(settings)
+    experiment.resolve_device(resolved.device)
+    _check_writable(f"runs_dir={resolved.runs_dir}", Path(resolved.runs_dir).expanduser())
     began = time.time()
     looks = [(3, 0.0125), (6, 0.0125)] if more else [(seeds, 0.025)]
     for count, alpha in looks:
@@ -385,6 +432,8 @@ def show(
             raise ValueError("--ctx belongs to a method or a run; add --pos NAME")
         if output is not None and not (method or named):
             raise ValueError("-o draws a method or a run; add --pos NAME")
+        if output is not None:
+            _check_output(output, picture=True)
         if not (named or settings):
             _show_methods(as_json=as_json)
         elif named or method:
@@ -428,7 +477,7 @@ def _show_numbers(
     resolved = config.load(settings)
     if named:
         run = runs.find_run(named[0], Path(resolved.runs_dir).expanduser())
-        trained = config.from_dict(run.manifest()["config"])
+        trained = config.from_dict(run.manifest().get("config", {}))
         if any(item.partition("=")[0] not in ("runs_dir", "cache_dir") for item in settings):
             raise ValueError(f"{run.name} has its own configuration; show RUN takes no settings")
         resolved = trained
@@ -513,11 +562,14 @@ def list_runs(
             return
         if action != "list":
             raise ValueError(f"runs takes list or rm, not '{action}'")
-        rows = []
+        fields = ("step", "train_loss", "val_nll", "params", "train_ctx", "error")
+        rows: list[dict[str, Any]] = []
         for run in [runs.find_run(name, runs_dir) for name in named] or runs.all_runs(runs_dir):
-            manifest = run.manifest()
-            fields = ("step", "train_loss", "val_nll", "params", "train_ctx", "error")
-            rows.append({"run": run.name, "status": run.status(), **{key: manifest.get(key) for key in fields}})
+            try:
+                status, manifest = run.status(), run.manifest()
+            except runs.RunError as error:  # one broken run must not hide the others
+                status, manifest = "damaged", {"error": str(error)}
+            rows.append({"run": run.name, "status": status, **{key: manifest.get(key) for key in fields}})
         if as_json:
             _print_json(rows)
             return
@@ -525,7 +577,8 @@ def list_runs(
             _say(f"there are no runs in {runs_dir}")
         for row in rows:
             loss = "" if row["val_nll"] is None else f"val {row['val_nll']:.4f}"
-            print(f"{row['run']:<44} {row['status']:<12} L={row['train_ctx']:<6} {loss}  {row['error'] or ''}".rstrip())
+            length = f"L={row['train_ctx'] or '?'}"
+            print(f"{row['run']:<44} {row['status']:<12} {length:<8} {loss}  {row['error'] or ''}".rstrip())
 
 
 def _remove(found: list[Any], *, yes: bool) -> None:
@@ -599,9 +652,8 @@ def make_report(
         named, settings = _separate(list(arguments or []))
         runs_dir = Path(config.load(settings).runs_dir).expanduser()
         found = [runs.find_run(name, runs_dir) for name in named] or runs.all_runs(runs_dir)
-        evals = [
-            json.loads(path.read_text(encoding="utf-8")) for run in found for path in sorted(run.results.glob("*.json"))
-        ]
+        evals = [_stored(path) for run in found for path in sorted(run.results.glob("*.json"))]
+        _check_output(output, picture=False)
         if not evals:
             raise ValueError(
                 f"no evaluation in {runs_dir if not named else ', '.join(named)}; run `ropelab eval` first"
@@ -619,6 +671,13 @@ def make_report(
             },
         )  # fmt: skip
         print(page)
+
+
+def _stored(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); remove it and evaluate again") from None
 
 
 @app.command()

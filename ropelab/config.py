@@ -7,9 +7,11 @@ stored configuration is plain JSON that never passes through Hydra again.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import functools
+import math
 import os
 import re
 import types
@@ -101,18 +103,20 @@ def from_dict(tree: dict[str, Any]) -> Config:
             fields[key] = _section(key, SECTIONS[key], tree[key])
         else:
             fields[key] = _typed(key, tree[key], kind)
+    for item in fields["eval"].scalings:
+        parse_scaling(item)
     return Config(**fields)
 
 
 def parse_scaling(text: str) -> Method:
     """`yarn`, `yarn:8`, `yarn:auto`: an item of eval.scalings as a method with the defaults of its YAML."""
-    name, _, factor = text.partition(":")
+    name, colon, factor = text.partition(":")
     scaling = load([f"scaling={name}"]).scaling
-    if not factor:
+    if not colon:
         return scaling
     if name == "none":
         raise ValueError(f"eval.scalings: none takes no factor, not '{text}'")
-    return Method(name, {**scaling.parameters, "factor": _read("scaling.factor", factor, "auto")})
+    return _method("scaling", {"name": name, **scaling.parameters, "factor": _read("scaling.factor", factor, "auto")})
 
 
 # --- overrides ------------------------------------------------------------------------------------------------------
@@ -127,7 +131,7 @@ def _split(overrides: Sequence[str]) -> dict[str, str]:
         if key[:1] in ("+", "~") or "@" in key:
             raise ValueError(f"'{override}': +, ~ and @ are not supported; every key exists already, write KEY=VALUE")
         if not equals:
-            raise ValueError(f"'{override}' is not KEY=VALUE")
+            raise ValueError(f"'{override}' is not KEY=VALUE, such as train.lr=1e-3")
         if key.startswith(("hydra.", "hydra/")) or key == "hydra":
             raise ValueError(f"'{override}': hydra settings belong to `ropelab sweep`")
         if not _KEY.fullmatch(key):
@@ -147,11 +151,16 @@ def _split(overrides: Sequence[str]) -> dict[str, str]:
 
 
 def _compose(chosen: dict[str, str]) -> dict[str, Any]:
+    return copy.deepcopy(_composed(tuple(sorted(chosen.items()))))
+
+
+@functools.cache
+def _composed(chosen: tuple[tuple[str, str], ...]) -> dict[str, Any]:
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
     with initialize_config_dir(str(config_dir().resolve()), version_base="1.3", job_name="ropelab"):
-        composed = compose("config", [f"{group}={name}" for group, name in chosen.items()])
+        composed = compose("config", [f"{group}={name}" for group, name in chosen])
     return typing.cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
 
 
@@ -173,6 +182,9 @@ def _assign(tree: dict[str, Any], key: str, text: str) -> None:
     if rest not in tree[head]:
         if head in METHODS:
             name = tree[head]["name"]
+            if key == "scaling.factor":
+                methods = ", ".join(method for method in choices("scaling") if method != "none")
+                raise ValueError(f"scaling.factor={text} needs a scaling; add scaling=NAME, one of {methods}")
             known = [f"{head}.{parameter}" for parameter in tree[head] if parameter != "name"]
             takes = nearest(key, known) if known else "; it has none"
             raise ValueError(f"{head}={name} has no parameter '{rest}'{takes}")
@@ -208,6 +220,8 @@ def _parse(key: str, text: str, kind: Any) -> Any:
         inner = typing.get_args(kind)[0]
         return [_parse(key, item.strip(), inner) for item in text[1:-1].split(",") if item.strip()]
     if kind is str:
+        if not _unquoted(text):
+            raise ValueError(f"{key} is empty; give {key}=VALUE{' or null' if optional else ''}, or leave it out")
         return _unquoted(text)
     if kind is bool:
         if text.lower() in ("true", "false"):
@@ -252,11 +266,11 @@ def _method(group: str, tree: Any) -> Method:
         name = tree.get("name") if isinstance(tree, dict) else tree
         raise ValueError(f"unknown {group} '{name}'{nearest(str(name), choices(group))}")
     parameters = {key: value for key, value in tree.items() if key != "name"}
-    for key, value in parameters.items():
-        if isinstance(value, float) and value != value:
-            raise ValueError(f"{group}.{key} must be a number, not nan")
     if "factor" in parameters:
         parameters["factor"] = _factor(parameters["factor"])
+    for key, value in parameters.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{group}.{key} must be a finite number, not {value}")
     original_ctx = parameters.get("original_ctx")
     if original_ctx is not None and original_ctx < 1:
         raise ValueError(f"scaling.original_ctx must be >= 1, not {original_ctx}")

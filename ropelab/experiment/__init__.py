@@ -1,7 +1,7 @@
 """The composition root: from a configuration to a trained run, and from a run to perplexities."""
 
 from ropelab.experiment.devices import DTYPE_NAMES, device_name, environment, resolve_device
-from ropelab.experiment.evaluate import NO_SCALING, Evaluated, evaluate, scorer_of
+from ropelab.experiment.evaluate import NO_SCALING, Evaluated, evaluate, resolve_ladder, scorer_of
 from ropelab.experiment.train import Interrupted, build_model, train, training_scaling
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "environment",
     "evaluate",
     "resolve_device",
+    "resolve_ladder",
     "scorer_of",
     "train",
     "training_scaling",

@@ -25,10 +25,11 @@ def resolve_device(name: str) -> torch.device:
         raise ValueError(f"device={name}: this machine has no CUDA device; use device=cpu")
     if kind == "mps" and not torch.backends.mps.is_available():
         raise ValueError(f"device={name}: this machine has no MPS device; use device=cpu")
-    if index and (not index.isdigit() or (kind == "cuda" and int(index) >= torch.cuda.device_count())):
-        raise ValueError(
-            f"device={name}: there is no such device; this machine has {torch.cuda.device_count()} on CUDA"
-        )
+    if kind == "cuda" and ":" in name and (not index.isdecimal() or int(index) >= torch.cuda.device_count()):
+        last = torch.cuda.device_count() - 1
+        raise ValueError(f"device={name}: there is no such device; use cuda:0{f' to cuda:{last}' if last else ''}")
+    if kind != "cuda" and ":" in name:
+        raise ValueError(f"device={name}: {kind} takes no number; use device={kind}")
     return torch.device(name)
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import math
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -46,6 +46,33 @@ class Evaluated:
         return dict(zip(self.result["protocol"]["document_digests"], (sums / counts).tolist(), strict=True))
 
 
+class Ladder(NamedTuple):
+    """What an evaluation of a run comes to, known before any text is read."""
+
+    trained: Config
+    scaling: Method  # its factor as it was given
+    methods: dict[int, Method]  # the scaling with its factor as a number, by ctx, shortest first
+    encodings: dict[int, PositionEncoding]
+
+
+def resolve_ladder(run: RunDir, config: EvalConfig, *, scaling: Method | None) -> Ladder:
+    """The contexts of an evaluation, and scaling and encoding at each; None keeps the trained scaling.
+
+    `ValueError` for lengths that are none, and for a scaling that the run's encoding cannot have.
+    """
+    trained = configs.from_dict(run.manifest()["config"])
+    scaling = trained.scaling if scaling is None else scaling
+    contexts = ladder(config.ctx, trained.train.ctx)
+    geometry = Geometry(trained.model.d_model, trained.model.n_head, trained.train.ctx)
+    per_row = scaling.parameters.get("factor") == "auto-row"
+    methods = {
+        ctx: resolve_factor(scaling, longest=ctx if per_row else max(contexts), train_ctx=trained.train.ctx)
+        for ctx in contexts
+    }
+    encodings = {ctx: build(trained.pos, method, geometry) for ctx, method in methods.items()}
+    return Ladder(trained, scaling, methods, encodings)
+
+
 def evaluate(
     run: RunDir,
     config: EvalConfig,
@@ -62,21 +89,14 @@ def evaluate(
     own test split, with the run's tokeniser. An evaluation that the run folder holds already is read, not repeated.
     `ValueError` for what cannot be evaluated; a length at which the encoding is undefined is a row that says so.
     """
+    target = resolve_device(device)
     weights = run.load_weights()
     manifest = run.manifest()
-    trained = configs.from_dict(manifest["config"])
     kept = scaling is None
-    scaling = trained.scaling if scaling is None else scaling
-    contexts = ladder(config.ctx, trained.train.ctx)
-    target = resolve_device(device)
+    trained, scaling, methods, encodings = resolve_ladder(run, config, scaling=scaling)
+    contexts = tuple(methods)
     geometry = Geometry(trained.model.d_model, trained.model.n_head, trained.train.ctx)
     per_row = scaling.parameters.get("factor") == "auto-row"
-    methods = {
-        ctx: resolve_factor(scaling, longest=ctx if per_row else max(contexts), train_ctx=trained.train.ctx)
-        for ctx in contexts
-    }
-    encodings = {ctx: build(trained.pos, method, geometry) for ctx, method in methods.items()}
-
     tokenizer = data.load_tokenizer(run.tokenizer_path)
     split, corpus_digest, corpus_name = _evaluation_split(
         manifest, trained, other_text, config.split, tokenizer, cache_dir, progress
@@ -96,9 +116,11 @@ def evaluate(
     }
     name = files.digest_of(question)[:16]
     result_path, losses_path = run.results / f"{name}.json", run.results / f"{name}.safetensors"
-    if result_path.exists() and losses_path.exists():
-        return Evaluated(json.loads(result_path.read_text(encoding="utf-8")), losses_path)
+    stored = files.read_json(result_path)
+    if stored is not None and losses_path.exists():
+        return Evaluated(stored, losses_path)
 
+    _make_results_folder(run)
     model = build_model(trained, tokenizer.n_vocab, scaling=NO_SCALING)
     model.load_state_dict(weights, strict=True)
     model.to(target).eval()
@@ -193,13 +215,24 @@ def evaluate(
         "rows": rows,
         "position_curve": curve,
     }
-    run.results.mkdir(exist_ok=True)
     if tensors:
         from safetensors.torch import save
 
         files.write(losses_path, save({key: value.contiguous() for key, value in tensors.items()}))
         files.write_json(result_path, result)
     return Evaluated(result, losses_path)
+
+
+def _make_results_folder(run: RunDir) -> None:
+    """`RunError` where the numbers could not be kept: known before they are computed."""
+    try:
+        run.results.mkdir(exist_ok=True)
+        with tempfile.TemporaryFile(dir=run.results):
+            pass
+    except OSError as error:
+        raise RunError(
+            f"{run.results} cannot be written ({error.strerror}); evaluate a copy of {run.path} in another folder"
+        ) from None
 
 
 def _evaluation_split(

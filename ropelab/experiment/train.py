@@ -22,7 +22,7 @@ from ropelab import config as configs
 from ropelab import data, files, runs
 from ropelab.experiment.devices import DTYPE_NAMES, device_name, environment, resolve_device
 from ropelab.model import GPT
-from ropelab.positions import SCALINGS, Geometry, build
+from ropelab.positions import SCALINGS, Geometry, build, resolve_factor
 from ropelab.runs import RunDir
 from ropelab.schema import Config, DataConfig, Method, TrainConfig
 from ropelab.tracking import Tracker
@@ -121,9 +121,10 @@ def train(config: Config, *, progress: Progress = silent) -> dict[str, Any]:
     """
     device = resolve_device(config.device)
     keep = kept_steps(config.train)
-    scaling = training_scaling(config)
     geometry = Geometry(config.model.d_model, config.model.n_head, config.train.ctx)
-    build(config.pos, scaling, geometry)  # refused here rather than after the corpus was read
+    applied = resolve_factor(config.scaling, longest=config.train.ctx, train_ctx=config.train.ctx)
+    build(config.pos, applied, geometry)  # refused here rather than after the corpus was read
+    scaling = training_scaling(config)
     runs_dir = runs.open_runs_dir(config.runs_dir)
     corpus = data.prepare(config.data, cache_dir=Path(config.cache_dir).expanduser(), progress=progress)
     batches = data.Batches(corpus.train, ctx=config.train.ctx, separator=corpus.tokenizer.separator)
