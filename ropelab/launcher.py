@@ -92,17 +92,17 @@ def _start(task: dict[str, Any], index: int, lines: Lines) -> subprocess.Popen[s
         start_new_session=True,  # a Ctrl-C reaches the workers through us only, once
     )
     assert process.stdin is not None
-    with contextlib.suppress(BrokenPipeError):  # it died already; its missing last line will say so
+    with contextlib.suppress(BrokenPipeError), process.stdin:  # it died already: its missing last line will say so
         json.dump(task, process.stdin)
-        process.stdin.close()
 
     def read() -> None:
         assert process.stdout is not None
         last = None
-        for text in process.stdout:
-            with contextlib.suppress(ValueError):
-                last = json.loads(text)
-                lines.put((index, last))
+        with process.stdout:
+            for text in process.stdout:
+                with contextlib.suppress(ValueError):
+                    last = json.loads(text)
+                    lines.put((index, last))
         if last is None or "progress" in last:
             lines.put((index, {"error": f"the worker died with status {process.wait()}"}))
         lines.put((index, None))

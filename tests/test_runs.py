@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import random
+import resource
 import signal
 import string
 import subprocess
@@ -22,6 +23,7 @@ from safetensors.torch import load_file
 
 from ropelab import config as configs
 from ropelab import data, experiment, files, runs
+from ropelab.cli import app
 from ropelab.experiment.train import kept_steps
 from ropelab.runs import RunDir, RunError
 from ropelab.schema import Config, Method
@@ -30,7 +32,7 @@ from ropelab.training import NonFiniteLossError
 ROOT = Path(__file__).parent.parent
 TINY = (
     "data=text", "model.n_layer=1", "model.d_model=16", "model.n_head=2", "train.ctx=32", "train.batch_size=2",
-    "train.steps=8", "train.eval_every=3", "train.dtype=fp32", "device=cpu",
+    "train.steps=8", "train.eval_every=5", "train.dtype=fp32", "device=cpu",
 )  # fmt: skip
 
 
@@ -437,7 +439,7 @@ def test_a_run_that_failed_and_then_succeeds_forgets_the_failure(home: Path, tmp
 
 # --- real processes -------------------------------------------------------------------------------------------------
 
-LONG = ("train.steps=250", "train.checkpoint_every=10", "train.eval_every=100")
+LONG = ("train.steps=250", "train.checkpoint_every=10", "train.eval_every=125")
 
 
 @pytest.fixture(scope="module")
@@ -516,23 +518,23 @@ def test_kills_at_random_moments(home: Path, tmp_path: Path, long_straight: RunD
     ],
 )
 def test_a_full_disk_ends_the_training_with_a_line_and_loses_nothing(
-    home: Path, tmp_path: Path, limit: int, status: str, what: str
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], limit: int, status: str, what: str
 ) -> None:
-    overrides = ("train.steps=60", "train.checkpoint_every=1000" if limit == 3_500 else "train.checkpoint_every=5")
+    every = 1000 if limit == 3_500 else 5
+    overrides = ("train.steps=60", "train.eval_every=60", f"train.checkpoint_every={every}")
     run = interrupted(home, tmp_path / "full", *overrides, at=4)
-    code = (
-        "import resource, sys; from ropelab.cli import main; "
-        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); main()"
-    )
-    arguments = settings(home, tmp_path / "full", *overrides)
-    full = subprocess.run(
-        [sys.executable, "-c", code, "train", *arguments],
-        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert full.returncode == 1
-    assert full.stderr.count("\n") == 1
-    assert full.stderr.startswith("ropelab: ")
-    assert what in full.stderr
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(SystemExit) as ended:
+            app(["train", *settings(home, tmp_path / "full", *overrides)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    said = capsys.readouterr().err
+    assert ended.value.code == 1
+    assert said.count("\n") == 1
+    assert said.startswith("ropelab: ")
+    assert what in said
     assert run.status() == status
     assert steps_saved(run) == ["step-00000004"]
     assert [path.name for path in run.path.rglob(".*")] == []
