@@ -38,6 +38,9 @@ class Outcome:
 
 def plan_claims(names: Sequence[str]) -> Plan:
     """The plan of claims given by id or file. `ValueError` for an unknown id or a file that is not understood."""
+    twice = next((name for name in names if list(names).count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{twice} is named twice; the correction for several claims would count it twice")
     folder = config.config_dir()
     loaded = [claims.load_claim(claims.claim_path(name, folder), folder) for name in names]
     return Plan(", ".join(claim.id for claim in loaded), loaded, _over_the_ladder(claims.required(loaded), loaded))
