@@ -140,13 +140,13 @@ def test_paths_hold_any_character(key: str, path: str) -> None:
     assert (value[rest] if rest else value) == path
 
 
+NULLS = ("null", "none", "None")
+
+
 @given(st.text(min_size=1).filter(lambda text: "${" not in text and text[0] not in "'\"" and text not in NULLS))
 def test_any_text_is_a_path(text: str) -> None:
     """Whatever a path holds, quotes around the whole and the word for nothing apart, it arrives as it was typed."""
     assert config.load([f"data.path={text}"]).data.path == text
-
-
-NULLS = ("null", "none", "None")
 
 
 def test_quotes_around_a_whole_value_are_the_shells() -> None:

@@ -1,0 +1,1036 @@
+"""The command line from outside: what it prints, how it ends, and what every mistake is told.
+
+A mistake ends with exit 2 and one line on stderr, `ropelab: what is wrong and the fix`, and leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from ropelab import cli
+
+SHAPE = (
+    "model.n_layer=1", "model.d_model=16", "model.n_head=2", "train.ctx=32", "train.steps=3", "train.batch_size=2",
+    "train.dtype=fp32", "device=cpu",
+)  # fmt: skip
+NUMBER = (int, float)
+
+
+def words(seed: int, lines: int = 20) -> str:
+    """Random words: no two texts share a passage, as real documents do not."""
+    draw = random.Random(seed)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    return "".join(
+        " ".join("".join(draw.choices(letters, k=draw.randint(2, 8))) for _ in range(9)) + "\n" for _ in range(lines)
+    )
+
+
+def write_corpus(folder: Path, *, seed: int = 0, files: int = 14) -> Path:
+    folder.mkdir(parents=True)
+    for number in range(files):
+        (folder / f"{number}.txt").write_text(words(1000 * seed + number), encoding="utf-8")
+    return folder
+
+
+def invoke(*arguments: object, **options: Any) -> Result:
+    return CliRunner().invoke(cli.app, [str(item) for item in arguments], **options)
+
+
+def good(*arguments: object) -> Result:
+    done = invoke(*arguments)
+    assert done.exit_code == 0, f"{arguments}: {done.stderr} {done.exception!r}"
+    return done
+
+
+def as_json(*arguments: object) -> Any:
+    """The one JSON value on stdout; `json.loads` refuses anything beside it, `parse_constant` NaN and Infinity."""
+    return json.loads(good(*arguments, "--json").stdout, parse_constant=lambda name: pytest.fail(f"JSON has no {name}"))
+
+
+def listing(*folders: Path) -> list[str]:
+    return sorted(f"{path} {path.stat().st_mtime_ns}" for folder in folders for path in [folder, *folder.rglob("*")])
+
+
+@dataclass(frozen=True)
+class Lab:
+    """A corpus and three finished runs; `tiny` are the settings of one more."""
+
+    root: Path
+    corpus: Path
+    rope: str
+    alibi: str
+    learned: str
+
+    @property
+    def runs(self) -> Path:
+        return self.root / "runs"
+
+    def tiny(self, *changes: str) -> list[str]:
+        return tiny(self.corpus, *changes)
+
+
+def tiny(corpus: Path, *changes: str) -> list[str]:
+    """The settings of a tiny run on a corpus, changed."""
+    given = {change.partition("=")[0] for change in changes}
+    settings = ("data=text", f"data.path={corpus}", *SHAPE)
+    return [*changes, *(item for item in settings if item.partition("=")[0] not in given)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    root = tmp_path_factory.mktemp("lab")
+    corpus = write_corpus(root / "corpus")
+    where = [f"runs_dir={root / 'runs'}", f"cache_dir={root / 'cache'}"]
+    runs = {pos: as_json("train", *tiny(corpus, f"pos={pos}"), *where)["run"] for pos in ("alibi", "learned", "rope")}
+    return Lab(root, corpus, **runs)
+
+
+@pytest.fixture
+def lab(trained: Lab, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Lab:
+    """The trained runs as a user has them: folders from the environment, an empty working folder."""
+    monkeypatch.setenv("ROPELAB_RUNS", str(trained.runs))
+    monkeypatch.setenv("ROPELAB_CACHE", str(trained.root / "cache"))
+    monkeypatch.delenv("ROPELAB_DATA", raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    return trained
+
+
+@dataclass(frozen=True)
+class Refusals:
+    """Checks mistakes against the rule above."""
+
+    lab: Lab
+
+    def __call__(self, *arguments: object, says: str | Sequence[str]) -> str:
+        before = listing(self.lab.runs, Path.cwd())
+        done = invoke(*arguments)
+        assert isinstance(done.exception, SystemExit), f"a traceback: {done.exception!r}"
+        assert done.exit_code == 2, done.stderr
+        assert done.stdout == ""
+        lines = done.stderr.splitlines()
+        assert len(lines) == 1, done.stderr
+        assert lines[0].startswith("ropelab: ")
+        for part in [says] if isinstance(says, str) else says:
+            assert part in lines[0]
+        assert listing(self.lab.runs, Path.cwd()) == before, "something was written"
+        return lines[0]
+
+
+@pytest.fixture
+def refused(lab: Lab) -> Refusals:
+    return Refusals(lab)
+
+
+# --- train ----------------------------------------------------------------------------------------------------------
+
+TRAIN_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "run": str, "run_dir": str, "status": str, "skipped": bool, "step": int, "train_loss": float, "val_nll": float,
+    "params": int, "tokens_per_s": NUMBER, "device": str, "dtype": str,
+}  # fmt: skip
+
+
+def test_train_json(lab: Lab, tmp_path: Path) -> None:
+    """A new run, then the same command again: skipped, with the same numbers, and nothing is written."""
+    where = f"runs_dir={tmp_path / 'runs'}"
+    first = as_json("train", "--pos", "rope", *lab.tiny(where))
+    for field, kind in TRAIN_FIELDS.items():
+        assert isinstance(first[field], kind), field
+    assert (first["status"], first["skipped"], first["step"], first["dtype"]) == ("done", False, 3, "fp32")
+    assert Path(first["run_dir"]) == tmp_path / "runs" / first["run"]
+    # 257 x 16 tokens, 4 x 16^2 attention, 8 x 16^2 MLP, three norms of 16: the table is tied to the head
+    assert first["params"] == 257 * 16 + 12 * 16 * 16 + 3 * 16
+    assert abs(first["train_loss"] - math.log(257)) < 0.3  # three steps after a start at the uniform distribution
+    before = listing(tmp_path / "runs")
+    again = as_json("train", "--pos", "rope", *lab.tiny(where))
+    assert again == {**first, "skipped": True}
+    assert listing(tmp_path / "runs") == before
+
+
+def test_train_in_words(lab: Lab) -> None:
+    done = good("train", *lab.tiny("pos=rope"))
+    assert f"{lab.rope} is finished already" in done.stderr
+    assert done.stdout.splitlines()[-1] == str(lab.runs / lab.rope)
+
+
+def test_train_is_repeatable(lab: Lab, tmp_path: Path) -> None:
+    mine = as_json("show", lab.rope)["run"]
+    other = as_json("train", "--pos", "rope", *lab.tiny(f"runs_dir={tmp_path / 'again'}"))
+    assert other["run"] == mine
+    manifest = json.loads((lab.runs / mine / "manifest.json").read_text())
+    assert (other["train_loss"], other["val_nll"]) == (manifest["train_loss"], manifest["val_nll"])
+
+
+def test_train_with_a_scaling_keeps_it(lab: Lab, tmp_path: Path) -> None:
+    where = f"runs_dir={tmp_path / 'runs'}"
+    run = as_json("train", "--pos", "rope", "--scaling", "linear", "--factor", "4", *lab.tiny(where))["run"]
+    assert run.startswith("rope-linear-text-s0-")
+    kept = as_json("eval", run, where, "--ctx", "32")
+    assert (kept["scaling"], kept["factor"]) == ("linear", 4.0)
+    removed = as_json("eval", run, where, "--ctx", "32", "--scaling", "none")
+    assert (removed["scaling"], removed["factor"]) == ("none", None)
+    replaced = as_json("eval", run, where, "--ctx", "64", "--scaling", "ntk")
+    assert (replaced["scaling"], replaced["factor"]) == ("ntk", 2.0)  # of 32, not of 4 x 32: scalings never compound
+    changed = as_json("eval", run, where, "--ctx", "32", "--factor", "8")
+    assert (changed["scaling"], changed["factor"]) == ("linear", 8.0)
+
+
+def test_a_loss_that_is_no_number_fails_the_run(lab: Lab, tmp_path: Path) -> None:
+    """Exit 1 with the step in message and manifest; the last good weights stay; a second call is not skipped."""
+    where = f"runs_dir={tmp_path / 'runs'}"
+    settings = lab.tiny(where, "train.lr=1e6", "train.grad_clip=null", "train.warmup_steps=0", "train.steps=50")
+    for _ in range(2):
+        done = invoke("train", *settings, "--json")
+        assert done.exit_code == 1
+        assert done.stdout == ""
+        lines = [line for line in done.stderr.splitlines() if "finished" not in line]
+        (folder,) = (tmp_path / "runs").iterdir()
+        manifest = json.loads((folder / "manifest.json").read_text())
+        step = manifest["failed_step"]
+        assert manifest["status"] == "failed"
+        assert 2 <= step <= 50
+        assert f"at step {step}" in lines[-1]
+        assert f"at step {step}" in manifest["error"]
+        assert "lower train.lr" in lines[-1]
+        (checkpoint,) = (folder / "checkpoints").iterdir()
+        assert json.loads((checkpoint / "state.json").read_text())["step"] == step - 1
+        from safetensors.torch import load_file
+
+        weights = load_file(checkpoint / "model.safetensors")
+        assert all(bool(torch.isfinite(tensor).all()) for tensor in weights.values())
+    (row,) = as_json("runs", where)
+    assert (row["status"], row["run"]) == ("failed", folder.name)
+    assert invoke("eval", where).exit_code == 2
+    assert "is failed" in invoke("eval", where, folder.name).stderr
+
+
+BAD_TRAIN: list[tuple[list[str], Sequence[str]]] = [
+    (["pos=ropee"], ["unknown pos 'ropee'", "did you mean rope?"]),
+    (["--pos", "ropee"], ["unknown pos 'ropee'", "did you mean rope?"]),
+    (["--scaling", "yrn"], ["unknown scaling 'yrn'", "did you mean yarn?"]),
+    (["trian.lr=1"], ["unknown key 'trian.lr'", "did you mean train.lr?"]),
+    (["+x=1"], ["'+x=1'", "KEY=VALUE"]),
+    (["++x=1"], ["'++x=1'", "KEY=VALUE"]),
+    (["~train.lr"], ["'~train.lr'", "KEY=VALUE"]),
+    (["train=5"], ["train is a section", "train.ctx"]),
+    (["seed=${train.steps}"], ["interpolations", "write the value itself"]),
+    (["pos=../data/text"], ["unknown pos '../data/text'", "rope"]),
+    (["pos.name=alibi"], ["pos.name", "pos=alibi"]),
+    (["hydra.verbose=true"], ["hydra", "ropelab sweep"]),
+    (["pos@foo=rope"], ["'pos@foo=rope'", "KEY=VALUE"]),
+    (["seed=1", "seed=2"], ["seed is given twice", "once"]),
+    (["--pos", "rope", "pos=alibi"], ["--pos rope and pos=alibi", "give pos once"]),
+    (["--pos", "rope", "--pos", "alibi"], ["--pos alibi", "give pos once"]),
+    (["--scaling", "yarn", "scaling=ntk"], ["give scaling once"]),
+    (["--scaling", "yarn", "--factor", "2", "scaling.factor=4"], ["give scaling.factor once"]),
+    (["--ctx", "256"], ["use train.ctx=256"]),
+    (["pos=rope,alibi"], ["pos takes one value", "ropelab sweep pos=rope,alibi"]),
+    (["train.lr=1e-3,2e-3"], ["train.lr takes one value", "ropelab sweep"]),
+    (["--scaling", "linear"], ["factor 1 changes nothing", "give scaling.factor"]),
+    (["--scaling", "linear", "--factor", "1"], ["factor 1 changes nothing", "give scaling.factor"]),
+    (["--scaling", "yarn", "--factor", "auto-row"], ["auto-row belongs to evaluation", "give scaling.factor"]),
+    (["--factor", "4"], ["scaling.factor=4 needs a scaling", "linear"]),
+    (["--scaling", "linear", "--factor", "0.5"], ["scaling.factor", ">= 1, not 0.5"]),
+    (["--scaling", "linear", "--factor", "nan"], ["scaling.factor", ">= 1, not nan"]),
+    (["--scaling", "linear", "--factor", "inf"], ["scaling.factor", ">= 1, not inf"]),
+    (["--scaling", "linear", "--factor", "much"], ["scaling.factor", "'much'"]),
+    (["--scaling", "linear", "--pos", "alibi"], ["scaling=linear", "pos=rope", "pos=alibi"]),
+    (["--scaling", "yarn", "--factor", "4", "--pos", "learned"], ["scaling=yarn", "pos=rope", "pos=learned"]),
+    (["--scaling", "yarn", "--factor", "4", "scaling.beta_fast=0.5"], ["scaling.beta_fast", "beta_slow"]),
+    (["--scaling", "yarn", "--factor", "4", "scaling.ramp=x"], ["scaling.ramp must be index or rotations"]),
+    (["--scaling", "ntk", "--factor", "4", "model.n_head=8"], ["two rotary pairs"]),
+    (["model.d_model=18"], ["even head dimension, not 9", "model.n_head=2"]),
+    (["pos.fraction=0.1"], ["pos.fraction=0.1"]),
+    (["pos.fraction=0"], ["pos.fraction must be in (0, 1]"]),
+    (["pos.base=1"], ["pos.base must be > 1"]),
+    (["pos.base=inf"], ["pos.base", "finite"]),
+    (["pos.layout=both"], ["half or interleaved"]),
+    (["pos=sinusoidal", "model.d_model=15", "model.n_head=3"], ["even model.d_model"]),
+    (["train.keep=[0.01]"], ["train.keep=0.01", "train.steps=3"]),
+    (["device=tpu"], ["device must be one of auto, cpu, cuda, mps"]),
+    (["device=cpu:3"], ["device=cpu:3", "use device=cpu"]),
+    (["train.ctx=100000"], ["too few for one window of 100000", "use train.ctx="]),
+    (["data=books", "data.path=null"], ["data.path or ROPELAB_DATA"]),
+    (["data=nonfiction"], ["nonfiction only evaluates", "train on books"]),
+    (["data=wikitext"], ["wikitext only evaluates", "train on books"]),
+    (["data.path=null"], ["needs data.path"]),
+    (["data.path=nowhere"], ["data.path=nowhere does not exist", "a folder"]),
+    (["data.tokenizer=gpt2", "data.tokenizer_path=nowhere"], ["nowhere", "vocab.bpe"]),
+    (["runs_dir="], ["runs_dir is empty"]),
+    (["cache_dir="], ["cache_dir is empty"]),
+    (["rope"], ["'rope' is not KEY=VALUE"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "says"), BAD_TRAIN, ids=[" ".join(row[0]) for row in BAD_TRAIN])
+def test_train_refuses(refused: Refusals, arguments: list[str], says: Sequence[str]) -> None:
+    refused("train", *refused.lab.tiny(*(item for item in arguments if "=" in item)), *(
+        item for item in arguments if "=" not in item
+    ), says=says)  # fmt: skip
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", "mps"])
+def test_train_refuses_a_device_that_is_not_there(refused: Refusals, device: str) -> None:
+    there = torch.cuda.device_count() > int(device[5:] or 0) if "cuda" in device else torch.backends.mps.is_available()
+    if there:
+        pytest.skip(f"this machine has {device}")
+    refused("train", *refused.lab.tiny(f"device={device}"), says=[f"device={device}", "use "])
+    refused("eval", refused.lab.rope, f"device={device}", says=[f"device={device}", "use "])
+    refused("reproduce", "c-order", f"device={device}", says=[f"device={device}", "use "])
+
+
+BAD_FILES: dict[str, tuple[bytes, Sequence[str]]] = {
+    "empty.txt": (b"", ["is empty", "remove it"]),
+    "bom.txt": (b"\xef\xbb\xbf", ["is empty"]),
+    "binary.txt": (b"text\0text", ["is binary", "offset 4"]),
+    "latin1.txt": ("caf\xe9".encode("latin1"), ["is not UTF-8", "0xe9 at offset 3", "iconv"]),
+    "short.txt": (b"hello", ["too short", "more text"]),
+    "blank.txt": (b" \n\n", ["too short", "more text"]),
+    "one line.txt": (words(7, 1).encode(), ["too few for one window of 32 + 1"]),
+    "picture.png": (b"\x89PNG", ["no .txt or .jsonl file"]),
+    "cut.jsonl": (b'{"text": "a', ["line 1", "is not JSON"]),
+    "field.jsonl": (b'{"body": "a"}\n', ["line 1", "data.text_field", "body"]),
+    "list.jsonl": (b"[1]\n", ["line 1", "no JSON object"]),
+    "not.txt.gz": (b"text", ["damaged or no .gz file"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_train_refuses_text_that_is_none(refused: Refusals, tmp_path: Path, name: str) -> None:
+    content, says = BAD_FILES[name]
+    path = tmp_path / name
+    path.write_bytes(content)
+    named = [] if name == "one line.txt" else [str(path)]
+    refused("train", *refused.lab.tiny(f"data.path={path}"), says=[*says, *named])
+
+
+def test_one_bad_file_of_many_is_named(refused: Refusals, tmp_path: Path) -> None:
+    folder = write_corpus(tmp_path / "many")
+    (folder / "7.txt").write_bytes(b"\xff\xfe")
+    refused("train", *refused.lab.tiny(f"data.path={folder}"), says=[str(folder / "7.txt"), "UTF-8"])
+    (tmp_path / "none").mkdir()
+    refused(
+        "train", *refused.lab.tiny(f"data.path={tmp_path / 'none'}"), says=[str(tmp_path / "none"), "holds no .txt"]
+    )
+
+
+def test_train_refuses_test_text_in_the_training_text(refused: Refusals, tmp_path: Path) -> None:
+    folder = tmp_path / "overlap"
+    folder.mkdir()
+    text = words(3, 200)
+    (folder / "train.txt").write_text(text)
+    (folder / "test.txt").write_text(text[5000:9000])
+    refused("train", *refused.lab.tiny(f"data.path={folder}"), says=["test.txt", "occurs in the training text"])
+
+
+# --- folders that cannot be written ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("below", ["", "deep/er"])
+def test_folders_that_are_files(refused: Refusals, tmp_path: Path, below: str) -> None:
+    file = tmp_path / "file"
+    file.write_text("not a folder")
+    for key in ("runs_dir", "cache_dir"):
+        refused("train", *refused.lab.tiny(f"{key}={file / below}"), says=[f"{key}=", "cannot be written"])
+    refused("reproduce", "c-order", f"runs_dir={file / below}", says=["runs_dir=", "cannot be written"])
+    assert file.read_text() == "not a folder"
+
+
+@pytest.fixture
+def read_only(lab: Lab, tmp_path: Path) -> Iterator[Path]:
+    """A folder of runs on a file system that is mounted read-only: permissions do not stop root."""
+    folder = tmp_path / "read-only"
+    good("eval", lab.rope, "--ctx", "64")
+    shutil.copytree(lab.runs / lab.rope, folder / lab.rope)
+    if (
+        shutil.which("mount") is None
+        or subprocess.run(["mount", "--bind", folder, folder], capture_output=True).returncode
+    ):
+        pytest.skip("mount --bind is not allowed here")
+    try:
+        if subprocess.run(["mount", "-o", "remount,ro,bind", folder], capture_output=True).returncode:
+            pytest.skip("a read-only bind mount is not allowed here")
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_read_only_folders(refused: Refusals, read_only: Path) -> None:
+    lab = refused.lab
+    for folder in (read_only, read_only / "deeper"):
+        refused("train", *lab.tiny(f"runs_dir={folder}"), says=["runs_dir=", "Read-only", "choose another"])
+        refused("reproduce", "c-order", f"runs_dir={folder}", says=["runs_dir=", "Read-only"])
+        refused("report", lab.rope, "-o", folder, says=["-o", "Read-only", "choose another"])
+        refused("reproduce", "c-order", "-o", folder, says=["-o", "Read-only", "choose another"])
+        refused("demo", "-o", folder, says=["-o", "Read-only", "choose another"])
+        refused("eval", lab.rope, "-o", folder / "x.png", says=["-o", "Read-only", "choose another"])
+        refused("show", "--pos", "rope", "-o", folder / "x.png", says=["-o", "Read-only", "choose another"])
+
+
+def test_a_read_only_run_is_evaluated_only_if_it_was_before(refused: Refusals, read_only: Path) -> None:
+    run = read_only / refused.lab.rope
+    assert as_json("eval", run, "--ctx", "64") == as_json("eval", refused.lab.rope, "--ctx", "64")
+    refused("eval", run, "--ctx", "40,", says=[str(run / "results"), "Read-only", "copy"])
+
+
+# --- options as such ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["trian"], "Did you mean 'train'?"),
+        (["train", "--pso", "rope"], "--pos"),
+        (["train", "--pos"], "--pos"),
+        (["reproduce", "c-order", "--seeds", "many"], "--seeds"),
+        (["bench"], "train|eval|attention"),
+        (["--frobnicate"], "--frobnicate"),
+    ],
+)
+def test_usage_errors_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["ropelab", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    printed = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert printed.out == ""
+    (line,) = printed.err.splitlines()
+    assert line.startswith("ropelab: ")
+    assert says in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"), [([], "Usage: ropelab"), (["--version"], "ropelab 0."), (["runs", "--help"], "rm")]
+)
+def test_help_and_version(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["ropelab", *arguments])
+    with contextlib.suppress(SystemExit):
+        cli.main()
+    printed = capsys.readouterr()
+    assert says in printed.out
+    assert printed.err == ""
+
+
+HEAVY = ("torch", "hydra", "omegaconf", "wandb", "datasets", "tokenizers", "matplotlib", "plotly", "scipy", "numpy")
+
+
+def test_light_commands_import_nothing_heavy(lab: Lab) -> None:
+    """--help of every command needs none of the libraries; `show` without arguments and `runs` need no torch."""
+    commands = [
+        command.name or command.callback.__name__ for command in cli.app.registered_commands if command.callback
+    ]
+    assert {"train", "eval", "show", "runs", "data", "reproduce", "demo", "report", "bench"} <= set(commands)
+    code = f"""
+import sys
+from typer.testing import CliRunner
+from ropelab.cli import app
+def loaded(names): return [name for name in names if name in sys.modules]
+for command in {commands!r}:
+    done = CliRunner().invoke(app, [command, "--help"])
+    assert done.exit_code == 0 and "Usage" in done.stdout, command
+    assert not loaded({HEAVY!r}), (command, loaded({HEAVY!r}))
+for arguments in (["show"], ["show", "--json"], ["runs"], ["runs", "--json"], ["reproduce", "--list"]):
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0 and done.stdout, (arguments, done.stderr)
+    heavy = ("torch", "wandb", "datasets", "tokenizers", "matplotlib", "plotly")
+    assert not loaded(heavy), (arguments, loaded(heavy))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+# --- eval -----------------------------------------------------------------------------------------------------------
+
+EVAL_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "run": str, "pos": str, "scaling": str, "factor": (float, type(None)), "train_ctx": int, "protocol": dict,
+    "window": (int, type(None)), "rows": list,
+}  # fmt: skip
+ROW_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "ctx": int, "factor": (float, type(None)), "ppl": (float, type(None)), "nll": (float, type(None)),
+    "bits_per_byte": (float, type(None)), "tokens": int, "documents": int, "ci95": (list, type(None)), "status": str,
+}  # fmt: skip
+
+
+def check_contract(result: dict[str, Any]) -> None:
+    for field, kind in EVAL_FIELDS.items():
+        assert isinstance(result[field], kind), field
+    assert isinstance(result["protocol"]["name"], str)
+    for row in result["rows"]:
+        for field, kind in ROW_FIELDS.items():
+            assert isinstance(row[field], kind), field
+            assert not isinstance(row[field], bool), field
+        if row["status"] == "ok":
+            assert row["ppl"] == pytest.approx(math.exp(row["nll"]))
+            # a token is a byte here
+            assert row["bits_per_byte"] == pytest.approx(row["nll"] / math.log(2))
+        if row["ci95"] is not None:
+            low, high = row["ci95"]
+            assert low <= row["ppl"] <= high
+
+
+def contexts(result: dict[str, Any]) -> list[int]:
+    return [row["ctx"] for row in result["rows"]]
+
+
+def test_eval_json(lab: Lab) -> None:
+    result = as_json("eval", lab.rope, "--ctx", "128")
+    check_contract(result)
+    assert (result["run"], result["pos"], result["scaling"]) == (lab.rope, "rope", "none")
+    assert (result["factor"], result["train_ctx"], result["window"]) == (None, 32, None)
+    assert result["protocol"]["name"] == "nonoverlapping"
+    assert contexts(result) == [32, 64, 128]
+    assert len({row["tokens"] for row in result["rows"]}) == 1  # the same targets at every ctx
+    # three steps from a start near the uniform distribution
+    assert all(abs(row["nll"] - math.log(256)) < 0.3 for row in result["rows"])
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("128", [32, 64, 128]),
+        ("96", [32, 64, 96]),
+        ("32", [32]),
+        ("16", [16]),
+        ("64,", [64]),
+        ("64,256", [64, 256]),
+        ("16,32,64", [16, 32, 64]),
+        (None, [32, 64, 128, 256]),
+    ],
+)
+def test_ctx_forms(lab: Lab, given: str | None, expected: list[int]) -> None:
+    assert contexts(as_json("eval", lab.rope, *(() if given is None else ("--ctx", given)))) == expected
+
+
+def test_factors(lab: Lab) -> None:
+    """auto: one power of two for the ladder; auto-row: one for each row, 1 inside; dynamic: 1, s follows ctx."""
+    auto = as_json("eval", lab.rope, "--ctx", "96", "--scaling", "linear")
+    assert (auto["factor"], [row["factor"] for row in auto["rows"]]) == (4.0, [4.0, 4.0, 4.0])
+    by_row = as_json("eval", lab.rope, "--ctx", "96", "--scaling", "linear", "--factor", "auto-row")
+    assert (by_row["factor"], [row["factor"] for row in by_row["rows"]]) == (None, [1.0, 2.0, 4.0])
+    given = as_json("eval", lab.rope, "--ctx", "64", "--scaling", "yarn", "--factor", "8")
+    assert (given["factor"], [row["factor"] for row in given["rows"]]) == (8.0, [8.0, 8.0])
+    dynamic = as_json("eval", lab.rope, "--ctx", "96", "--scaling", "dynamic_ntk")
+    assert (dynamic["factor"], [row["factor"] for row in dynamic["rows"]]) == (1.0, [1.0, 1.0, 1.0])
+    # up to L auto-row and the dynamic method scale nothing, and one factor for all does
+    plain = as_json("eval", lab.rope, "--ctx", "96")
+    assert by_row["rows"][0]["nll"] == plain["rows"][0]["nll"] == dynamic["rows"][0]["nll"]
+    assert auto["rows"][0]["nll"] != plain["rows"][0]["nll"]
+    assert by_row["rows"][2]["nll"] == auto["rows"][2]["nll"]
+    for result in (auto, by_row, given, dynamic):
+        check_contract(result)
+
+
+def test_a_length_at_which_an_encoding_is_undefined_is_a_row(lab: Lab) -> None:
+    result = as_json("eval", lab.learned, "--ctx", "64")
+    check_contract(result)
+    inside, outside = result["rows"]
+    assert inside["status"] == "ok"
+    assert (outside["ctx"], outside["status"], outside["ppl"], outside["nll"]) == (64, "undefined", None, None)
+    assert (outside["ci95"], outside["tokens"]) == (None, 0)
+    table = good("eval", lab.learned, "--ctx", "64").stdout
+    assert "64" in table
+
+
+def test_several_runs_and_scalings(lab: Lab) -> None:
+    two = as_json("eval", lab.alibi, lab.rope, "--ctx", "64")
+    assert set(two) == {"results"}
+    assert [item["run"] for item in two["results"]] == [lab.alibi, lab.rope]
+    for item in two["results"]:
+        check_contract(item)
+    # only runs of the same targets are comparable, and these are
+    assert len({item["protocol"]["targets_digest"] for item in two["results"]}) == 1
+    three = as_json("eval", lab.rope, "eval.scalings=[none,yarn:4,linear]", "--ctx", "64")
+    assert [(item["scaling"], item["factor"]) for item in three["results"]] == [
+        ("none", None), ("yarn", 4.0), ("linear", 2.0),
+    ]  # fmt: skip
+    assert as_json("eval", lab.rope, "eval.scalings=[yarn:4]", "--ctx", "64") == three["results"][1]
+
+
+def test_eval_takes_the_latest_finished_run(lab: Lab) -> None:
+    (lab.runs / lab.alibi / "manifest.json").touch()
+    done = good("eval", "--ctx", "32", "--json")
+    assert json.loads(done.stdout)["run"] == lab.alibi
+    assert lab.alibi in done.stderr
+    (lab.runs / lab.rope / "manifest.json").touch()
+    assert json.loads(good("eval", "--ctx", "32", "--json").stdout)["run"] == lab.rope
+
+
+def test_runs_by_path_and_by_the_beginning_of_their_name(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = (lab.runs / lab.rope, f"{lab.runs / lab.rope}/", lab.rope[:4], lab.rope.rpartition("-")[2])
+    for name in names:
+        assert as_json("eval", name, "--ctx", "32")["run"] == lab.rope
+    monkeypatch.chdir(lab.runs)
+    monkeypatch.delenv("ROPELAB_RUNS")
+    assert as_json("eval", lab.rope, "--ctx", "32")["run"] == lab.rope
+
+
+def test_a_stored_evaluation_is_read(lab: Lab) -> None:
+    """The second time nothing is computed: what was stored is what is printed, here with a mark in it."""
+    arguments = ("eval", lab.rope, "--ctx", "48,", "--protocol", "last", "eval.last=8")
+    folder = lab.runs / lab.rope / "results"
+    before = set(folder.glob("*.json"))
+    first = as_json(*arguments)
+    (stored,) = set(folder.glob("*.json")) - before
+    again = listing(folder)
+    assert as_json(*arguments) == first
+    assert listing(folder) == again
+    stored.write_text(json.dumps({**first, "mark": 1}))
+    assert as_json(*arguments) == {**first, "mark": 1}
+    stored.write_text('{"cut')  # a damaged one is computed again
+    assert as_json(*arguments) == first
+    assert json.loads(stored.read_text()) == first
+
+
+def test_eval_in_words(lab: Lab, tmp_path: Path) -> None:
+    picture = tmp_path / "new folder" / "x.png"
+    done = good("eval", lab.rope, "--ctx", "64", "-o", picture)
+    assert "RoPE" in done.stdout
+    assert "nonoverlapping" in " ".join(done.stdout.split())
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert str(picture) in done.stderr
+    picture.unlink()
+    assert json.loads(good("eval", lab.rope, "--ctx", "64", "--json", "-o", picture).stdout)["run"] == lab.rope
+    assert picture.exists()
+
+
+def test_other_text(lab: Lab, tmp_path: Path) -> None:
+    other = write_corpus(tmp_path / "other", seed=5, files=3)
+    result = as_json("eval", lab.rope, "data=text", f"data.path={other}", "--ctx", "64")
+    check_contract(result)
+    assert result["rows"][0]["documents"] == 3  # all of it is test text
+    own = as_json("eval", lab.rope, "--ctx", "64")
+    assert result["protocol"]["targets_digest"] != own["protocol"]["targets_digest"]
+    one = as_json("eval", lab.rope, f"data.path={other / '1.txt'}", "--ctx", "64")
+    assert one["rows"][0]["documents"] == 1
+
+
+def test_eval_refuses_text_of_the_training(refused: Refusals) -> None:
+    lab = refused.lab
+    refused("eval", lab.rope, "data=text", f"data.path={lab.corpus}", "--ctx", "64", says="occur in the training text")
+
+
+def test_eval_refuses_text_that_is_too_short(refused: Refusals, tmp_path: Path) -> None:
+    text = words(511, 2)
+    (tmp_path / "a.txt").write_text(text)
+    refused(
+        "eval", refused.lab.rope, "data=text", f"data.path={tmp_path / 'a.txt'}", "--ctx", "1024",
+        says=[f"the longest has {len(text)}", f"use --ctx {len(text) - 1} or less"],
+    )  # fmt: skip
+
+
+BAD_EVAL: list[tuple[list[str], Sequence[str]]] = [
+    (["ROPE", "--ctx", "0"], ["--ctx", "at least 2"]),
+    (["ROPE", "--ctx", "-1"], ["--ctx", "at least 2"]),
+    (["ROPE", "--ctx", "abc"], ["--ctx", "such as 8192", "'abc'"]),
+    (["ROPE", "--ctx", "1.5"], ["--ctx", "such as 8192"]),
+    (["ROPE", "--ctx", "512,256"], ["--ctx", "growing"]),
+    (["ROPE", "--ctx", "512,512"], ["--ctx", "growing"]),
+    (["ROPE", "--ctx", ""], ["eval.ctx is empty"]),
+    (["ROPE", "--ctx", ","], ["--ctx", "such as 8192"]),
+    (["ROPE", "--ctx", "64,,"], ["--ctx", "such as 8192"]),
+    (["ROPE", "--ctx", str(2**40)], ["ctx", "use "]),
+    (["ROPE", "--ctx", "4096,"], ["no test document is long enough for ctx 4096", "use --ctx"]),
+    (["ROPE", "--ctx", "64", "--ctx", "128"], ["give eval.ctx once"]),
+    (["ROPE", "--ctx", "64", "eval.ctx=128"], ["give eval.ctx once"]),
+    (["ROPE", "--ctx", "31,500"], ["31 does not divide 500", "use "]),
+    (["ROPE", "--ctx", "64", "eval.max_ctx=32"], ["eval.max_ctx=32", "64"]),
+    (["ROPE", "--ctx", "64", "--protocol", "last"], ["eval.last=64", "16 or less"]),
+    (["ROPE", "--ctx", "64", "--protocol", "last", "eval.last=17"], ["eval.last=17", "16 or less"]),
+    (["ROPE", "--ctx", "64", "--protocol", "sliding"], ["eval.stride=64", "32 or less"]),
+    (["ROPE", "--protocol", "lst"], ["eval.protocol", "last"]),
+    (["ROPE", "--scaling", "yrn"], ["did you mean yarn?"]),
+    (["ROPE", "--factor", "4"], ["scaling.factor=4 needs a scaling", "linear"]),
+    (["ALIBI", "--factor", "4"], ["scaling.factor=4 needs a scaling"]),
+    (["ROPE", "--scaling", "yarn", "--factor", "0.5"], [">= 1, not 0.5"]),
+    (["ROPE", "--scaling", "yarn", "--factor", "nan"], [">= 1, not nan"]),
+    (["ROPE", "--scaling", "yarn", "--factor", "inf"], [">= 1, not inf"]),
+    (["ROPE", "--scaling", "yarn", "--factor", "x"], ["'x'"]),
+    (["ALIBI", "--scaling", "yarn", "--ctx", "64"], ["scaling=yarn", "pos=rope", "pos=alibi"]),
+    (["ALIBI", "eval.scalings=[none,yarn:4]", "--ctx", "80,"], ["scaling=yarn", "pos=alibi"]),
+    (["ROPE", "ALIBI", "--scaling", "yarn", "--ctx", "80,"], ["scaling=yarn", "pos=alibi"]),
+    (["ROPE", "eval.scalings=[none]", "--scaling", "yarn"], ["either --scaling or eval.scalings"]),
+    (["ROPE", "eval.scalings=[yrn]"], ["did you mean yarn?"]),
+    (["ROPE", "pos=alibi"], ["pos=alibi is fixed by the run", "eval takes"]),
+    (["ROPE", "model.n_layer=2"], ["model.n_layer=2 is fixed by the run"]),
+    (["ROPE", "train.ctx=64"], ["train.ctx=64 is fixed by the run"]),
+    (["ROPE", "seed=1"], ["seed=1 is fixed by the run"]),
+    (["ROPE", "data.tokenizer=bpe"], ["the run's own tokeniser"]),
+    (["ROPE", "data=text"], ["needs data.path"]),
+    (["ROPE", "data=text", "data.path=nowhere"], ["data.path=nowhere does not exist"]),
+    (["ROPE", "eval.split=validation", "data=text", "data.path=nowhere"], ["eval.split=validation"]),
+    (["nope"], ["there is no run 'nope'"]),
+    (["ROPE", "nope"], ["there is no run 'nope'"]),
+    (["rope-txt-s0"], ["there is no run", "did you mean rope-text-s0-"]),
+    (["ROPE", "+eval.last=3"], ["'+eval.last=3'"]),
+    (["ROPE", "-o", "x.pdf"], ["-o x.pdf", "ends in .png"]),
+    (["ROPE", "-o", "."], ["-o .", "ends in .png"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "says"), BAD_EVAL, ids=[" ".join(row[0]) for row in BAD_EVAL])
+def test_eval_refuses(refused: Refusals, arguments: list[str], says: Sequence[str]) -> None:
+    runs = {"ROPE": refused.lab.rope, "ALIBI": refused.lab.alibi}
+    refused("eval", *(runs.get(item, item) for item in arguments), says=says)
+
+
+def test_output_in_a_place_that_is_none(refused: Refusals, tmp_path: Path) -> None:
+    lab = refused.lab
+    file = tmp_path / "file"
+    file.write_text("not a folder")
+    (tmp_path / "folder.png").mkdir()
+    refused("eval", lab.rope, "-o", file / "x.png", says=["-o", "cannot be written"])
+    refused("eval", lab.rope, "-o", tmp_path / "folder.png", says=["is a folder"])
+    refused("show", "--pos", "rope", "-o", file / "x.png", says=["-o", "cannot be written"])
+    refused("show", "--pos", "rope", "-o", "x.svg", says=["ends in .png"])
+    refused("report", lab.rope, "-o", file, says=["-o", "cannot be written"])
+    refused("reproduce", "c-order", "-o", file / "x", says=["-o", "cannot be written"])
+    refused("demo", "-o", file, says=["-o", "cannot be written"])
+    assert file.read_text() == "not a folder"
+
+
+# --- runs that cannot be used ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def broken(lab: Lab, tmp_path: Path) -> Path:
+    """A copy of a run to be damaged, alone in a folder of runs."""
+    return Path(shutil.copytree(lab.runs / lab.rope, tmp_path / "runs" / lab.rope))
+
+
+def damage_manifest(run: Path, **changes: object) -> None:
+    manifest = json.loads((run / "manifest.json").read_text())
+    (run / "manifest.json").write_text(json.dumps({**manifest, **changes}))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "one bit", "weights gone", "checkpoint gone", "state cut"])
+def test_eval_refuses_a_damaged_checkpoint(refused: Refusals, broken: Path, damage: str) -> None:
+    checkpoint = broken / "checkpoints" / "step-00000003"
+    weights = checkpoint / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    if damage == "truncated":
+        weights.write_bytes(content[:-1])
+    elif damage == "one bit":
+        content[-1] ^= 1
+        weights.write_bytes(content)
+    elif damage == "weights gone":
+        weights.unlink()
+    elif damage == "checkpoint gone":
+        shutil.rmtree(checkpoint)
+    else:
+        (checkpoint / "state.json").write_text("{")
+    before = listing(broken)
+    refused(
+        "eval", broken, "--ctx", "32", says=[str(checkpoint), "truncated, altered or missing", "train the run again"]
+    )
+    assert listing(broken) == before
+
+
+@pytest.mark.parametrize(("status", "shown"), [("running", "interrupted"), ("failed", "failed")])
+def test_eval_refuses_a_run_that_is_not_finished(refused: Refusals, broken: Path, status: str, shown: str) -> None:
+    damage_manifest(broken, status=status)
+    where = f"runs_dir={broken.parent}"
+    refused("eval", broken, says=[broken.name, f"is {shown}", "ropelab train"])
+    refused("eval", where, says=["no finished run", "ropelab train"])
+    (row,) = as_json("runs", where)
+    assert row["status"] == shown
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", ""])
+def test_a_broken_manifest_hides_no_other_run(refused: Refusals, broken: Path, content: str) -> None:
+    other = Path(shutil.copytree(broken, broken.parent / "other"))
+    (broken / "manifest.json").write_text(content)
+    where = f"runs_dir={broken.parent}"
+    refused("eval", broken, says=broken.name)
+    refused("show", broken, says="")
+    rows = {row["run"]: row["status"] for row in as_json("runs", where)}
+    assert rows.pop(broken.name) in ("damaged", "unknown")
+    assert rows == {other.name: "done"}
+    assert other.name in good("runs", where).stdout
+    assert as_json("eval", where, "--ctx", "32")["run"] == refused.lab.rope
+
+
+def test_a_broken_tokeniser_is_named(refused: Refusals, broken: Path) -> None:
+    (broken / "tokenizer.json").write_text("{")
+    refused("eval", broken, "--ctx", "32", says=[str(broken / "tokenizer.json"), "damaged"])
+
+
+def test_eval_refuses_text_that_was_changed(refused: Refusals, tmp_path: Path) -> None:
+    """The text of a run is its identity: changed or moved text is said, not silently scored."""
+    lab = refused.lab
+    corpus = Path(shutil.copytree(lab.corpus, tmp_path / "corpus"))
+    where = f"runs_dir={tmp_path / 'runs'}"
+    run = as_json("train", *lab.tiny(where, f"data.path={corpus}", "pos=rope"))["run"]
+    assert run == lab.rope  # the same text in another place is the same run
+    (corpus / "0.txt").write_text(words(99))
+    refused("eval", where, run, "--ctx", "32", says=[run, "restore it"])
+    shutil.rmtree(corpus)
+    refused("eval", where, run, "--ctx", "32", says=[str(corpus), "does not exist"])
+
+
+# --- show -----------------------------------------------------------------------------------------------------------
+
+
+def test_show_json(lab: Lab) -> None:
+    shown = as_json("show", "--pos", "rope", "--scaling", "linear", "--factor", "8", "--ctx", "256")
+    assert (shown["pos"], shown["scaling"], shown["factor"]) == ("rope", "linear", 8.0)
+    assert (shown["ctx"], shown["train_ctx"], shown["d_head"], shown["n_head"]) == (256, 128, 32, 4)
+    inv_freq = shown["rotation"]["inv_freq"]
+    # Su et al. 2021: theta_i = 10000^(-2i/d); Chen et al. 2023: divided by the factor
+    assert inv_freq == pytest.approx([10000 ** (-2 * i / 32) / 8 for i in range(16)], rel=1e-12)
+    assert shown["rotation"]["attention_factor"] == 1.0
+    assert (shown["bias"], shown["embedding"]) == (None, None)
+    for pair, row in enumerate(shown["coverage"]):
+        theta = 10000 ** (-2 * pair / 32)
+        assert row["pair"] == pair
+        assert row["wavelength"] == pytest.approx(2 * math.pi * 8 / theta)
+        assert row["turns_train"] == pytest.approx(128 * theta / (2 * math.pi))
+        assert row["turns_ctx"] == pytest.approx(256 * theta / 8 / (2 * math.pi))
+
+
+def test_show_json_of_the_other_kinds(lab: Lab) -> None:
+    alibi = as_json("show", "--pos", "alibi", "--ctx", "8")
+    assert (alibi["rotation"], alibi["embedding"], alibi["coverage"], alibi["factor"]) == (None, None, None, None)
+    # Press et al. 2022: slopes 2^(-8h/H)
+    assert alibi["bias"]["by_distance"] == [[-(2.0 ** (-2 * h)) * d for d in range(8)] for h in range(1, 5)]
+    sinusoidal = as_json("show", "--pos", "sinusoidal", "--ctx", "8", "model.d_model=16", "model.n_head=2")
+    table = sinusoidal["embedding"]
+    assert (len(table), len(table[0])) == (8, 16)
+    # Vaswani et al. 2017, section 3.5: sin and cos of p / 10000^(2i/d) in turn
+    expected = [
+        [(math.sin if c % 2 == 0 else math.cos)(p / 10000 ** ((c - c % 2) / 16)) for c in range(16)] for p in range(8)
+    ]
+    assert [value for row in table for value in row] == pytest.approx([v for row in expected for v in row], abs=1e-6)
+    none = as_json("show", "pos=none")
+    assert (none["scaling"], none["rotation"], none["bias"], none["embedding"]) == ("none", None, None, None)
+
+
+def test_show_in_its_other_forms(lab: Lab, tmp_path: Path) -> None:
+    methods = as_json("show")
+    assert "rope" in methods["pos"]
+    assert "2309.00071" in methods["scaling"]["yarn"]["paper"]
+    text = good("show").stdout
+    assert all(name in text for name in (*methods["pos"], *methods["scaling"]))
+    assert as_json("show", "train.lr=0.5")["train"]["lr"] == 0.5
+    run = as_json("show", lab.rope)
+    assert (run["run"], run["pos"], run["train_ctx"], run["d_head"]) == (lab.rope, "rope", 32, 8)
+    assert "status: done" in good("show", lab.rope).stdout
+    picture = tmp_path / "x.png"
+    good("show", "--pos", "rope", "-o", picture)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+BAD_SHOW: list[tuple[list[str], Sequence[str]]] = [
+    (["ROPE", "ALIBI"], ["show takes one RUN"]),
+    (["ROPE", "--pos", "rope"], ["show takes one RUN"]),
+    (["ROPE", "train.lr=1"], ["has its own configuration"]),
+    (["nope"], ["there is no run 'nope'"]),
+    (["--pos", "ropee"], ["did you mean rope?"]),
+    (["--pos", "alibi", "--scaling", "yarn"], ["scaling=yarn", "pos=rope"]),
+    (["--pos", "rope", "--factor", "4"], ["needs a scaling"]),
+    (["--pos", "rope", "--ctx", "0"], ["--ctx takes one length from 1"]),
+    (["--pos", "rope", "--ctx", "64,128"], ["--ctx takes one length"]),
+    (["--pos", "rope", "--ctx", ""], ["--ctx takes one length"]),
+    (["--pos", "rope", "--ctx", str(10**9)], ["--ctx takes one length"]),
+    (["--pos", "rope", "--ctx", "4", "--ctx", "8"], ["--ctx takes one length"]),
+    (["--pos", "learned", "--ctx", "1000"], ["end at 128"]),
+    (["--ctx", "64"], ["add --pos NAME"]),
+    (["-o", "x.png"], ["add --pos NAME"]),
+    (["--pos", "rope", "model.d_model=18", "model.n_head=2"], ["even head dimension"]),
+]
+
+
+@pytest.mark.parametrize(("arguments", "says"), BAD_SHOW, ids=[" ".join(row[0]) for row in BAD_SHOW])
+def test_show_refuses(refused: Refusals, arguments: list[str], says: Sequence[str]) -> None:
+    runs = {"ROPE": refused.lab.rope, "ALIBI": refused.lab.alibi}
+    refused("show", *(runs.get(item, item) for item in arguments), says=says)
+
+
+# --- runs, data, report, reproduce, bench ---------------------------------------------------------------------------
+
+
+def test_runs(lab: Lab) -> None:
+    rows = {row["run"]: row for row in as_json("runs")}
+    assert set(rows) == {lab.rope, lab.alibi, lab.learned}
+    assert all((row["status"], row["step"], row["train_ctx"]) == ("done", 3, 32) for row in rows.values())
+    assert all(run in good("runs").stdout for run in rows)
+    assert as_json("runs", f"runs_dir={lab.root / 'no such folder'}") == []
+
+
+def test_runs_rm(lab: Lab, broken: Path) -> None:
+    where = f"runs_dir={broken.parent}"
+    kept = invoke("runs", "rm", broken.name, where, input="n\n")
+    assert broken.exists()
+    assert str(broken) in kept.stderr
+    assert good("runs", "rm", "--yes", broken.name, where).exit_code == 0
+    assert not broken.exists()
+    assert (lab.runs / lab.rope).exists()
+
+
+OTHERS: list[tuple[list[str], Sequence[str]]] = [
+    (["runs", "rm"], ["needs the runs to remove"]),
+    (["runs", "rm", "nope", "--yes"], ["there is no run 'nope'"]),
+    (["runs", "delete"], ["list or rm, not 'delete'"]),
+    (["runs", "+x=1"], ["'+x=1'"]),
+    (["data", "fetch"], ["list or prepare, not 'fetch'"]),
+    (["data", "prepare", "data=text", "data.path=nowhere"], ["nowhere does not exist"]),
+    (["report", "nope"], ["there is no run 'nope'"]),
+    (["reproduce"], ["--list"]),
+    (["reproduce", "c-odrer"], ["c-order"]),
+    (["reproduce", "nowhere.yaml"], ["nowhere.yaml"]),
+    (["reproduce", "c-order", "--seeds", "0"], ["--seeds must be at least 1"]),
+    (["reproduce", "c-order", "--seeds", "-1"], ["--seeds must be at least 1"]),
+    (["reproduce", "demo", "c-order"], ["demo is a set"]),
+    (["reproduce", "c-order", "train.lr=1"], ["train.lr=1 is fixed by the claim's file"]),
+    (["reproduce", "c-order", "runs_dir="], ["runs_dir is empty"]),
+    (["demo", "--seeds", "0"], ["--seeds must be at least 1"]),
+    (["demo", "pos=rope"], ["pos=rope is fixed"]),
+    (["bench", "speed"], ["train, eval or attention, not 'speed'"]),
+    (["bench", "train", "--rounds", "0"], ["--rounds must be at least 1"]),
+    (["bench", "train", "--ctx", "64"], ["use train.ctx=64"]),
+    (["bench", "train", "--pos", "ropee"], ["did you mean rope?"]),
+    (["bench", "attention", "--ctx", "abc"], ["--ctx", "'abc'"]),
+]
+
+
+@pytest.mark.parametrize(("arguments", "says"), OTHERS, ids=[" ".join(row[0]) for row in OTHERS])
+def test_other_commands_refuse(refused: Refusals, arguments: list[str], says: Sequence[str]) -> None:
+    refused(*arguments, says=says)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("statement: x\ncolour: red\n", ["colour", "statement"]),
+        ("a: [\n", ["no valid YAML"]),
+        ("", ["must be a mapping"]),
+        ("- 1\n", ["must be a mapping"]),
+    ],
+)
+def test_reproduce_refuses_a_file_with_errors(refused: Refusals, tmp_path: Path, content: str, says: list[str]) -> None:
+    file = tmp_path / "my claim.yaml"
+    file.write_text(content)
+    refused("reproduce", file, says=["my claim.yaml", *says])
+
+
+def test_reproduce_lists_claims(lab: Lab) -> None:
+    found = as_json("reproduce", "--list")
+    assert "c-order" in [row["claim"] for row in found]
+    assert all(row["statement"] and row["source"] for row in found)
+    assert "demo" in good("reproduce", "--list").stdout
+
+
+def test_report(lab: Lab, refused: Refusals, tmp_path: Path) -> None:
+    good("eval", lab.rope, "--ctx", "64")
+    page = tmp_path / "a report" / "report.html"
+    assert good("report", lab.rope, "-o", page.parent).stdout.strip() == str(page)
+    assert lab.rope in page.read_text(encoding="utf-8")
+    fresh = Path(shutil.copytree(lab.runs / lab.rope, tmp_path / "runs" / lab.rope))
+    shutil.rmtree(fresh / "results")
+    refused("report", fresh, says=["no evaluation", "ropelab eval"])
+    refused("report", f"runs_dir={tmp_path / 'nothing'}", says=["no evaluation", "ropelab eval"])
+    (fresh / "results").mkdir()
+    (fresh / "results" / "cut.json").write_text("{")
+    refused("report", fresh, says=[str(fresh / "results" / "cut.json"), "evaluate again"])
+    assert not Path("report").exists()
+
+
+def test_data(lab: Lab) -> None:
+    found = {row["name"]: row["present"] for row in as_json("data")}
+    assert found["stdlib"] is True
+    assert found["text"] is None
+    facts = as_json("data", "prepare", "data=text", f"data.path={lab.corpus}")
+    sizes = [len(file.read_bytes()) for file in lab.corpus.iterdir()]
+    assert sum(facts["tokens"].values()) == sum(sizes)  # a byte is a token
+    assert facts["n_vocab"] == 257
+    assert facts["longest_test_document"] in sizes
+
+
+# --- names that are hard to spell -----------------------------------------------------------------------------------
+
+ODD = 'it\'s a=b, "x" #1 @home {y} größe 日本'
+
+
+def test_folders_with_odd_names(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """data.path, runs_dir, cache_dir, ROPELAB_RUNS, ROPELAB_CACHE, -o and a run's own path hold any character."""
+    odd = tmp_path / ODD
+    corpus = Path(shutil.copytree(lab.corpus, odd / "text"))
+    where = [f"runs_dir={odd / 'runs'}", f"cache_dir={odd / 'cache'}"]
+    run = as_json("train", *lab.tiny(f"data.path={corpus}", "pos=rope"), *where)["run"]
+    assert run == lab.rope
+    assert (odd / "runs" / run / "manifest.json").exists()
+    assert (odd / "cache").is_dir()
+    expected = as_json("eval", lab.rope, "--ctx", "64")
+    monkeypatch.setenv("ROPELAB_RUNS", str(odd / "runs"))
+    monkeypatch.setenv("ROPELAB_CACHE", str(odd / "cache"))
+    assert as_json("eval", "--ctx", "64") == expected
+    assert as_json("eval", run, "--ctx", "64", *where) == expected
+    monkeypatch.delenv("ROPELAB_RUNS")
+    assert as_json("eval", odd / "runs" / run, "--ctx", "64") == expected
+    assert as_json("show", odd / "runs" / run)["run"] == run
+    good("eval", odd / "runs" / run, "--ctx", "64", "-o", odd / "new" / f"{ODD}.png")
+    assert (odd / "new" / f"{ODD}.png").exists()
+    good("report", odd / "runs" / run, "-o", odd / "report")
+    assert (odd / "report" / "report.html").exists()
+    renamed = (odd / "runs" / run).rename(odd / "runs" / ODD)
+    assert as_json("eval", renamed, "--ctx", "64", "--protocol", "prefix")["rows"][0]["status"] == "ok"
+    assert [row["run"] for row in as_json("runs", f"runs_dir={odd / 'runs'}")] == [ODD]
+    other = write_corpus(odd / "other", seed=8, files=2)
+    assert as_json("eval", renamed, f"data.path={other}", "--ctx", "64")["rows"][0]["documents"] == 2
+
+
+@pytest.mark.parametrize("name", [ODD, "a b", "a=b", "'q'", '"q"', "#", "@", "a,b", "{a}", "ä"])
+def test_odd_names_that_do_not_exist_are_named(refused: Refusals, tmp_path: Path, name: str) -> None:
+    path = tmp_path / "none" / name
+    said = " ".join(str(path).split())
+    refused("train", *refused.lab.tiny(f"data.path={path}"), says=[said, "does not exist"])
+    refused("eval", refused.lab.rope, f"data.path={path}", says=[said, "does not exist"])
+    if "=" not in name:
+        refused("eval", path, says=[f"there is no run '{said}'"])
+    file = tmp_path / name
+    file.write_text("")
+    refused("train", *refused.lab.tiny(f"runs_dir={file}"), says=["runs_dir=", name, "cannot be written"])
+    refused("train", *refused.lab.tiny(f"cache_dir={file}"), says=["cache_dir=", name, "cannot be written"])
+    refused("reproduce", "c-order", "-o", file, says=["-o ", name, "cannot be written"])
+
+
+# --- the process itself ---------------------------------------------------------------------------------------------
+
+
+def test_as_a_process(lab: Lab) -> None:
+    """`python -m ropelab` keeps stdout to the result, stderr to the rest, and its exit status."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "ropelab"]
+    done = subprocess.run([*command, "eval", "--ctx", "32", "--json"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    check_contract(json.loads(done.stdout))
+    done = subprocess.run([*command, "train", "pos=ropee"], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "ropelab: unknown pos 'ropee'; did you mean rope?\n"
