@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import sys
 import tempfile
@@ -70,8 +71,12 @@ def _reported() -> Iterator[None]:
     """The user's mistakes in one line and exit 2; failed runs exit 1; our own bugs keep their traceback."""
     try:
         yield
+        sys.stdout.flush()
     except ValueError as error:
         _fail(2, str(error))
+    except BrokenPipeError:  # whoever read it has seen enough, as in `ropelab show | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at the end must not fail again
+        raise typer.Exit(128 + signal.SIGPIPE) from None
     except OSError as error:
         _fail(1, str(error))
     except KeyboardInterrupt:

@@ -6,6 +6,7 @@ A mistake ends with exit 2 and one line on stderr, `ropelab: what is wrong and t
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -207,7 +208,8 @@ def test_a_loss_that_is_no_number_fails_the_run(lab: Lab, tmp_path: Path) -> Non
         done = invoke("train", *settings, "--json")
         assert done.exit_code == 1
         assert done.stdout == ""
-        lines = [line for line in done.stderr.splitlines() if "finished" not in line]
+        assert "finished" not in done.stderr
+        lines = done.stderr.splitlines()
         (folder,) = (tmp_path / "runs").iterdir()
         manifest = json.loads((folder / "manifest.json").read_text())
         step = manifest["failed_step"]
@@ -301,6 +303,7 @@ def test_train_refuses_a_device_that_is_not_there(refused: Refusals, device: str
     refused("train", *refused.lab.tiny(f"device={device}"), says=[f"device={device}", "use "])
     refused("eval", refused.lab.rope, f"device={device}", says=[f"device={device}", "use "])
     refused("reproduce", "c-order", f"device={device}", says=[f"device={device}", "use "])
+    refused("bench", "train", f"device={device}", says=[f"device={device}", "use "])
 
 
 BAD_FILES: dict[str, tuple[bytes, Sequence[str]]] = {
@@ -557,6 +560,30 @@ def test_a_length_at_which_an_encoding_is_undefined_is_a_row(lab: Lab) -> None:
     assert (outside["ci95"], outside["tokens"]) == (None, 0)
     table = good("eval", lab.learned, "--ctx", "64").stdout
     assert "64" in table
+
+
+def test_numbers_that_are_not_finite_are_null(lab: Lab, broken: Path, tmp_path: Path) -> None:
+    """Weights far too large give a perplexity that no float holds; weights that are no numbers give none at all."""
+    from safetensors.torch import load_file, save_file
+
+    checkpoint = broken / "checkpoints" / "step-00000003"
+    weights = load_file(checkpoint / "model.safetensors")
+    state = json.loads((checkpoint / "state.json").read_text())
+    for scale, status in ((1e3, "ok"), (math.nan, "non-finite")):
+        save_file({name: tensor * scale for name, tensor in weights.items()}, checkpoint / "model.safetensors")
+        state["sha256"]["model.safetensors"] = hashlib.sha256(
+            (checkpoint / "model.safetensors").read_bytes()
+        ).hexdigest()  # fmt: skip
+        (checkpoint / "state.json").write_text(json.dumps(state))
+        shutil.rmtree(broken / "results", ignore_errors=True)
+        rows = as_json("eval", broken, "--ctx", "64")["rows"]
+        assert [(row["ctx"], row["status"], row["ppl"]) for row in rows] == [(32, status, None), (64, status, None)]
+        assert all((row["nll"] is None) == (status != "ok") for row in rows)
+        assert all((row["nll"] or 1e9) > 700 for row in rows)
+        good("eval", broken, "--ctx", "64")
+        good("report", broken, "-o", tmp_path / "report")
+        results = (tmp_path / "report" / "results.json").read_text()
+        json.loads(results, parse_constant=lambda name: pytest.fail(f"JSON has no {name}"))
 
 
 def test_several_runs_and_scalings(lab: Lab) -> None:
@@ -947,6 +974,66 @@ def test_reproduce_lists_claims(lab: Lab) -> None:
     assert "demo" in good("reproduce", "--list").stdout
 
 
+CLAIM = """
+statement: A learned table ends at the training length
+source: Press et al. 2022, footnote 4
+tier: cpu
+cell: cell.yaml
+protocol: nonoverlapping
+runs:
+  learned: [pos=learned]
+checks:
+  - statement: It has a perplexity where it should
+    exact: {kind}
+    terms: [learned@L]
+"""
+
+
+def test_reproduce_from_nothing_to_a_verdict(lab: Lab, tmp_path: Path) -> None:
+    """Trains what is missing, once; exit 0 for PASS and 1 for FAIL, with the JSON of both."""
+    folder = tmp_path / "my claims"
+    folder.mkdir()
+    settings = [item for item in lab.tiny() if not item.startswith("device")]
+    cell = {"train": settings, "eval": {"ctx": ["L", "2L"], "tokens": 256, "last": 8, "stride": 8}}
+    (folder / "cell.yaml").write_text(json.dumps(cell))  # JSON is YAML
+    (folder / "true.yaml").write_text(CLAIM.format(kind="defined"))
+    (folder / "false.yaml").write_text(CLAIM.format(kind="undefined"))
+    where = [f"runs_dir={tmp_path / 'runs'}", "device=cpu"]
+    done = invoke("reproduce", folder / "true.yaml", *where, "--json")
+    assert done.exit_code == 0, done.stderr
+    result = json.loads(done.stdout)
+    (found,) = result["verdicts"]
+    assert (found["claim"], found["verdict"]) == ("true", "PASS")
+    assert isinstance(found["reason"], str)
+    (check,) = found["checks"]
+    assert {"statement", "theta", "tau", "interval", "verdict"} <= set(check)
+    assert check["verdict"] == "PASS"
+    for item in result["evals"]:
+        check_contract(item)
+        assert [row["status"] for row in item["rows"]] == ["ok", "undefined"]
+    assert [(row["run"], row["status"]) for row in as_json("runs", where[0])] == [(lab.learned, "done")]
+
+    both = [folder / "true.yaml", folder / "false.yaml"]
+    done = invoke("reproduce", *both, *where, "-o", tmp_path / "report")
+    assert done.exit_code == 1
+    assert "0 of 1 runs trained" in done.stderr
+    stored = json.loads((tmp_path / "report" / "results.json").read_text())
+    assert [(item["claim"], item["verdict"]) for item in stored["verdicts"]] == [("true", "PASS"), ("false", "FAIL")]
+    assert "PASS" in done.stdout
+    assert "FAIL" in done.stdout
+    assert done.stdout.splitlines()[-1] == str(tmp_path / "report" / "report.html")
+
+
+def test_reproduce_says_which_run_failed(lab: Lab, tmp_path: Path) -> None:
+    settings = [item for item in lab.tiny("data.path=nowhere") if not item.startswith("device")]
+    (tmp_path / "cell.yaml").write_text(json.dumps({"train": settings, "eval": {"ctx": ["L", "2L"], "tokens": 256}}))
+    (tmp_path / "mine.yaml").write_text(CLAIM.format(kind="defined"))
+    done = invoke("reproduce", tmp_path / "mine.yaml", f"runs_dir={tmp_path / 'runs'}", "device=cpu", "--json")
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert "pos=learned" in done.stderr
+    assert "nowhere does not exist" in done.stderr
+
+
 def test_report(lab: Lab, refused: Refusals, tmp_path: Path) -> None:
     good("eval", lab.rope, "--ctx", "64")
     page = tmp_path / "a report" / "report.html"
@@ -1034,3 +1121,11 @@ def test_as_a_process(lab: Lab) -> None:
     done = subprocess.run([*command, "train", "pos=ropee"], capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "ropelab: unknown pos 'ropee'; did you mean rope?\n"
+
+
+def test_a_reader_that_has_seen_enough(lab: Lab) -> None:
+    """`ropelab show | head -1` is no error of anyone: nothing on stderr."""
+    done = subprocess.run(
+        ["bash", "-c", f"'{sys.executable}' -m ropelab show --json | true"], capture_output=True, text=True, check=True
+    )
+    assert done.stderr == ""

@@ -173,7 +173,9 @@ def evaluate(
         )
         tensors[f"nll.{ctx}"] = torch.from_numpy(losses)
         tensors[f"document.{ctx}"] = torch.from_numpy(owner)
-        curve = {"ctx": ctx, **position_curve(losses, windows)} if curve is None else curve
+        if curve is None:
+            by_position = position_curve(losses, windows)
+            curve = {"ctx": ctx, "edges": by_position["edges"], "nll": [_finite(x) for x in by_position["nll"]]}
     rows.reverse()
     if layout.protocol == "last":
         at_train = next((row for row in rows if row["ctx"] == trained.train.ctx and row["status"] == "ok"), None)
@@ -300,13 +302,18 @@ def _figures(
     finite = math.isfinite(nll)
     return {
         "ppl": math.exp(nll) if finite and nll < 700 else None,
-        "nll": nll if finite else None,
+        "nll": _finite(nll),
         "bits_per_byte": float(exact.sum() / (math.log(2) * byte_lengths.sum())) if finite else None,
         "tokens": len(exact),
-        "ci95": None if interval is None else [x if math.isfinite(x) else None for x in (interval.lo, interval.hi)],
+        "ci95": None if interval is None else [_finite(interval.lo), _finite(interval.hi)],
         "unit": None if interval is None else interval.unit,
         "status": "ok" if finite else "non-finite",
     }
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no word for infinity and for what is no number."""
+    return value if math.isfinite(value) else None
 
 
 def _undefined(ctx: int, factor: float | None, reason: str) -> dict[str, Any]:
