@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import sys
+import time
 from types import TracebackType
 from typing import Any
+
+LINE_EVERY = 20.0  # seconds between lines where there is no terminal
 
 
 class Bar:
     """Draws what it is told: `bar(description, done, total, loss=..., tokens_per_s=...)`.
 
-    On a terminal it is a moving bar; elsewhere nothing is drawn, so that logs stay short.
+    On a terminal a moving bar for each piece of work; elsewhere a plain line now and then, so that logs stay short.
     """
 
     def __init__(self) -> None:
         self._progress: Any = None
         self._tasks: dict[str, Any] = {}
+        self._last_line = time.monotonic()
 
     def __enter__(self) -> Bar:
         if sys.stderr.isatty():
@@ -34,14 +38,20 @@ class Bar:
         return self
 
     def __call__(self, description: str, done: int, total: int, **facts: Any) -> None:
-        if self._progress is None:
-            return
         name = f"{description} {facts['run']}" if "run" in facts else description
         words = []
         if "loss" in facts:
             words.append(f"loss {facts['loss']:.3f}")
         if "tokens_per_s" in facts:
             words.append(f"{facts['tokens_per_s']:,.0f} tokens/s")
+        if self._progress is None:
+            now = time.monotonic()
+            if now - self._last_line >= LINE_EVERY:
+                self._last_line = now
+                print(
+                    f"{name}: {100 * done // max(1, total)}%  {'  '.join(words)}".rstrip(), file=sys.stderr, flush=True
+                )
+            return
         if name not in self._tasks:
             self._tasks[name] = self._progress.add_task(name, total=total, facts="")
         self._progress.update(self._tasks[name], completed=done, total=total, facts="  ".join(words))

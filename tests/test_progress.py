@@ -1,0 +1,36 @@
+"""The bar: a moving one on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+import pytest
+
+from ropelab import progress
+from ropelab.progress import Bar
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_gets_a_bar_with_loss_speed_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    with Bar() as bar:
+        bar("train", 5, 10, run="rope-x", loss=1.23456, tokens_per_s=12345.6)
+    shown = terminal.getvalue()
+    for word in ("train rope-x", "50%", "loss 1.235", "12,346 tokens/s", ":"):
+        assert word in shown
+
+
+def test_a_log_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    with Bar() as bar:
+        for second in range(60):
+            clock[0] = float(second)
+            bar("train", second, 100, run="rope-x", loss=2.0)
+    assert capsys.readouterr().err.splitlines() == ["train rope-x: 20%  loss 2.000", "train rope-x: 40%  loss 2.000"]
