@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -413,6 +414,23 @@ def test_terminal_table() -> None:
     assert "last: the final 64 targets of each block" in text
     assert "64 documents, 3 left out as too short" in " ".join(text.split())
     assert "learned undefined past 128: the table ends at 128 positions" in " ".join(text.split())
+
+
+@pytest.mark.parametrize(("console", "least", "most"), [(110, 77, 100), (80, 60, 80), (40, 20, 40)])
+def test_caption_is_as_wide_as_the_console_allows(console: int, least: int, most: int) -> None:
+    """Below a table of 30 columns the caption is not broken at 30; it breaks only where the next word has no room."""
+    lines = [line.rstrip() for line in told(report.terminal_table([evaluation("rope", [4.43])]), console).splitlines()]
+    (end,) = [place for place, line in enumerate(lines) if line.startswith("└")]
+    assert len(lines[end]) < 40
+    caption = lines[end + 1 :]
+    assert " ".join(caption).startswith("last: the final 64 targets of each block; the targets stay, only the context")
+    assert " ".join(caption).endswith("targets last0123")
+    assert all(least <= len(line) <= most for line in caption[:-1])
+    assert all(len(line) + 1 + len(after.split()[0]) > most for line, after in itertools.pairwise(caption))
+
+
+def test_table_without_an_evaluation_has_no_caption() -> None:
+    assert told(report.terminal_table([])).endswith("┘\n")
 
 
 def test_terminal_shows_names_as_they_are() -> None:

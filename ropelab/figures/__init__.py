@@ -1,0 +1,49 @@
+"""Pictures of results and of encodings, drawn with matplotlib from the JSON objects of `eval` and `show`.
+
+`curves` and `explain` return a `Figure`, `save` writes it. `panels` is where evaluations become lines.
+"""
+
+from ropelab.figures.curves import curves
+from ropelab.figures.explain import explain, mean_cosine
+from ropelab.figures.lines import (
+    CAP,
+    Line,
+    Panel,
+    Point,
+    Style,
+    around,
+    ctx_label,
+    method_name,
+    number,
+    panels,
+    ppl_limits,
+    ppl_ticks,
+    protocol_facts,
+    protocol_words,
+    styles,
+)
+from ropelab.figures.look import png, save, spread
+
+__all__ = [
+    "CAP",
+    "Line",
+    "Panel",
+    "Point",
+    "Style",
+    "around",
+    "ctx_label",
+    "curves",
+    "explain",
+    "mean_cosine",
+    "method_name",
+    "number",
+    "panels",
+    "png",
+    "ppl_limits",
+    "ppl_ticks",
+    "protocol_facts",
+    "protocol_words",
+    "save",
+    "spread",
+    "styles",
+]

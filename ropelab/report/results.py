@@ -1,0 +1,42 @@
+"""Results for programs: JSON without NaN, and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+CSV_COLUMNS = (
+    "run", "pos", "scaling", "train_ctx", "window", "seed", "data", "protocol", "stride", "last", "targets_digest",
+    "ctx", "factor", "ppl", "ci95_low", "ci95_high", "nll", "bits_per_byte", "tokens", "documents", "unit", "status",
+    "reason",
+)  # fmt: skip
+
+
+def finite(value: Any) -> Any:
+    """The same JSON with null for every number that is not finite."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
+    return value
+
+
+def csv_text(evals: Iterable[Mapping[str, Any]]) -> str:
+    """One line a row of every evaluation; an empty field is a number that does not exist."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, CSV_COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    for item in evals:
+        protocol = item["protocol"]
+        of_run = {key: item.get(key) for key in ("run", "pos", "scaling", "train_ctx", "window", "seed", "data")}
+        of_protocol = {key: protocol.get(key) for key in ("stride", "last", "targets_digest")}
+        for row in item["rows"]:
+            low, high = row.get("ci95") or (None, None)
+            ends = {"ci95_low": low, "ci95_high": high, "protocol": protocol["name"]}
+            writer.writerow(finite({**of_run, **of_protocol, **ends, **row}))
+    return out.getvalue()
