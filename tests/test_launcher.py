@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -113,17 +114,20 @@ def test_a_signal_to_the_parent_has_the_workers_save(
 ) -> None:
     """SIGTERM while two of three train: both save and say so, the third is never started."""
     training: set[str] = set()
+    groups: list[int] = []
 
     def progress(description: str, done: int, total: int, **facts: Any) -> None:
         if description == "train" and facts["run"] not in training:
             training.add(facts["run"])
             if len(training) == 2:
+                groups.extend(os.getpgid(process.pid) for process in started.values())
                 os.kill(os.getpid(), signal.SIGTERM)
 
     tasks = [task(home, tmp_path, *FOREVER, f"seed={seed}") for seed in range(3)]
     # three tasks on two cores would begin with one on two threads: four do not
     results, signum = launcher.run_side_by_side([*tasks, tasks[2]], slots=2, progress=progress)
     assert signum == signal.SIGTERM
+    assert len({os.getpgrp(), *groups}) == 3  # a Ctrl-C in the terminal does not reach the workers a second time
     assert sorted(started) == [0, 1]
     assert [process.returncode for process in started.values()] == [0, 0]
     assert results[2:] == [{"error": "not started"}] * 2
@@ -160,6 +164,22 @@ def test_a_signal_while_a_worker_is_started_reaches_it(
     assert caught == signum
     assert "error" in results[0]
     assert signal.getsignal(signum) is before
+
+
+def test_a_signal_is_forwarded_while_the_workers_are_silent(
+    home: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    silent_worker = tmp_path / "worker"
+    silent_worker.write_text("#!/bin/sh\nexec sleep 300\n", encoding="utf-8")
+    silent_worker.chmod(0o700)
+    monkeypatch.setattr("sys.executable", str(silent_worker))
+    later = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM))
+    later.start()
+    results, signum = launcher.run_side_by_side([task(home, tmp_path)], slots=1, progress=silent)
+    later.join()
+    assert (results, signum) == ([{"error": "the worker died with status -15"}], signal.SIGTERM)
 
 
 def test_a_worker_that_cannot_start_is_reported(

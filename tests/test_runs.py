@@ -285,6 +285,15 @@ def test_settings_outside_the_identity_may_change_between_stops(home: Path, tmp_
     assert_same_training(run, straight)
 
 
+def test_the_best_validation_loss_is_remembered(home: Path, tmp_path: Path) -> None:
+    run = interrupted(home, tmp_path, at=5)
+    state = run.path / "checkpoints" / "step-00000005" / "state.json"
+    stored = json.loads(state.read_text(encoding="utf-8"))
+    assert stored["best_val_nll"] == run.metrics()[4]["val_nll"]
+    state.write_text(json.dumps(stored | {"best_val_nll": 0.25}), encoding="utf-8")  # as if there had been a better one
+    assert train(home, tmp_path).manifest()["best_val_nll"] == 0.25
+
+
 def test_a_run_folder_holds_no_pickle(home: Path, tmp_path: Path) -> None:
     run = train(home, tmp_path, "train.keep=[0.5]")
     kinds = {path.suffix for path in run.path.rglob("*") if path.is_file() and path.name != "lock"}
@@ -516,15 +525,17 @@ def test_kills_at_random_moments(home: Path, tmp_path: Path, long_straight: RunD
     [
         (10_000, "failed", "step-00000005 cannot be written"),  # the weights do not fit
         (3_500, "failed", "File too large"),  # metrics.jsonl does not
-        (1_500, "interrupted", "File too large"),  # the manifest neither
+        (None, "interrupted", "File too large"),  # nor does the manifest, once it holds the error
+        (1_500, "interrupted", "File too large"),  # nor does it at all
     ],
 )
 def test_a_full_disk_ends_the_training_with_a_line_and_loses_nothing(
-    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], limit: int, status: str, what: str
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], limit: int | None, status: str, what: str
 ) -> None:
-    every = 1000 if limit == 3_500 else 5
+    every = 1000 if limit in (3_500, None) else 5
     overrides = ("train.steps=60", "train.eval_every=60", f"train.checkpoint_every={every}")
     run = interrupted(home, tmp_path / "full", *overrides, at=4)
+    limit = limit or run.manifest_path.stat().st_size + 20
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
