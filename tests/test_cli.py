@@ -429,7 +429,7 @@ def test_usage_errors_are_one_line(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"), [([], "Usage: ropelab"), (["--version"], "ropelab 0."), (["runs", "--help"], "rm")]
+    ("arguments", "says"), [([], "reproduce"), (["--version"], "ropelab 0."), (["runs", "--help"], "rm")]
 )
 def test_help_and_version(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
