@@ -153,8 +153,12 @@ class RunDir:
     # metrics
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
-        with self.metrics_path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, allow_nan=False) + "\n")
+        """Add a line. `OSError` names the file when the disk is full."""
+        try:
+            with self.metrics_path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line, allow_nan=False) + "\n")
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.metrics_path)) from None
 
     def metrics(self) -> list[dict[str, Any]]:
         """Every complete line."""
