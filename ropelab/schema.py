@@ -87,6 +87,8 @@ class DataConfig:
             raise ValueError(f"data.vocab_size must be between 258 and 65536, not {self.vocab_size}")
         if not self.text_field:
             raise ValueError("data.text_field must not be empty")
+        if self.name == "stdlib" and self.path:
+            raise ValueError(f"data=stdlib reads no data.path={self.path}; add data=text")
         if self.name in ("text", "hf") and not self.path:
             raise ValueError(f"data={self.name} needs data.path=FILE_OR_FOLDER")
 

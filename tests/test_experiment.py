@@ -65,7 +65,7 @@ def runs(folder: Path) -> dict[str, RunDir]:
 
 def enlarged(run: RunDir) -> RunDir:
     weights = {name: tensor * 6 if tensor.dim() >= 2 else tensor for name, tensor in run.load_weights().items()}
-    run.save_checkpoint("step-00000003", {"model": weights}, {"step": 3}, prune=False)
+    run.save_step(3, {"model": weights}, {}, last=True)
     return run
 
 

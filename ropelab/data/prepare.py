@@ -44,19 +44,18 @@ def prepare(
     ValueError: names the file and the fix when the text is missing, damaged, or in train and test at once.
     """
     cache_dir = Path(cache_dir).expanduser()
+    source = find_source(config, evaluate_only=evaluate_only)
+    texts = once(lambda: source.read(progress))
     try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+        facts = _facts(source, config, cache_dir, texts)
+        if tokenizer is None:
+            tokenizer = _tokenizer(config, cache_dir, facts, texts, progress)
+        folder = cache_dir / "tokens" / files.digest_of([facts.digest, tokenizer.digest])
+        splits, shingles = load_or_build(folder, tokenizer, lambda: _unchanged(texts(), facts), progress)
+    except OSError as error:  # text that cannot be read is a ValueError by here, so this is the cache
         raise ValueError(
             f"cache_dir={cache_dir} cannot be written ({error.strerror}): set it or ROPELAB_CACHE to another folder"
         ) from None
-    source = find_source(config, evaluate_only=evaluate_only)
-    texts = once(lambda: source.read(progress))
-    facts = _facts(source, config, cache_dir, texts)
-    if tokenizer is None:
-        tokenizer = _tokenizer(config, cache_dir, facts, texts, progress)
-    folder = cache_dir / "tokens" / files.digest_of([facts.digest, tokenizer.digest])
-    splits, shingles = load_or_build(folder, tokenizer, lambda: _unchanged(texts(), facts), progress)
     return Corpus(config.name, facts.digest, tokenizer, **splits, details=facts.details, shingles=shingles)
 
 

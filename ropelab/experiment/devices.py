@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import subprocess
 from pathlib import Path
@@ -51,11 +52,10 @@ def environment() -> dict[str, Any]:
     package = Path(ropelab.__file__).parent.parent
     commit = None
     if (package / ".git").exists():
-        found = subprocess.run(
-            ["git", "-C", str(package), "describe", "--always", "--dirty", "--abbrev=12"],
-            capture_output=True, text=True, timeout=10, check=False,
-        )  # fmt: skip
-        commit = found.stdout.strip() or None
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):  # no git here, or a slow one: nothing is known
+            command = ["git", "-C", str(package), "describe", "--always", "--dirty", "--abbrev=12"]
+            found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+            commit = found.stdout.strip() or None
     return {
         "ropelab": ropelab.__version__,
         "commit": commit,

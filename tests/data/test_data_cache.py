@@ -230,7 +230,7 @@ def test_progress_comes_to_its_end(file: Path, tmp_path: Path, config: MakeConfi
 
 def test_cache_that_cannot_be_written_is_named(file: Path, tmp_path: Path, config: MakeConfig) -> None:
     (tmp_path / "occupied").write_text("a file")
-    with pytest.raises(ValueError, match=r"cache_dir cannot be written.*ROPELAB_CACHE"):
+    with pytest.raises(ValueError, match=r"cache_dir=.*occupied cannot be written.*ROPELAB_CACHE"):
         prepare(config(path=file), cache_dir=tmp_path / "occupied")
 
 
