@@ -1,0 +1,41 @@
+"""The commands: parse, call one function, print. Results on stdout, progress and logs on stderr.
+
+Exit status: 0 done, 1 a run failed or a verdict is FAIL, 2 the user's mistake (one line, no traceback), 130 and 143
+interrupted after saving. Heavy imports happen inside the commands, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+# each of these adds its commands to the application, in the order of the help page
+# isort: off
+from ropelab.cli import training, evaluating, judging, showing, keeping, timing  # noqa: F401
+
+# isort: on
+from ropelab.cli.options import app, one_line, say
+
+__all__ = ["app", "main"]
+
+# a mistake in options and arguments; typer brings its own click, so the class has no one public name
+UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+
+
+def main() -> None:
+    """Entry point of the `ropelab` command."""
+    if sys.argv[1:] == ["--version"]:
+        from ropelab import __version__
+
+        print(f"ropelab {__version__}")
+        return
+    try:
+        status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+    except UsageError as error:
+        status = 2
+        say(one_line(error.format_message()))  # type: ignore[attr-defined]
+    except typer.Abort:
+        status = 1
+        say(one_line("nothing was done; answer y, or add --yes"))
+    sys.exit(status)

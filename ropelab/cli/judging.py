@@ -1,0 +1,137 @@
+"""`ropelab reproduce` and `ropelab demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ropelab.cli.options import Json, Overrides, app, check_output, check_writable, fail, print_json, reported, say
+
+
+@app.command()
+def reproduce(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[CLAIM | FILE.yaml | demo | KEY=VALUE]...", help="Claims by id or file, or a set."),
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Seeds 0 .. N-1 of every run.")] = 1,
+    more: Annotated[
+        bool, typer.Option("--more", help="3 seeds, then one look at 6 where a claim is open; both looks at 0.0125.")
+    ] = False,
+    list_only: Annotated[bool, typer.Option("--list", help="List the claims and sets.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder of report.html, curves.png, results.json.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """From nothing to verdicts: train the runs that are missing, evaluate them, judge the claims."""
+    with reported():
+        from ropelab import config
+
+        if list_only:
+            _list_claims(as_json=as_json)
+            return
+        names = [item for item in arguments or [] if "=" not in item or Path(item).is_file()]
+        settings = [item for item in arguments or [] if item not in names]
+        if not names:
+            raise ValueError("name a claim, a claim file or a set; `ropelab reproduce --list` lists them")
+        if seeds < 1:
+            raise ValueError(f"--seeds must be at least 1, not {seeds}")
+        in_sets = [name for name in names if name in config.choices("set")]
+        if in_sets and len(names) > 1:
+            raise ValueError(f"{in_sets[0]} is a set of claims of its own; name it alone")
+        _reproduce(names, settings, seeds, more=more, output=output, as_json=as_json)
+
+
+@app.command()
+def demo(
+    overrides: Overrides = None,
+    seeds: Annotated[int, typer.Option(help="Seeds 0 .. N-1 of every run.")] = 1,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the report.")] = Path("demo"),
+    as_json: Json = False,
+) -> None:
+    """The main job on the embedded text: five encodings trained, evaluated to 8 times their length, judged."""
+    with reported():
+        if seeds < 1:
+            raise ValueError(f"--seeds must be at least 1, not {seeds}")
+        _reproduce(["demo"], list(overrides or []), seeds, more=False, output=output, as_json=as_json)
+
+
+def _list_claims(*, as_json: bool) -> None:
+    from ropelab import claims, config
+
+    folder = config.config_dir()
+    loaded = [claims.load_claim(claims.claim_path(name, folder), folder) for name in claims.packaged_claims(folder)]
+    if as_json:
+        print_json([{"claim": c.id, "tier": c.tier, "statement": c.statement, "source": c.source} for c in loaded])
+        return
+    for claim in loaded:
+        print(f"{claim.id:<18} {claim.statement}\n{'':<18} {claim.source} ({claim.tier})")
+    for name in config.choices("set"):
+        print(f"{name:<18} a set of claims with one report")
+
+
+def _reproduce(
+    names: list[str], settings: list[str], seeds: int, *, more: bool, output: Path | None, as_json: bool
+) -> None:
+    import time
+
+    from ropelab import config, experiment, reproduce
+    from ropelab.progress import Bar
+
+    plan = reproduce.plan_set(names[0]) if names[0] in reproduce.sets() else reproduce.plan_claims(names)
+    if output is not None:
+        check_output(output, picture=False)
+    resolved = config.load(settings)
+    experiment.resolve_device(resolved.device)
+    check_writable(f"runs_dir={resolved.runs_dir}", Path(resolved.runs_dir).expanduser())
+    began = time.time()
+    looks = [(3, 0.0125), (6, 0.0125)] if more else [(seeds, 0.025)]
+    for count, alpha in looks:
+        with Bar() as bar:
+            outcome = reproduce.run_plan(
+                plan, seeds=range(count), overrides=settings, alpha=alpha, split="test", progress=bar
+            )
+        if all(verdict.verdict != "INCONCLUSIVE" for verdict in outcome.verdicts):
+            break
+    if outcome.interrupted:
+        fail(128 + outcome.interrupted, "interrupted; finished runs and checkpoints are kept, the same command goes on")
+    if outcome.failures:
+        fail(1, "; ".join(f"{name}: {message}" for name, message in outcome.failures))
+    verdicts = [verdict.as_json() for verdict in outcome.verdicts]
+    from rich.console import Console
+
+    from ropelab import report
+
+    if output is not None:
+        facts = {
+            "runs": [manifest["run"] for manifest in outcome.manifests],
+            "seeds": count,
+            "environment": outcome.manifests[0]["environment"],
+            "device": outcome.manifests[0]["device"],
+            "training dtype": sorted({manifest["dtype"] for manifest in outcome.manifests}),
+            "text": outcome.manifests[0]["corpus"],
+        }
+        command = f"ropelab reproduce {' '.join(names)} --seeds {count}"
+        page = report.write_report(
+            output,
+            evals=outcome.evals,
+            verdicts=verdicts,
+            title=plan.title,
+            notes=[f"Made by `{command}`."],
+            manifest=facts,
+        )
+    if as_json:
+        print_json({"evals": outcome.evals, "verdicts": verdicts})
+    else:
+        console = Console()
+        console.print(report.terminal_table(outcome.evals))
+        console.print(report.verdict_table(verdicts))
+        seconds = time.time() - began
+        say(f"{outcome.trained} of {len(outcome.manifests)} runs trained, the rest was there; {seconds:.0f} s")
+        if output is not None:
+            print(page)
+    if any(verdict["verdict"] == "FAIL" for verdict in verdicts):
+        raise typer.Exit(1)

@@ -1,0 +1,110 @@
+"""`ropelab runs` and `ropelab data`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ropelab.cli.options import Json, Overrides, RunsAndOverrides, app, print_json, print_tree, reported, say, separate
+
+
+@app.command("runs")
+def list_runs(
+    action: Annotated[str, typer.Argument(metavar="[list|rm]", help="What to do.")] = "list",
+    arguments: RunsAndOverrides = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Remove without asking.")] = False,
+    as_json: Json = False,
+) -> None:
+    """The runs there are; `runs rm RUN ...` removes them after asking."""
+    with reported():
+        from ropelab import config, runs
+
+        if "=" in action:
+            arguments, action = [action, *(arguments or [])], "list"
+        named, settings = separate(list(arguments or []))
+        runs_dir = Path(config.load(settings).runs_dir).expanduser()
+        if action == "rm":
+            if not named:
+                raise ValueError("runs rm needs the runs to remove")
+            _remove([runs.find_run(name, runs_dir) for name in named], yes=yes)
+            return
+        if action != "list":
+            raise ValueError(f"runs takes list or rm, not '{action}'")
+        fields = ("step", "train_loss", "val_nll", "params", "train_ctx", "error")
+        rows: list[dict[str, Any]] = []
+        for run in [runs.find_run(name, runs_dir) for name in named] or runs.all_runs(runs_dir):
+            try:
+                status, manifest = run.status(), run.manifest()
+            except runs.RunError as error:  # one broken run must not hide the others
+                status, manifest = "damaged", {"error": str(error)}
+            rows.append({"run": run.name, "status": status, **{key: manifest.get(key) for key in fields}})
+        if as_json:
+            print_json(rows)
+            return
+        if not rows:
+            say(f"there are no runs in {runs_dir}")
+        for row in rows:
+            loss = "" if row["val_nll"] is None else f"val {row['val_nll']:.4f}"
+            length = f"L={row['train_ctx'] or '?'}"
+            print(f"{row['run']:<44} {row['status']:<12} {length:<8} {loss}  {row['error'] or ''}".rstrip())
+
+
+def _remove(found: list[Any], *, yes: bool) -> None:
+    import shutil
+
+    for run in found:
+        if not yes and not typer.confirm(f"Remove {run.path} and its checkpoints and results?", err=True):
+            continue
+        with run.locked():
+            shutil.rmtree(run.path)
+        say(f"removed {run.name}")
+
+
+@app.command("data")
+def prepare_data(
+    action: Annotated[str, typer.Argument(metavar="[list|prepare]", help="What to do.")] = "list",
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """The corpora there are; `data prepare data=books data.tokenizer=bpe` reads, checks and tokenises one."""
+    with reported():
+        from ropelab import config
+
+        resolved = config.load(list(overrides or []))
+        from ropelab import data
+
+        if action == "list":
+            found = [
+                info._asdict() if hasattr(info, "_asdict") else vars(info) for info in data.describe(resolved.data.path)
+            ]
+            if as_json:
+                print_json(found)
+                return
+            for info in found:
+                present = {True: "here", False: "not here", None: "give data.path"}[info["present"]]
+                print(f"{info['name']:<12} {present:<16} {info['summary']}")
+        elif action == "prepare":
+            from ropelab.progress import Bar
+
+            evaluate_only = resolved.data.name in ("nonfiction", "wikitext")
+            with Bar() as bar:
+                corpus = data.prepare(
+                    resolved.data, cache_dir=Path(resolved.cache_dir), evaluate_only=evaluate_only, progress=bar
+                )
+            splits = {split.name: split for split in (corpus.train, corpus.validation, corpus.test)}
+            facts = {
+                "name": corpus.name,
+                "digest": corpus.digest,
+                "tokenizer": corpus.tokenizer.name,
+                "n_vocab": corpus.tokenizer.n_vocab,
+                "tokens": {name: len(split.tokens) for name, split in splits.items()},
+                "longest_test_document": max(
+                    (len(corpus.test.document(i)) for i in range(len(corpus.test))), default=0
+                ),
+                **corpus.details,
+            }
+            print_tree(facts, as_json=as_json)
+        else:
+            raise ValueError(f"data takes list or prepare, not '{action}'")
