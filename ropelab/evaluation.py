@@ -135,8 +135,10 @@ def lay_out(lengths: Sequence[int], contexts: tuple[int, ...], config: EvalConfi
             f"eval.last={config.last} is above half of the smallest ctx; set it to {max(1, smallest // 2)} or less"
         )
     longest = max(lengths, default=0)
-    if config.protocol == "nonoverlapping":
-        span = _common_span(lengths, contexts, span)
+    enlarged = False
+    if config.protocol == "nonoverlapping" and longest >= span + 1:
+        common = _common_span(lengths, contexts, span)
+        enlarged, span = common > span, common
     usable = [i for i, length in enumerate(lengths) if length >= span + 1]
     if not usable:
         raise ValueError(
@@ -147,6 +149,11 @@ def lay_out(lengths: Sequence[int], contexts: tuple[int, ...], config: EvalConfi
         used, quota = usable[: max(1, config.tokens // span)], 1
     else:
         used, quota = usable, config.tokens // (len(usable) * span)
+    if enlarged and len(used) < min(MIN_DOCUMENTS, len(usable)):
+        raise ValueError(
+            f"the ladder divides a span of {span} tokens only, and eval.tokens={config.tokens} holds {len(used)} such "
+            f"documents; set eval.tokens={span * min(MIN_DOCUMENTS, len(usable))} or more, or use --protocol last"
+        )
     if config.protocol == "prefix":
         quota = 1  # one pass over the head of each document
     units = tuple(min(quota, (lengths[i] - 1) // span) for i in used)

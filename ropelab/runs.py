@@ -330,11 +330,12 @@ def find_run(name: str, runs_dir: Path) -> RunDir:
     if len(matches) == 1:
         return matches[0]
     if matches:
-        raise RunError(f"'{name}' names {len(matches)} runs: {', '.join(run.name for run in matches[:8])}")
+        more = f" and {len(matches) - 8} more" if len(matches) > 8 else ""
+        raise RunError(f"'{name}' names {len(matches)} runs: {', '.join(run.name for run in matches[:8])}{more}")
     import difflib
 
     close = difflib.get_close_matches(name, [run.name for run in known], n=1, cutoff=0.4)
-    hint = f"did you mean {close[0]}?" if close else f"no run of that name in {runs_dir}"
+    hint = f"did you mean {close[0]}?" if close else f"`ropelab runs` lists those in {runs_dir}"
     raise RunError(f"there is no run '{name}'; {hint}")
 
 

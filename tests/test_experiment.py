@@ -253,6 +253,25 @@ def test_training_with_a_scaling_is_another_run_and_keeps_it(runs: dict[str, Run
     assert replaced["rows"][0]["nll"] == kept["rows"][0]["nll"]
 
 
+def test_the_runs_own_text_by_another_name_is_its_test_split(runs: dict[str, RunDir], folder: Path) -> None:
+    same = config.load(["data=text", f"data.path={folder / 'runs' / '..' / 'text'}"]).data
+    resolved = settings(folder, "eval.ctx=32,", "eval.tokens=200").eval
+    done = experiment.evaluate(runs["rope"], resolved, other_text=same, cache_dir=str(folder / "cache"))
+    assert done.result == evaluate(runs["rope"], folder, "eval.ctx=32,")
+
+
+def test_the_same_text_in_other_tokens_is_other_targets(folder: Path) -> None:
+    """A BPE of single bytes makes the same tokens as bytes do; the digests of the targets differ all the same."""
+    digests = []
+    for tokenizer in ("bytes", "bpe"):
+        more = [f"data.tokenizer={tokenizer}", "data.vocab_size=258", "pos=none"]
+        run = RunDir(Path(experiment.train(settings(folder, *more))["run_dir"]))
+        result = evaluate(run, folder, "eval.ctx=16,", "eval.tokens=16")
+        digests.append(result["protocol"]["targets_digest"])
+        assert result["rows"][0]["tokens"] == 16
+    assert digests[0] != digests[1]
+
+
 def test_other_text_is_scored_with_the_runs_tokeniser(runs: dict[str, RunDir], folder: Path, tmp_path: Path) -> None:
     (tmp_path / "other text.txt").write_text(
         "Something else that no training text holds. " + "xyz " * 9, encoding="utf-8"

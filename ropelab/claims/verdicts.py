@@ -268,7 +268,7 @@ def _notes(claim: Claim, statistical: Sequence[ContrastCheck], seeds: Sequence[i
     if not statistical:
         return ()
     notes = []
-    if len(seeds) == 1:
+    if len(seeds) == 1 and all(check.seed_sd is not None for check in statistical):
         notes.append("one seed: the variation over seeds is that of the calibration seeds, widened")
     unchecked = [run for run in _runs(statistical) if run not in claim.lr_check]
     if unchecked:

@@ -126,6 +126,8 @@ def evaluate(
     model.to(target).eval()
     digests = [split.digests[i] for i in layout.documents]
     authors = [split.authors[i] for i in layout.documents]
+    # the same text in other tokens is other targets: perplexities per token of two tokenisers are not comparable
+    texts = [f"{digest} {tokenizer.digest}" for digest in split.digests]
     rows: list[dict[str, Any]] = []
     tensors: dict[str, Tensor] = {}
     curve = None
@@ -168,7 +170,7 @@ def evaluate(
                 "context_min": ctx - windows.scored + 1,
                 "context_mean": ctx - (windows.scored - 1) / 2,
                 "spectrum_digest": spectrum[:16],
-                "targets_digest": layout.targets_digest(split.digests, ctx)[:16],
+                "targets_digest": layout.targets_digest(texts, ctx)[:16],
             }
         )
         tensors[f"nll.{ctx}"] = torch.from_numpy(losses)
@@ -253,13 +255,23 @@ def _evaluation_split(
         raise RunError(
             f"the text of data={trained.data.name} is not the one that {manifest['run']} was trained on; restore it"
         )
-    if other_text is None:
+    if other_text is None or _same_text(other_text, trained.data):
         return (own.test if which == "test" else own.validation), own.digest, own.name
     if which != "test":
         raise ValueError(f"eval.split={which} belongs to the run's own text; other text is all test")
     other = data.prepare(other_text, cache_dir=cache, evaluate_only=True, tokenizer=tokenizer, progress=progress)
     data.check_overlap(own, other)
     return other.test, other.digest, other.name
+
+
+def _same_text(one: DataConfig, other: DataConfig) -> bool:
+    """Whether two configurations name the same text; a path counts as the place that it leads to."""
+
+    def place(text: DataConfig) -> tuple[str, str | None, str, Path | None]:
+        path = None if text.path is None else Path(text.path).expanduser().resolve()
+        return text.name, text.subset, text.text_field, path
+
+    return place(one) == place(other)
 
 
 def _batch_tokens(device: torch.device) -> int:

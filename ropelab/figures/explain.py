@@ -56,7 +56,7 @@ def explain(shown: Mapping[str, Any]) -> Figure:
 
 def _stack(title: str, parts: Sequence[_Part]) -> Figure:
     """Panels one below the other, each caption to the right of its panel."""
-    width, left, plot, text = 11.0, 0.85, 5.75, 7.62
+    width, left, plot, text = 11.0, 0.95, 5.65, 7.62
     top, above, below = 0.55, 0.42, 0.62
     tall = top + sum(above + part.height + below for part in parts)
     figure = new_figure(width, tall)
@@ -90,8 +90,8 @@ def _nothing_to_draw(shown: Mapping[str, Any]) -> str:
     if shown["pos"] == "learned":
         return (
             f"A learned table gives each of the {shown['train_ctx']} training positions a vector of its own, which is "
-            "added to the token there. The vectors start as noise and get their meaning in training, so there is "
-            f"nothing to draw before. Position {shown['train_ctx']} and later ones have no vector: the method is "
+            "added to the token there. The vectors start as noise and get their meaning in training, so a method "
+            f"alone has nothing to draw. Position {shown['train_ctx']} and later ones have no vector: the method is "
             "undefined there."
         )
     return (
@@ -332,7 +332,8 @@ def _embedding_part(shown: Mapping[str, Any]) -> _Part:
     table = _table(shown)
     sinusoidal = str(shown["pos"]).startswith("sinusoidal")
     caption = (
-        "One column is the vector that is added to the token at that position; it is all the model is told of order. "
+        "One column is the vector of that position, which is added to the token there (times one learned scale where "
+        "the method has one); it is all the model is told of order. "
     )
     if sinusoidal:
         caption += (

@@ -221,6 +221,8 @@ def protocol_facts(protocol: Mapping[str, Any]) -> str:
         facts.append(f"{protocol['documents']} documents" + (f", {out} left out as too short" if out else ""))
     if protocol.get("data") is not None:
         facts.append(f"data {protocol['data']}")
+    if protocol.get("tokenizer") is not None:
+        facts.append(f"tokeniser {protocol['tokenizer']}")
     if protocol.get("dtype") is not None:
         facts.append(str(protocol["dtype"]))
     if protocol.get("targets_digest") is not None:
