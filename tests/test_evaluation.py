@@ -208,7 +208,7 @@ def test_a_ladder_that_does_not_divide_takes_the_common_multiple_or_is_refused()
     with pytest.raises(ValueError, match="use 10 instead of 12, or --protocol last"):
         lay_out([59] * 6, (12, 20), protocol("nonoverlapping"))
     assert lay_out([59] * 6, (12, 20), protocol("last", last=4)).span == 20
-    with pytest.raises(ValueError, match="set eval.tokens=360 or more"):
+    with pytest.raises(ValueError, match=r"set eval\.tokens=360 or more"):
         lay_out([61] * 9, (12, 20), protocol("nonoverlapping", tokens=120))
     with pytest.raises(ValueError, match="the longest has 15"):
         lay_out([15] * 9, (12, 20), protocol("nonoverlapping"))

@@ -81,9 +81,7 @@ def evaluate(
                 results.append(done.result)
         for result in results:
             if result["factor"] == 1 and result["scaling"] in ("linear", "ntk", "yarn"):
-                say(
-                    f"{result['run']}: {result['scaling']} with factor 1 changes nothing; give --factor or a longer --ctx"
-                )
+                say(f"{result['scaling']} with factor 1 changes nothing; give --factor or a longer --ctx")
         if as_json:
             print_json(results[0] if len(results) == 1 else {"results": results})
         else:
