@@ -659,9 +659,11 @@ def test_other_text(lab: Lab, tmp_path: Path) -> None:
     assert one["rows"][0]["documents"] == 1
 
 
-def test_eval_refuses_text_of_the_training(refused: Refusals) -> None:
+def test_eval_refuses_text_of_the_training(refused: Refusals, tmp_path: Path) -> None:
+    """A copy of the training text is other text to be scored in full; the run's own place would be its test split."""
     lab = refused.lab
-    refused("eval", lab.rope, "data=text", f"data.path={lab.corpus}", "--ctx", "64", says="occur in the training text")
+    copy = shutil.copytree(lab.corpus, tmp_path / "copy")
+    refused("eval", lab.rope, "data=text", f"data.path={copy}", "--ctx", "64", says="occur in the training text")
 
 
 def test_eval_refuses_text_that_is_too_short(refused: Refusals, tmp_path: Path) -> None:
