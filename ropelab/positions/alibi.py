@@ -28,5 +28,5 @@ class Alibi(PositionEncoding):
         super().__init__()
         self.n_head = geometry.n_head
 
-    def forward(self, positions: Tensor, *, ctx: int) -> Positions:
+    def record(self, positions: Tensor, *, ctx: int) -> Positions:
         return Positions(bias=-slopes(self.n_head).to(positions.device)[:, None] * distances(positions))  # (H, T)

@@ -20,7 +20,7 @@ class Learned(PositionEncoding):
         super().__init__()
         self.table = nn.Parameter(torch.zeros(geometry.ctx, geometry.d_model))  # (L, C), drawn by the model's init
 
-    def forward(self, positions: Tensor, *, ctx: int) -> Positions:
+    def record(self, positions: Tensor, *, ctx: int) -> Positions:
         rows = self.table.shape[0]
         if ctx > rows:
             raise ContextLengthError(f"learned positions end at {rows}, the training length (policy: error)")

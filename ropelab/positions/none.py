@@ -13,5 +13,5 @@ class NoPositions(PositionEncoding):
     def __init__(self, geometry: Geometry) -> None:
         super().__init__()
 
-    def forward(self, positions: Tensor, *, ctx: int) -> Positions:
+    def record(self, positions: Tensor, *, ctx: int) -> Positions:
         return Positions()

@@ -19,7 +19,7 @@ class Rope(PositionEncoding):
     spread over R (GPT-NeoX `rotary_pct`). Angles are computed in fp64 and stored in fp32.
     """
 
-    rotary = True
+    any_positions = True
 
     def __init__(self, geometry: Geometry, *, base: float, layout: str, fraction: float) -> None:
         super().__init__()
@@ -41,15 +41,30 @@ class Rope(PositionEncoding):
         self.interleaved = layout == "interleaved"
         self.scaling: Callable[..., Spectrum] | None = None
 
-    def spectrum(self, ctx: int) -> Spectrum:
-        """Inverse frequencies (R/2,) fp64 in radians per token, and the attention factor, for a sequence of ctx."""
+    def inv_freq(self) -> Tensor:
+        """The spectrum as trained: radians per token of every pair, (R/2,) fp64, fastest first."""
         exponents = torch.arange(0, self.rotated, 2, dtype=torch.float64) / self.rotated
-        inv_freq = self.base**-exponents
-        return (inv_freq, 1.0) if self.scaling is None else self.scaling(inv_freq, base=self.base, ctx=ctx)
+        return self.base**-exponents
 
-    def forward(self, positions: Tensor, *, ctx: int) -> Positions:
-        inv_freq, attention_factor = self.spectrum(ctx)
-        angles = positions.cpu().double()[:, None] * inv_freq  # (T, R/2) fp64
-        cos = (angles.cos() * attention_factor).float().to(positions.device)
-        sin = (angles.sin() * attention_factor).float().to(positions.device)
-        return Positions(rotation=Rotation(cos, sin, cos, sin, self.interleaved))
+    def spectrum(self, ctx: int) -> Spectrum:
+        """The spectrum in use in a sequence of `ctx` tokens, with its attention factor and unscaled start tokens."""
+        plain = self.inv_freq()
+        return Spectrum(plain) if self.scaling is None else self.scaling(plain, base=self.base, ctx=ctx)
+
+    def angles(self, positions: Tensor, ctx: int) -> Tensor:
+        """Angles of all pairs at positions (N,) int64: (N, R/2) fp64 radians, on the CPU."""
+        used = self.spectrum(ctx)
+        at = positions.cpu().double()[:, None]  # (N, 1)
+        if used.start_tokens == 0:
+            return at * used.inv_freq
+        return torch.where(at < used.start_tokens, at * self.inv_freq(), at * used.inv_freq)
+
+    def rotation(self, angles: Tensor, attention_factor: float, device: torch.device) -> Rotation:
+        """The same rotation for queries and keys: angles (N, R/2) fp64 -> cosines and sines in fp32."""
+        cos = (angles.cos() * attention_factor).float().to(device)
+        sin = (angles.sin() * attention_factor).float().to(device)
+        return Rotation(cos, sin, cos, sin, self.interleaved)
+
+    def record(self, positions: Tensor, *, ctx: int) -> Positions:
+        factor = self.spectrum(ctx).attention_factor
+        return Positions(rotation=self.rotation(self.angles(positions, ctx), factor, positions.device))

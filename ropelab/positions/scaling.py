@@ -7,25 +7,31 @@ Each takes `inv_freq` (R/2,) fp64, radians per token, fastest pair first, and
 - `original_ctx`: the length that the model was trained for, to which every formula refers,
 - `factor`: the extension s,
 
-and returns `(inv_freq, attention_factor)`. The attention factor multiplies cosines and sines, so scores get its
-square. The parameters of a method are its further keywords; their defaults are in `configs/scaling/`.
+and returns a `Spectrum`. The parameters of a method are its further keywords; their defaults are in
+`configs/scaling/`. A pair that does not turn (frequency 0, as in p-RoPE) never starts to.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-Spectrum = tuple[Tensor, float]
+
+class Spectrum(NamedTuple):
+    """What a scaling makes of a rotary spectrum."""
+
+    inv_freq: Tensor  # (R/2,) fp64, radians per token
+    attention_factor: float = 1.0  # multiplies cosines and sines, so scores get its square
+    start_tokens: int = 0  # positions below keep the angles of the unscaled spectrum
 
 
 def linear(inv_freq: Tensor, *, base: float, ctx: int, original_ctx: int, factor: float) -> Spectrum:
     """Position interpolation: positions, hence frequencies, divided by s. Chen et al. (2306.15595), section 2.3."""
-    return inv_freq / factor, 1.0
+    return Spectrum(inv_freq / factor)
 
 
 def _ntk_spectrum(inv_freq: Tensor, base: float, stretch: float) -> Tensor:
@@ -40,7 +46,7 @@ def _ntk_spectrum(inv_freq: Tensor, base: float, stretch: float) -> Tensor:
 
 def ntk(inv_freq: Tensor, *, base: float, ctx: int, original_ctx: int, factor: float) -> Spectrum:
     """NTK-aware: base' = base s^(R/(R-2)). bloc97 2023; Peng et al. 2023 (2309.00071), section 3.1."""
-    return _ntk_spectrum(inv_freq, base, factor), 1.0
+    return Spectrum(_ntk_spectrum(inv_freq, base, factor))
 
 
 def dynamic_ntk(inv_freq: Tensor, *, base: float, ctx: int, original_ctx: int, factor: float) -> Spectrum:
@@ -49,8 +55,8 @@ def dynamic_ntk(inv_freq: Tensor, *, base: float, ctx: int, original_ctx: int, f
     emozilla 2023, in the form that transformers computes; factor 1 gives s = ctx/original_ctx.
     """
     if ctx <= original_ctx:
-        return inv_freq, 1.0
-    return _ntk_spectrum(inv_freq, base, factor * ctx / original_ctx - (factor - 1)), 1.0
+        return Spectrum(inv_freq)
+    return Spectrum(_ntk_spectrum(inv_freq, base, factor * ctx / original_ctx - (factor - 1)))
 
 
 def yarn(
@@ -89,20 +95,37 @@ def yarn(
         width = high - low if high != low else 0.001  # the released code's guard against a step of no width
         keep = 1 - ((torch.arange(pairs, dtype=torch.float64) - low) / width).clamp(0, 1)
     attention_factor = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
-    return inv_freq / factor * (1 - keep) + inv_freq * keep, attention_factor
+    return Spectrum(inv_freq / factor * (1 - keep) + inv_freq * keep, attention_factor)
+
+
+def factor_is_one(parameters: Mapping[str, Any], ctx: int) -> bool:
+    """Where a static scaling changes nothing: at factor 1."""
+    return bool(parameters["factor"] == 1)
+
+
+def inside(parameters: Mapping[str, Any], ctx: int) -> bool:
+    """Where a dynamic scaling changes nothing: up to the length that the model was trained for."""
+    return bool(ctx <= parameters["original_ctx"])
+
+
+ROTARY = ("rope", "p_rope")
 
 
 class Scaling(NamedTuple):
-    """A scaling method: its function, and whether its spectrum depends on the length of the sequence at hand."""
+    """A scaling method, as the table in `positions/__init__.py` holds it.
 
-    function: Callable[..., Spectrum]
-    length_dependent: bool = False
+    `apply` is a function of the spectrum as in this module, or, where `spectral` is False, one from `changes.py` that
+    is called with the encoding and the parameters and changes what the encoding says. Its keywords are the parameters
+    of its YAML, `original_ctx` resolved to a length.
+    """
 
+    apply: Callable[..., Any]
+    applies_to: tuple[str, ...] | None = ROTARY  # names of encodings; None: any
+    spectral: bool = True
+    dynamic: bool = False  # the factor follows ctx, and `auto` is 1
+    evaluation_only: bool = False  # no run is trained with it
+    idle: Callable[[Mapping[str, Any], int], bool] = factor_is_one  # (parameters, ctx): must it change nothing there?
 
-# The explicit table of names; `configs/scaling/NAME.yaml` holds each method's parameters and paper.
-SCALINGS: dict[str, Scaling] = {
-    "linear": Scaling(linear),
-    "ntk": Scaling(ntk),
-    "dynamic_ntk": Scaling(dynamic_ntk, length_dependent=True),
-    "yarn": Scaling(yarn),
-}
+    def length_dependent(self, parameters: Mapping[str, Any]) -> bool:
+        """Does what is said at a position depend on ctx?"""
+        return self.dynamic or bool(parameters.get("short_factors"))

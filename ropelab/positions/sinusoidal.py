@@ -41,7 +41,7 @@ class Sinusoidal(PositionEncoding):
         # (T, C/2, 2) -> (T, C): sine and cosine of a frequency side by side
         return torch.stack((angles.sin(), angles.cos()), dim=-1).reshape(len(positions), self.d_model).float()
 
-    def forward(self, positions: Tensor, *, ctx: int) -> Positions:
+    def record(self, positions: Tensor, *, ctx: int) -> Positions:
         return Positions(embedding=self.table(positions).to(self.scale.device) * self.scale)
 
 
@@ -75,5 +75,5 @@ class SinusoidalFairseq(PositionEncoding):
         angles = (positions.cpu().double() + self.FIRST)[:, None] * self.base ** (-k / (half - 1))  # (T, C/2)
         return torch.cat((angles.sin(), angles.cos()), dim=-1).float()
 
-    def forward(self, positions: Tensor, *, ctx: int) -> Positions:
+    def record(self, positions: Tensor, *, ctx: int) -> Positions:
         return Positions(embedding=self.table(positions).to(positions.device))
