@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ropelab import experiment
-from ropelab.attention import Attend
+from ropelab.attention import Attend, Bias
 from ropelab.schema import Config
 from ropelab.training import build_optimizer, resolve_dtype, steps
 
@@ -61,7 +61,8 @@ def train(config: Config, *, peers: bool, rounds: int) -> dict[str, Any]:
     """Whole training steps of this configuration and, with `peers`, of GPT-2 as transformers trains it by default."""
     device = experiment.resolve_device(config.device)
     dtype = resolve_dtype(config.train.dtype, device)
-    model = experiment.build_model(config, VOCAB, scaling=experiment.training_scaling(config)).to(device)
+    scaling = experiment.training_scaling(config, config.train.ctx)
+    model = experiment.build_model(config, VOCAB, scaling=scaling, original_ctx=config.train.ctx).to(device)
     optimizer = build_optimizer(model, config.train)
     batch, ctx = config.train.batch_size, config.train.ctx
     windows = np.random.default_rng(0).integers(0, 256, (batch, ctx + 1))
@@ -155,7 +156,9 @@ def _evaluation_cost(config: Config, name: str, ctx: int) -> tuple[float, float]
 
     device = experiment.resolve_device(config.device)
     other = dataclasses.replace(config, pos=load([f"pos={name}"]).pos)
-    model = experiment.build_model(other, VOCAB, scaling=experiment.NO_SCALING).to(device).eval()
+    model = experiment.build_model(other, VOCAB, scaling=experiment.NO_SCALING, original_ctx=config.train.ctx)
+    model.to(device).eval()
+    model.progress(1.0)
     scorer = experiment.scorer_of(model, window=None, dtype=torch.float32)
     tokens = np.random.default_rng(0).integers(0, 256, (1, ctx + 1))
     scorer(tokens[:, :65], tokens[:, 2:66])  # libraries load their kernels on the first call
@@ -191,7 +194,7 @@ def attention(config: Config, *, contexts: tuple[int, ...], rounds: int) -> dict
         calls: dict[str, Callable[[], None]] = {}
         for label, by_distance, kernels in (("none", None, ("sdpa",)), ("by distance", bias, ("blocks",))):
             for kernel in (*kernels, *(("materialised",) if ctx <= 2048 else ())):
-                attend = Attend(ctx, bias=by_distance, window=None, device=device, training=False, kernel=kernel)
+                attend = Attend(ctx, bias=Bias(by_distance), device=device, training=False, kernel=kernel)
                 calls[f"{kernel} {label}"] = functools.partial(_discard, attend, q, k, v)
         with torch.no_grad():
             seconds = _best(calls, rounds=rounds, synchronise=_synchroniser(device))

@@ -11,20 +11,21 @@ import copy
 import dataclasses
 import difflib
 import functools
+import json
 import math
 import os
 import re
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ropelab.schema import Config, DataConfig, EvalConfig, Method, ModelConfig, TrackConfig, TrainConfig
 
-GROUPS = ("pos", "scaling", "model", "data")
+GROUPS = ("pos", "scaling", "positions", "model", "data")
 ENVIRONMENT = {"runs_dir": "ROPELAB_RUNS", "cache_dir": "ROPELAB_CACHE"}
-METHODS = ("pos", "scaling")  # groups whose parameters are the method's own
+METHODS = ("pos", "scaling", "positions")  # groups whose parameters are the method's own
 SECTIONS: dict[str, type] = {
     "model": ModelConfig,
     "data": DataConfig,
@@ -63,20 +64,68 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else f"; valid: {', '.join(options)}"
 
 
-def load(overrides: Sequence[str] = ()) -> Config:
+def load(overrides: Sequence[str] = (), *, parent: Mapping[str, Any] | None = None) -> Config:
     """Compose the shipped configuration with overrides such as `pos=alibi` and `train.lr=1e-3`.
 
-    `ValueError`, in one line with the fix, for every override that is not exactly one known key and one value.
+    `parent` is the stored configuration of a run to go on from: what is not overridden is as there, but for
+    evaluation, tracking, device and folders. `ValueError`, in one line with the fix, for every override that is not
+    exactly one known key and one value.
     """
     pairs = _split(overrides)
     chosen = {key: value for key, value in pairs.items() if key in GROUPS}
     tree = _compose(chosen)
     for key, variable in ENVIRONMENT.items():
         tree[key] = os.environ.get(variable) or tree[key]
+    if parent is not None:
+        _inherit(tree, to_dict(from_dict(dict(parent))), chosen)
+    factors = pairs.pop("scaling.factors", None) if tree["scaling"]["name"] == "longrope" else None
     for key, text in pairs.items():
         if key not in GROUPS:
             _assign(tree, key, text)
+    if factors is not None:
+        found = _factors_file(factors)
+        tree["scaling"].update({key: value for key, value in found.items() if f"scaling.{key}" not in pairs})
     return from_dict(tree)
+
+
+def _inherit(tree: dict[str, Any], parent: dict[str, Any], chosen: Mapping[str, str]) -> None:
+    """Take from a parent's configuration what is not chosen anew; its tokeniser in any case."""
+    for key in (*GROUPS, "train", "seed"):
+        if key not in chosen:
+            tree[key] = parent[key]
+    for key in ("tokenizer", "vocab_size", "tokenizer_path"):
+        tree["data"][key] = parent["data"][key]
+
+
+def _factors_file(name: str) -> dict[str, Any]:
+    """The parameters of scaling=longrope that a factors file holds: what `ropelab search longrope` writes.
+
+    `long_factors` is needed; `short_factors`, `start_tokens`, `attention_factor`, `factor` and `original_ctx` may be
+    there.
+    """
+    path = Path(_unquoted(name)).expanduser()
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no JSON"
+        raise ValueError(f"scaling.factors={name} cannot be read ({reason}); give a FILE of `ropelab search`") from None
+    if not isinstance(found, dict) or not isinstance(found.get("long_factors"), list):
+        raise ValueError(f"scaling.factors={name} holds no list long_factors; give a FILE of `ropelab search longrope`")
+    taken: dict[str, Any] = {}
+    for key in ("long_factors", "short_factors", "start_tokens", "attention_factor", "factor", "original_ctx"):
+        value = found.get(key)
+        if value is None:
+            continue
+        numbers = value if isinstance(value, list) else [value]
+        listed = key.endswith("_factors")
+        if isinstance(value, list) != listed or not all(_is_number(item) for item in numbers):
+            raise ValueError(f"scaling.factors={name}: {key} must be {'a list of numbers' if listed else 'a number'}")
+        taken[key] = [float(item) for item in value] if isinstance(value, list) else value
+    return taken
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -91,6 +140,7 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def from_dict(tree: dict[str, Any]) -> Config:
     """Dataclasses from plain data, with every type and range checked. `ValueError` with the dotted key."""
+    tree = {"positions": {"name": "contiguous"}, "parent": None, **tree}  # absent from runs of the first versions
     fields: dict[str, Any] = {}
     hints = typing.get_type_hints(Config)
     _no_strangers(tree, hints, "")
@@ -114,8 +164,8 @@ def parse_scaling(text: str) -> Method:
     scaling = load([f"scaling={name}"]).scaling
     if not colon:
         return scaling
-    if name == "none":
-        raise ValueError(f"eval.scalings: none takes no factor, not '{text}'")
+    if "factor" not in scaling.parameters:
+        raise ValueError(f"eval.scalings: {name} takes no factor, not '{text}'")
     return _method("scaling", {"name": name, **scaling.parameters, "factor": _read("scaling.factor", factor, "auto")})
 
 
@@ -183,8 +233,11 @@ def _assign(tree: dict[str, Any], key: str, text: str) -> None:
         if head in METHODS:
             name = tree[head]["name"]
             if key == "scaling.factor":
-                methods = ", ".join(method for method in choices("scaling") if method != "none")
-                raise ValueError(f"scaling.factor={text} needs a scaling; add scaling=NAME, one of {methods}")
+                methods = ", ".join(
+                    method for method in choices("scaling") if "factor" in _compose({"scaling": method})[head]
+                )
+                instead = "needs a scaling" if name == "none" else f"is not for {name}"
+                raise ValueError(f"scaling.factor={text} {instead}; add scaling=NAME, one of {methods}")
             known = [f"{head}.{parameter}" for parameter in tree[head] if parameter != "name"]
             takes = nearest(key, known) if known else "; it has none"
             raise ValueError(f"{head}={name} has no parameter '{rest}'{takes}")
@@ -238,8 +291,12 @@ def _parse(key: str, text: str, kind: Any) -> Any:
 
 def _read(key: str, text: str, default: Any) -> Any:
     """The value of a method's parameter: of the type of its default in the YAML; `auto` also admits numbers."""
-    if default is None or (isinstance(default, int) and not isinstance(default, bool)):
-        return _parse(key, text, int | None if default is None else int)
+    if default is None:
+        return (
+            None if text in ("null", "none", "None") else _parse(key, text, float if re.search("[.eE]", text) else int)
+        )
+    if isinstance(default, list):
+        return _parse(key, text, tuple[float, ...])
     if default in ("auto", "auto-row") or (isinstance(default, float) and key == "scaling.factor"):
         return text if text in ("auto", "auto-row") else _parse_factor(key, text)
     return _parse(key, text, type(default))
@@ -271,9 +328,10 @@ def _method(group: str, tree: Any) -> Method:
     for key, value in parameters.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{group}.{key} must be a finite number, not {value}")
-    original_ctx = parameters.get("original_ctx")
-    if original_ctx is not None and original_ctx < 1:
-        raise ValueError(f"scaling.original_ctx must be >= 1, not {original_ctx}")
+    for key in ("original_ctx", "max_ctx"):
+        length = parameters.get(key)
+        if length is not None and not (isinstance(length, int) and length >= 1):
+            raise ValueError(f"{group}.{key} must be a whole number >= 1, not {length}")
     return Method(tree["name"], parameters)
 
 

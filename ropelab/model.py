@@ -7,23 +7,28 @@ and GPT-2 (learned) of transformers.
 
 from __future__ import annotations
 
+import functools
 import hashlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ropelab.attention import Attend
-from ropelab.positions import PositionEncoding, Rotation
+from ropelab.attention import Attend, Bias
+from ropelab.positions import Decay, PositionEncoding, Positions, Rotation
+from ropelab.positions.base import STD
 from ropelab.schema import ModelConfig
 
 NORM_EPS = 1e-5
-STD = 0.02  # GPT-2's initial standard deviation
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
-    """Turn the first R dimensions of x (B, H, T, D) by the angles whose cos and sin are (T, R/2); in fp32."""
+    """Turn the first R dimensions of x (B, H, T, D) by the angles whose cos and sin are (T, R/2); in fp32.
+
+    Where every sequence has positions of its own, cos and sin are (B, 1, T, R/2).
+    """
     rotated = 2 * cos.shape[-1]  # R
     head, rest = x[..., :rotated].float(), x[..., rotated:]
     if interleaved:
@@ -35,6 +40,21 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
         turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
     turned = turned.to(x.dtype)
     return turned if rest.shape[-1] == 0 else torch.cat((turned, rest), dim=-1)
+
+
+def _rotated(q: Tensor, k: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+    """Queries and keys (B, H, T, D) at the angles of a rotation."""
+    return (
+        rotate(q, rotation.cos_q, rotation.sin_q, interleaved=rotation.interleaved),
+        rotate(k, rotation.cos_k, rotation.sin_k, interleaved=rotation.interleaved),
+    )
+
+
+class Prepared(NamedTuple):
+    """What one forward pass needs to know about position: computed once, used by every layer."""
+
+    record: Positions
+    attend: Attend
 
 
 class Block(nn.Module):
@@ -53,29 +73,33 @@ class Block(nn.Module):
         self.norm_q = nn.LayerNorm(config.d_head, eps=NORM_EPS, bias=False) if config.qk_norm else None
         self.norm_k = nn.LayerNorm(config.d_head, eps=NORM_EPS, bias=False) if config.qk_norm else None
 
-    def forward(self, x: Tensor, rotation: Rotation | None, attend: Attend) -> Tensor:
-        """x (B, T, C) -> (B, T, C)."""
+    def heads(self, x: Tensor, record: Positions) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+        """Normalised x (B, T, C) -> q, k, v (B, H, T, D) with their positions, and q, k of the score of far keys."""
         batch, length, width = x.shape
+        if record.qk_embedding is None:
+            packed = self.qkv(x)  # (B, T, 3C)
+        else:  # queries and keys see the position, values do not
+            weight = self.qkv.weight  # (3C, C)
+            with_position = F.linear(x + record.qk_embedding, weight[: 2 * width])
+            packed = torch.cat((with_position, F.linear(x, weight[2 * width :])), dim=-1)
         # (B, T, 3C) -> (B, T, 3, H, D) -> three of (B, H, T, D)
-        qkv = self.qkv(self.norm_attention(x)).view(batch, length, 3, self.n_head, width // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = packed.view(batch, length, 3, self.n_head, width // self.n_head).permute(2, 0, 3, 1, 4).unbind(0)
         if self.norm_q is not None and self.norm_k is not None:
             q, k = self.norm_q(q).to(v.dtype), self.norm_k(k).to(v.dtype)
-        if rotation is not None:
-            q = rotate(q, rotation.cos_q, rotation.sin_q, interleaved=rotation.interleaved)
-            k = rotate(k, rotation.cos_k, rotation.sin_k, interleaved=rotation.interleaved)
+        far = None if record.far is None else _rotated(q, k, record.far.rotation)
+        if record.rotation is not None:
+            q, k = _rotated(q, k, record.rotation)
+        return q, k, v, far
+
+    def forward(self, x: Tensor, prepared: Prepared, content: Callable[[Tensor], Decay | None] | None) -> Tensor:
+        """x (B, T, C) -> (B, T, C). `content` is what the encoding reads off this layer's input, if it does."""
+        normed = self.norm_attention(x)
+        q, k, v, far = self.heads(normed, prepared.record)
+        attended = prepared.attend(q, k, v, far=far, decay=None if content is None else content(normed))
         # (B, H, T, D) -> (B, T, C)
-        x = x + self.attention_out(attend(q, k, v).transpose(1, 2).reshape(batch, length, width))
+        x = x + self.attention_out(attended.transpose(1, 2).reshape(x.shape))
         out: Tensor = x + self.mlp_out(F.gelu(self.mlp_in(self.norm_mlp(x))))
         return out
-
-
-class Prepared(NamedTuple):
-    """What one forward pass needs to know about position: computed once, used by every layer."""
-
-    embedding: Tensor | None  # (T, C)
-    rotation: Rotation | None
-    attend: Attend
 
 
 class GPT(nn.Module):
@@ -103,50 +127,81 @@ class GPT(nn.Module):
 
         | tensor                                | start                                     |
         |---------------------------------------|-------------------------------------------|
-        | norms, scalars of an encoding         | as their modules set them (1)             |
+        | norms                                 | as their modules set them (1)             |
         | token table                           | N(0, 0.02), or the encoding's `token_std` |
         | attention_out, mlp_out                | N(0, 0.02 / sqrt(2 n_layer)) (GPT-2)      |
-        | other matrices, learned position table| N(0, 0.02)                                |
+        | other matrices                        | N(0, 0.02)                                |
+        | parameters of an encoding             | its `draw`                                |
         """
         for name, parameter in self.named_parameters():
-            if parameter.dim() < 2:
-                continue
-            std = STD
-            if name == "tokens.weight":
-                std = self.encoding.token_std(self.config.d_model)
-            elif name.endswith(("attention_out.weight", "mlp_out.weight")):
-                std = STD / (2 * self.config.n_layer) ** 0.5
             key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+            if name.startswith("encoding."):
+                drawn = self.encoding.draw(name.removeprefix("encoding."), parameter.shape, generator)
+                if drawn is not None:
+                    parameter.copy_(drawn)
+            elif parameter.dim() >= 2:
+                std = STD
+                if name == "tokens.weight":
+                    std = self.encoding.token_std(self.config.d_model)
+                elif name.endswith(("attention_out.weight", "mlp_out.weight")):
+                    std = STD / (2 * self.config.n_layer) ** 0.5
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
 
-    def prepare(self, length: int, *, window: int | None = None) -> Prepared:
-        """The position record of `length` contiguous tokens and the attention that serves it.
+    def progress(self, done: float) -> None:
+        """Tell the encoding what share of the training is over, 0 .. 1."""
+        if self.encoding.progress(done):
+            self._prepared = None
 
-        Without trained positional parameters the last one is kept, so that a training loop builds it once.
-        `ContextLengthError` where the encoding is undefined at this length.
+    def prepare(self, length: int, *, window: int | None = None, positions: Tensor | None = None) -> Prepared:
+        """The position record of `length` tokens and the attention that serves it.
+
+        `positions` (B, T) int64 are those of each sequence; None: 0 .. length-1 for all. Without trained positional
+        parameters the last record of such is kept, so that a training loop builds it once. `ContextLengthError` where
+        the encoding is undefined at this length.
         """
         device = self.tokens.weight.device
-        key = (length, window, device, self.training)
-        if self._prepared is not None and self._prepared[0] == key:
+        key = (length, window, device, self.training, self.encoding)
+        if positions is None and self._prepared is not None and self._prepared[0] == key:
             return self._prepared[1]
-        record = self.encoding(torch.arange(length, device=device), ctx=length)
-        attend = Attend(length, bias=record.bias, window=window, device=device, training=self.training)
-        prepared = Prepared(record.embedding, record.rotation, attend)
-        if next(self.encoding.parameters(), None) is None:
+        # positions are never computed below fp32
+        with torch.autocast(device.type, enabled=False):
+            if positions is None:
+                record = self.encoding(torch.arange(length, device=device), ctx=length)
+            else:
+                record = _by_sequence(self.encoding(positions.flatten(), ctx=length), positions)
+            bias = Bias(
+                by_distance=record.bias,
+                by_query=record.query_bias,
+                window=window,
+                block=record.block,
+                far=None if record.far is None else record.far.window,
+                decays=self.encoding.reads_content,
+                scale=record.logit_scale,
+            )
+            attend = Attend(length, bias=bias, device=device, training=self.training)
+        prepared = Prepared(record, attend)
+        if positions is None and next(self.encoding.parameters(), None) is None:
             self._prepared = (key, prepared)
         return prepared
 
-    def forward(self, tokens: Tensor, *, window: int | None = None) -> Tensor:
-        """tokens (B, T) int64 -> hidden states after the last norm, (B, T, C)."""
-        prepared = self.prepare(tokens.shape[1], window=window)
-        x = self.tokens(tokens) * self.encoding.token_scale()
-        if prepared.embedding is not None:
-            x = x + prepared.embedding
-        for block in self.blocks:
-            x = block(x, prepared.rotation, prepared.attend)
+    def forward(self, tokens: Tensor, *, window: int | None = None, positions: Tensor | None = None) -> Tensor:
+        """tokens (B, T) int64, positions (B, T) int64 or None -> hidden states after the last norm, (B, T, C)."""
+        prepared = self.prepare(tokens.shape[1], window=window, positions=positions)
+        x = self.embed(tokens, prepared)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, prepared, self.content(layer))
         out: Tensor = self.norm_out(x)
         return out
+
+    def embed(self, tokens: Tensor, prepared: Prepared) -> Tensor:
+        """tokens (B, T) int64 -> the input of the first layer, (B, T, C)."""
+        x: Tensor = self.tokens(tokens) * self.encoding.token_scale()
+        return x if prepared.record.embedding is None else x + prepared.record.embedding
+
+    def content(self, layer: int) -> Callable[[Tensor], Decay | None] | None:
+        """What the encoding reads off the input of a layer; None where it reads nothing."""
+        return functools.partial(self.encoding.content, layer) if self.encoding.reads_content else None
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (..., C) -> scores of the V - 1 tokens that can be predicted; the separator has none."""
@@ -163,3 +218,23 @@ class GPT(nn.Module):
     def n_parameters(self) -> int:
         """Trained numbers, the tied table once."""
         return sum(p.numel() for p in self.parameters())
+
+
+def _by_sequence(record: Positions, positions: Tensor) -> Positions:
+    """The record of B x T positions, its tensors in the shapes that broadcast against B sequences."""
+    batch, length = positions.shape
+    assert (record.bias, record.query_bias, record.far, record.logit_scale) == (None, None, None, None)
+
+    def by_sequence(table: Tensor | None) -> Tensor | None:
+        return None if table is None else table.view(batch, length, -1)  # (B x T, C) -> (B, T, C)
+
+    rotation = record.rotation
+    if rotation is not None:
+        # (B x T, R/2) -> (B, 1, T, R/2)
+        cos_q, sin_q, cos_k, sin_k = (part.view(batch, 1, length, -1) for part in rotation[:4])
+        rotation = Rotation(cos_q, sin_q, cos_k, sin_k, rotation.interleaved)
+    return record._replace(
+        embedding=by_sequence(record.embedding),
+        qk_embedding=by_sequence(record.qk_embedding),
+        rotation=rotation,
+    )

@@ -43,10 +43,12 @@ class RunError(ValueError):
 # --- identity -------------------------------------------------------------------------------------------------------
 
 
-def identity(config: Config, *, corpus_digest: str, tokenizer_digest: str) -> dict[str, Any]:
+def identity(
+    config: Config, *, corpus_digest: str, tokenizer_digest: str, parent_digest: str | None = None
+) -> dict[str, Any]:
     """What changes the numbers of a run, and nothing else: no paths, device, micro-batch, evaluation or tracking."""
     model, train = config.model, config.train
-    return {
+    known = {
         "numerics": NUMERICS_VERSION,
         "pos": {"name": config.pos.name, **config.pos.parameters},
         "scaling": {"name": config.scaling.name, **config.scaling.parameters},
@@ -66,12 +68,20 @@ def identity(config: Config, *, corpus_digest: str, tokenizer_digest: str) -> di
         },
         "seed": config.seed,
     }
+    # said only where it differs from what the first versions knew, so that their runs are found again
+    if config.positions.name != "contiguous":
+        known["positions"] = {"name": config.positions.name, **config.positions.parameters}
+    if parent_digest is not None:
+        known["parent"] = parent_digest
+    return known
 
 
 def run_name(config: Config, digest: str) -> str:
-    """`rope-yarn-books-s0-1a2b3c4d`."""
-    method = config.pos.name if config.scaling.name == "none" else f"{config.pos.name}-{config.scaling.name}"
-    return f"{method}-{config.data.name}-s{config.seed}-{digest[:8]}"
+    """`rope-books-s0-1a2b3c4d`, `rope-yarn-pose-books-s0-1a2b3c4d`."""
+    words = [config.pos.name]
+    words += [config.scaling.name] if config.scaling.name != "none" else []
+    words += [config.positions.name] if config.positions.name != "contiguous" else []
+    return "-".join([*words, config.data.name, f"s{config.seed}", digest[:8]])
 
 
 # --- the folder -----------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
 
 @dataclass(frozen=True)
 class Method:
-    """A named method of a group (`pos` or `scaling`) with its own parameters, as its YAML spells them.
+    """A named method of a group (`pos`, `scaling`, `positions`) with its own parameters, as its YAML spells them.
 
     The YAML fixes names and types of the parameters; the method itself checks their ranges when it is built.
     """
@@ -184,11 +184,13 @@ class Config:
 
     pos: Method
     scaling: Method
+    positions: Method
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
     eval: EvalConfig
     track: TrackConfig
+    parent: str | None  # the run whose weights the training starts from
     seed: int
     device: str
     runs_dir: str

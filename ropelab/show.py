@@ -10,7 +10,7 @@ import torch
 from ropelab.positions import Geometry, Rotation, build, resolve_factor
 from ropelab.positions.rope import Rope
 from ropelab.positions.sinusoidal import Sinusoidal, SinusoidalFairseq
-from ropelab.schema import Config, Method
+from ropelab.schema import Config
 
 
 def numbers(config: Config, *, ctx: int) -> dict[str, Any]:
@@ -22,15 +22,15 @@ def numbers(config: Config, *, ctx: int) -> dict[str, Any]:
     that the pair made within train_ctx as it was trained, and those that it is asked for within ctx.
     `ContextLengthError` where the encoding is undefined at `ctx`.
     """
-    geometry = Geometry(config.model.d_model, config.model.n_head, config.train.ctx)
-    method = resolve_factor(config.scaling, longest=ctx, train_ctx=config.train.ctx)
+    geometry = Geometry.of(config.model, config.train.ctx)
+    method = resolve_factor(config.scaling, longest=ctx, original_ctx=config.train.ctx)
     encoding = build(config.pos, method, geometry)
     with torch.no_grad():
         record = encoding(torch.arange(ctx), ctx=ctx)
     rotation = coverage = embedding = None
     if isinstance(encoding, Rope):
-        inv_freq, attention_factor = encoding.spectrum(ctx)
-        trained, _ = build(config.pos, Method("none", {}), geometry).spectrum(config.train.ctx)  # type: ignore[operator]
+        inv_freq, attention_factor, _ = encoding.spectrum(ctx)
+        trained = encoding.inv_freq()
         rotation = {"inv_freq": inv_freq.tolist(), "attention_factor": attention_factor}
         coverage = [
             {

@@ -111,17 +111,21 @@ def steps(
     *,
     start: int,
     dtype: torch.dtype,
+    positions_at: Callable[[int], NDArray[np.int64]] | None = None,
 ) -> Iterator[Step]:
     """Train from step `start` + 1 to config.steps, yielding after each optimizer step.
 
-    `batch_at(step)` returns the windows of a step, (batch_size, ctx + 1). `NonFiniteLossError` before the update that
-    a non-finite loss would make, so the weights stay those of the last good step.
+    `batch_at(step)` returns the windows of a step, (batch_size, ctx + 1), and `positions_at(step)` the positions of
+    their inputs, (batch_size, ctx); None: 0 .. ctx - 1. `NonFiniteLossError` before the update that a non-finite loss
+    would make, so the weights stay those of the last good step.
     """
     device = model.tokens.weight.device
     separator = model.tokens.num_embeddings - 1
     model.train()
     for step in range(start + 1, config.steps + 1):
+        model.progress((step - 1) / config.steps)
         windows = to_device(batch_at(step), device)  # (batch_size, ctx + 1)
+        places = None if positions_at is None else to_device(positions_at(step), device)  # (batch_size, ctx)
         lr = lr_at(step, config)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -130,8 +134,10 @@ def steps(
         total = torch.zeros((), device=device)
         for low in range(0, len(windows), config.micro):
             micro = windows[low : low + config.micro]  # (micro, ctx + 1)
+            places_of_micro = None if places is None else places[low : low + config.micro]
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-                loss = model.nll(model(micro[:, :-1]), micro[:, 1:]).sum() / scored
+                hidden = model(micro[:, :-1], positions=places_of_micro)  # (micro, ctx, C)
+                loss = model.nll(hidden, micro[:, 1:]).sum() / scored
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         value = float(total)

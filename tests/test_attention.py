@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,89 +12,176 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ropelab import attention
-from ropelab.attention import Attend
+from ropelab.attention import Attend, Bias
+from ropelab.positions import Decay
+
+CPU = torch.device("cpu")
 
 
-def reference(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, window: int | None) -> Tensor:
-    """Causal attention query by query in fp64: q, k, v (B, H, T, D); bias (H, T) by distance."""
+def reference(
+    q: Tensor, k: Tensor, v: Tensor, bias: Bias, far: tuple[Tensor, Tensor] | None = None, decay: Decay | None = None
+) -> Tensor:
+    """Causal attention query by query and key by key in fp64: q, k, v (B, H, T, D)."""
     q, k, v = q.double(), k.double(), v.double()
-    out = torch.zeros_like(q)
+    out = []
     for i in range(q.shape[2]):
-        first = 0 if window is None else max(0, i - window + 1)
-        scores = torch.einsum("bhd,bhjd->bhj", q[:, :, i], k[:, :, first : i + 1]) / math.sqrt(q.shape[-1])
-        if bias is not None:
-            for j in range(first, i + 1):
-                scores[:, :, j - first] += bias[:, i - j].double()
-        out[:, :, i] = torch.einsum("bhj,bhjd->bhd", scores.softmax(-1), v[:, :, first : i + 1])
-    return out
+        seen, scores = [], []
+        for j in range(i + 1):
+            if bias.window is not None and i - j >= bias.window:
+                continue
+            if bias.block is not None and i // bias.block - j // bias.block > 1:
+                continue
+            a, b = q[:, :, i], k[:, :, j]  # (B, H, D)
+            if far is not None and bias.far is not None and i - j >= bias.far:
+                a, b = far[0].double()[:, :, i], far[1].double()[:, :, j]
+            score = (a * b).sum(-1) / math.sqrt(q.shape[-1])  # (B, H)
+            if bias.scale is not None:
+                score = score * bias.scale[i].double()
+            if bias.by_distance is not None:
+                score = score + bias.by_distance[:, i - j].double()
+            if bias.by_query is not None:
+                score = (
+                    score + bias.by_query(torch.tensor([[float(i)]]), torch.tensor([[float(i - j)]]))[:, 0, 0].double()
+                )
+            if decay is not None:
+                fallen = decay.total[:, :, i].double() - decay.total[:, :, j].double()
+                score = score - (fallen if decay.gain is None else decay.gain[:, :, i].double() * fallen)
+            seen.append(j)
+            scores.append(score)
+        weights = torch.stack(scores, dim=-1).softmax(-1)  # (B, H, seen)
+        out.append(torch.einsum("bhj,bhjd->bhd", weights, v[:, :, seen]))
+    return torch.stack(out, dim=2)
 
 
 cases = st.fixed_dictionaries(
     {
-        "length": st.integers(1, 40),
-        "block": st.sampled_from([1, 3, 8, 64]),
-        "window": st.one_of(st.none(), st.integers(1, 50)),
+        "length": st.integers(1, 33),
+        "rows": st.sampled_from([1, 3, 8, 64]),
+        "window": st.one_of(st.none(), st.integers(1, 40)),
         "bias": st.booleans(),
+        "by_query": st.booleans(),
+        "block": st.one_of(st.none(), st.integers(1, 12)),
+        "decay": st.sampled_from(["none", "plain", "gained"]),
+        "far": st.one_of(st.none(), st.integers(1, 40)),
+        "scale": st.booleans(),
+        "training": st.booleans(),
         "seed": st.integers(0, 1000),
     }
 )
 
 
-@settings(deadline=None, max_examples=80)
-@given(cases, st.sampled_from(["sdpa", "blocks", "materialised"]))
-def test_every_kernel_equals_the_plain_loop(case: dict[str, int], kernel: str) -> None:
-    """Forward and gradients, over lengths that no block divides, single tokens, windows and biases included."""
-    if kernel == "sdpa" and (case["bias"] or case["window"] is not None):
-        return
+@settings(deadline=None, max_examples=120)
+@given(cases)
+def test_every_kernel_equals_the_plain_loop(case: dict[str, Any]) -> None:
+    """Forward and gradients of queries, keys, values and biases, in every kernel that serves the case.
+
+    Lengths that no block divides, single tokens, all kinds of bias and their mixtures are among the cases.
+    """
     generator = torch.Generator().manual_seed(case["seed"])
     length = case["length"]
-    q, k, v = (torch.randn(2, 3, length, 8, generator=generator).requires_grad_() for _ in range(3))
-    bias = -torch.rand(3, length, generator=generator).cumsum(1) if case["bias"] else None
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).requires_grad_()
+
+    q, k, v, q2, k2 = (random(2, 3, length, 8) for _ in range(5))
+    learned = [random(3, length), random(3)]
+    steps = torch.rand(2, 3, length, generator=generator).requires_grad_()
+    gain = torch.rand(2, 3, length, generator=generator).requires_grad_()
+    decay = None
+    if case["decay"] != "none":
+        decay = Decay(steps.cumsum(-1), gain if case["decay"] == "gained" else None)
+    bias = Bias(
+        by_distance=-learned[0].abs().cumsum(1) if case["bias"] else None,
+        by_query=(lambda i, d: learned[1][:, None, None] * torch.log1p(d) / (1 + i)) if case["by_query"] else None,
+        window=case["window"],
+        block=case["block"],
+        far=case["far"],
+        decays=decay is not None,
+        scale=torch.linspace(0.5, 2, length) if case["scale"] else None,
+    )
+    far = None if case["far"] is None else (q2, k2)
+    expected = reference(q, k, v, bias, far, decay)
+    weights = torch.randn(expected.shape, generator=generator)
+    tensors = (q, k, v, q2, k2, *learned, steps, gain)
+    theirs = torch.autograd.grad((expected * weights).sum(), tensors, allow_unused=True, retain_graph=True)
+
+    chosen = Attend(length, bias=bias, device=CPU, training=case["training"])
+    kernels = {chosen.kernel}
+    if chosen.bias.far is None:
+        kernels |= {"materialised", "blocks"}
     before = attention.BLOCK
-    attention.BLOCK = case["block"]
+    attention.BLOCK = case["rows"]
     try:
-        attend = Attend(
-            length, bias=bias, window=case["window"], device=torch.device("cpu"), training=False, kernel=kernel
-        )
-        out = attend(q, k, v)
-        with torch.no_grad():
-            torch.testing.assert_close(attend(q, k, v), out, rtol=0, atol=1e-6)
+        for kernel in sorted(kernels):
+            attend = Attend(length, bias=bias, device=CPU, training=case["training"], kernel=kernel)
+            out = attend(q, k, v, far=far, decay=decay)
+            torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
+            with torch.no_grad():
+                torch.testing.assert_close(attend(q, k, v, far=far, decay=decay), out, rtol=0, atol=1e-6)
+                shown = attend.weights(q, k, range(length // 2, length), far=far, decay=decay)
+                torch.testing.assert_close(shown @ v, out[:, :, length // 2 :], rtol=1e-4, atol=1e-5)
+            mine = torch.autograd.grad((out * weights).sum(), tensors, allow_unused=True, retain_graph=True)
+            for got, want in zip(mine, theirs, strict=True):
+                want = torch.zeros(()) if want is None else want
+                got = torch.zeros_like(want) if got is None else got
+                torch.testing.assert_close(got, want.expand_as(got), rtol=1e-3, atol=2e-5)
     finally:
         attention.BLOCK = before
-    weights = torch.randn(out.shape, generator=generator)
-    mine = torch.autograd.grad((out * weights).sum(), (q, k, v))
-    expected = reference(q, k, v, bias, case["window"])
-    torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
-    theirs = torch.autograd.grad((expected * weights).sum(), (q, k, v))
-    for got, want in zip(mine, theirs, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5)
+
+
+def test_the_gradient_of_a_bias_is_the_same_every_time() -> None:
+    """Bit by bit, over threads: a run with a learned bias can be resumed exactly."""
+    q, k, v = torch.randn(3, 4, 4, 256, 16).unbind(0)
+    bias = torch.randn(4, 256, requires_grad=True)
+    gradients = []
+    for _ in range(5):
+        out = Attend(256, bias=Bias(bias), device=CPU, training=True)(q, k, v)
+        gradients.append(torch.autograd.grad(out.square().sum(), bias)[0])
+    assert all(torch.equal(gradients[0], other) for other in gradients[1:])
 
 
 def test_a_block_mask_on_a_cpu_is_a_view_of_one_vector() -> None:
     """No (rows, keys) tensor is built for a bias: the mask of a block owns rows + keys - 1 numbers a head."""
-    attend = Attend(
-        4096, bias=-torch.rand(2, 4096), window=None, device=torch.device("cpu"), training=False, kernel="blocks"
-    )
-    mask = attend._block_mask(2048, 4096, 0)
+    attend = Attend(4096, bias=Bias(-torch.rand(2, 4096)), device=CPU, training=False, kernel="blocks")
+    mask = attend._backward_mask(2048, 4096, 0)
     assert mask.shape == (1, 2, 2048, 4096)
     assert mask.untyped_storage().nbytes() == 2 * (2048 + 4096 - 1) * 4
 
 
+def test_dense_blocks_stay_within_their_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bias by query is never asked for more than DENSE numbers at a time."""
+    monkeypatch.setattr(attention, "DENSE", 2**12)
+    asked = []
+
+    def by_query(i: Tensor, distance: Tensor) -> Tensor:
+        asked.append(2 * distance.numel())
+        return torch.zeros(2, *distance.shape)
+
+    attend = Attend(300, bias=Bias(by_query=by_query), device=CPU, training=False, kernel="blocks")
+    with torch.no_grad():
+        attend(*torch.randn(3, 1, 2, 300, 8).unbind(0))
+    assert len(asked) > 10
+    assert max(asked) <= 2**12
+
+
 @pytest.mark.parametrize(
-    ("training", "length", "plain", "kernel"),
+    ("training", "length", "bias", "kernel"),
     [
-        (True, 128, True, "materialised"),
-        (True, 128, False, "materialised"),
-        (True, 513, True, "sdpa"),
-        (True, 513, False, "blocks"),
-        (False, 128, True, "sdpa"),
-        (False, 128, False, "blocks"),
+        (True, 128, Bias(), "materialised"),
+        (True, 128, Bias(torch.zeros(1, 128)), "materialised"),
+        (True, 513, Bias(), "sdpa"),
+        (True, 513, Bias(torch.zeros(1, 513)), "blocks"),
+        (False, 128, Bias(), "sdpa"),
+        (False, 128, Bias(window=12), "blocks"),
+        (False, 128, Bias(block=12), "blocks"),
+        (False, 128, Bias(decays=True), "blocks"),
+        (False, 128, Bias(far=12), "two_scores"),
     ],
 )
-def test_the_kernel_is_a_fixed_rule(training: bool, length: int, plain: bool, kernel: str) -> None:
-    assert attention.choose_kernel(torch.device("cpu"), length, training=training, plain=plain) == kernel
+def test_the_kernel_is_a_fixed_rule(training: bool, length: int, bias: Bias, kernel: str) -> None:
+    assert Attend(length, bias=bias, device=CPU, training=training).kernel == kernel
 
 
-def test_a_window_wider_than_the_sequence_is_no_window() -> None:
-    attend = Attend(16, bias=None, window=16, device=torch.device("cpu"), training=False)
-    assert attend.kernel == "sdpa"
+@pytest.mark.parametrize("bias", [Bias(window=16), Bias(block=8), Bias(far=16)])
+def test_what_reaches_past_the_sequence_changes_nothing(bias: Bias) -> None:
+    assert Attend(16, bias=bias, device=CPU, training=False).kernel == "sdpa"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,8 @@ import torch
 from ropelab import config, data, experiment
 from ropelab.attention import Attend
 from ropelab.model import GPT
-from ropelab.positions import Geometry, build
+from ropelab.positions import SCALINGS, Geometry, build
+from ropelab.positions.scaling import Scaling, Spectrum
 from ropelab.runs import RunDir
 from ropelab.schema import Config, EvalConfig, Method
 
@@ -27,30 +27,16 @@ SHAPE = [
 ]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve texts of random words, no two alike."""
-    folder = tmp_path_factory.mktemp("experiment")
-    rng = random.Random(0)
-    words = ["".join(rng.choices("abcdefghij", k=rng.randint(2, 7))) for _ in range(400)]
-    (folder / "text").mkdir()
-    for i in range(12):
-        text = " ".join(rng.choices(words, k=160)) + " é\n"
-        (folder / "text" / f"{i}.txt").write_text(text, encoding="utf-8")
-    return folder
-
-
 def settings(folder: Path, *more: str) -> Config:
-    return config.load(
-        [
-            *SHAPE,
-            "data=text",
-            f"data.path={folder / 'text'}",
-            f"runs_dir={folder / 'runs'}",
-            f"cache_dir={folder / 'cache'}",
-            *more,
-        ]
-    )
+    """The configuration of a tiny run; of a key given twice the last counts."""
+    places = [
+        "data=text",
+        f"data.path={folder / 'text'}",
+        f"runs_dir={folder / 'runs'}",
+        f"cache_dir={folder / 'cache'}",
+    ]
+    last = {item.partition("=")[0]: item for item in (*SHAPE, *places, *more)}
+    return config.load(list(last.values()))
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +69,7 @@ def test_docs(folder: Path) -> None:
 
 def model_of(run: RunDir, scaling: Method | None = None) -> GPT:
     trained = config.from_dict(run.manifest()["config"])
-    model = experiment.build_model(trained, 257, scaling=experiment.NO_SCALING)
+    model = experiment.build_model(trained, 257, scaling=experiment.NO_SCALING, original_ctx=trained.train.ctx)
     model.load_state_dict(run.load_weights())
     if scaling is not None:
         model.encoding = build(trained.pos, scaling, Geometry(32, 2, 16))
@@ -166,7 +152,7 @@ def test_the_window_control_hides_far_keys(runs: dict[str, RunDir], folder: Path
         def __init__(self) -> None:
             self.kernel = "loop"
 
-        def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **nothing: None) -> torch.Tensor:
             out = torch.zeros_like(q)
             for i in range(q.shape[2]):
                 keys = slice(max(0, i - 15), i + 1)
@@ -229,14 +215,16 @@ def test_the_stored_losses_are_those_of_the_row(runs: dict[str, RunDir], folder:
     assert next(iter(means.values())) == pytest.approx(done.result["rows"][1]["nll"], rel=1e-9)
 
 
-def test_a_scaling_that_changes_nothing_is_a_bug_that_shows(
+def test_a_scaling_that_changes_nothing_is_refused(
     runs: dict[str, RunDir], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ropelab.positions import SCALINGS
-    from ropelab.positions.scaling import Scaling
-
-    monkeypatch.setitem(SCALINGS, "ntk", Scaling(lambda inv_freq, **keys: (inv_freq, 1.0)))
-    with pytest.raises(RuntimeError, match="left the spectrum unchanged"):
+    """A broken method that leaves the spectrum as it is, and a right one whose parameters leave every pair as it is."""
+    with pytest.raises(ValueError, match="scaling=llama3 changed nothing at 32"):
+        resolved = settings(folder, "eval.ctx=32,", "eval.tokens=200").eval
+        method = config.load(["scaling=llama3", "scaling.factor=8", "scaling.original_ctx=10000000"]).scaling
+        experiment.evaluate(runs["rope"], resolved, scaling=method, cache_dir=str(folder / "cache"))
+    monkeypatch.setitem(SCALINGS, "ntk", Scaling(lambda inv_freq, **keys: Spectrum(inv_freq)))
+    with pytest.raises(ValueError, match="scaling=ntk changed nothing at 32"):
         evaluate(runs["rope"], folder, "eval.ctx=32", scaling="ntk:8")
 
 

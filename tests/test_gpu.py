@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ropelab import config, experiment
-from ropelab.attention import Attend
+from ropelab.attention import Attend, Bias
 from ropelab.model import GPT
 from ropelab.positions import Geometry, build
 from ropelab.training import resolve_dtype
@@ -22,8 +22,8 @@ def test_attention_equals_the_plain_loop(length: int, window: int | None, biased
     generator = torch.Generator().manual_seed(length)
     q, k, v = (torch.randn(2, 4, length, 64, generator=generator).cuda().requires_grad_() for _ in range(3))
     bias = -torch.rand(4, length, generator=generator).cumsum(1).cuda() if biased else None
-    out = Attend(length, bias=bias, window=window, device=q.device, training=False)(q, k, v)
-    expected = reference(q, k, v, bias, window)
+    out = Attend(length, bias=Bias(bias, window=window), device=q.device, training=False)(q, k, v)
+    expected = reference(q, k, v, Bias(bias, window=window))
     torch.testing.assert_close(out.double(), expected, rtol=1e-3, atol=1e-4)
     weights = torch.randn(out.shape, generator=generator).cuda()
     mine = torch.autograd.grad((out * weights).sum(), (q, k, v))

@@ -167,7 +167,7 @@ def test_scores_of_rope_depend_on_distance_only() -> None:
     x = tokens()
     record = model.encoding(torch.arange(LENGTH) + 1000, ctx=LENGTH)
     prepared = model.prepare(LENGTH)
-    model._prepared = (model._prepared[0], prepared._replace(rotation=record.rotation))  # type: ignore[index]
+    model._prepared = (model._prepared[0], prepared._replace(record=record))  # type: ignore[index]
     shifted = scores(model, x)
     model._prepared = None
     torch.testing.assert_close(shifted, scores(model, x), rtol=1e-3, atol=1e-3)

@@ -22,7 +22,12 @@ CHECKOUT = Path(__file__).parent.parent
 def test_every_encoding_composes_and_builds(pos: str, model: str) -> None:
     resolved = config.load([f"pos={pos}", f"model={model}"])
     assert config.from_dict(json.loads(json.dumps(config.to_dict(resolved)))) == resolved
-    assert experiment.build_model(resolved, 257, scaling=experiment.NO_SCALING).n_parameters() > 0
+    assert (
+        experiment.build_model(
+            resolved, 257, scaling=experiment.NO_SCALING, original_ctx=resolved.train.ctx
+        ).n_parameters()
+        > 0
+    )
 
 
 @pytest.mark.parametrize("scaling", config.choices("scaling"))

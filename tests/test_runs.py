@@ -154,6 +154,7 @@ CHANGING = (
     "model.n_layer=3", "model.d_model=64", "model.n_head=8", "model.qk_norm=true",
     "train.ctx=64", "train.batch_size=32", "train.steps=900", "train.lr=1e-3", "train.final_lr=0",
     "train.warmup_steps=7", "train.weight_decay=0", "train.grad_clip=null", "train.dtype=bf16", "seed=1",
+    "positions=pose", "positions=randomized",
 )  # fmt: skip
 KEEPING = (
     "train.micro_batch_size=4", "train.compile=true", "train.eval_every=7", "train.checkpoint_every=7",
@@ -165,11 +166,12 @@ KEEPING = (
 BY_CONTENT = {"name", "path", "subset", "tokenizer", "vocab_size", "tokenizer_path", "text_field"}  # of `data`
 
 
-def digest(*overrides: str, corpus: str = CORPUS, tokenizer: str = TOKENIZER) -> str:
+def digest(*overrides: str, corpus: str = CORPUS, tokenizer: str = TOKENIZER, parent: str | None = None) -> str:
     config = load(*overrides)
     if config.scaling.name != "none":
         config = dataclasses.replace(config, scaling=Method(config.scaling.name, {"factor": 4.0}))
-    return files.digest_of(runs.identity(config, corpus_digest=corpus, tokenizer_digest=tokenizer))
+    identity = runs.identity(config, corpus_digest=corpus, tokenizer_digest=tokenizer, parent_digest=parent)
+    return files.digest_of(identity)
 
 
 @pytest.mark.parametrize("override", CHANGING)
@@ -188,8 +190,14 @@ def test_every_key_has_been_decided_upon() -> None:
     keys = {f"{head}.{key}" for head, inner in tree.items() if isinstance(inner, dict) for key in inner}
     keys |= {head for head, inner in tree.items() if not isinstance(inner, dict)}
     decided = {item.partition("=")[0] for item in (*CHANGING, *KEEPING)} | {f"data.{key}" for key in BY_CONTENT}
-    named_by_group = {"pos.name", "scaling.name", "model.name"}
-    assert keys - decided - named_by_group == set()
+    named_by_group = {"pos.name", "scaling.name", "model.name", "positions.name"}
+    by_its_own_digest = {"parent"}
+    assert keys - decided - named_by_group - by_its_own_digest == set()
+
+
+def test_a_parent_counts_by_its_digest_not_by_its_name() -> None:
+    assert digest("parent=somewhere") == digest()
+    assert len({digest(), digest(parent="e" * 64), digest(parent="f" * 64)}) == 3
 
 
 @pytest.mark.parametrize("group", ["pos", "scaling"])

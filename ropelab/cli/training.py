@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
 from ropelab.cli.options import Ctx, Factor, Json, Overrides, Pos, Scaling, app, option, print_json, reported, say
 
 
@@ -12,9 +17,17 @@ def train(
     scaling: Scaling = None,
     factor: Factor = None,
     ctx: Ctx = None,
+    parent: Annotated[
+        list[str] | None,
+        typer.Option("--from", metavar="RUN", help="Go on from a finished run: its weights and settings."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Train one run; resumes where it stopped, or says that it is finished."""
+    """Train one run; resumes where it stopped, or says that it is finished.
+
+    With --from RUN a finished run is fine-tuned into a run of its own. All settings are the parent's but for those
+    given: --scaling yarn scaling.factor=4 train.ctx=2048 train.steps=100 extends its context.
+    """
     with reported():
         from ropelab import config
 
@@ -24,7 +37,16 @@ def train(
         option(settings, "--pos", "pos", pos)
         option(settings, "--scaling", "scaling", scaling)
         option(settings, "--factor", "scaling.factor", factor)
-        resolved = config.load(settings)
+        option(settings, "--from", "parent", parent)
+        inherited = None
+        if any(item.startswith("parent=") for item in settings):
+            from ropelab import runs
+
+            folders = config.load([item for item in settings if item.startswith(("runs_dir=", "parent="))])
+            if folders.parent is not None:
+                found = runs.find_run(folders.parent, Path(folders.runs_dir).expanduser())
+                inherited = found.manifest().get("config", {})
+        resolved = config.load(settings, parent=inherited)
         from ropelab import experiment
         from ropelab.progress import Bar
 

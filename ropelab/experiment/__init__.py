@@ -1,7 +1,16 @@
 """The composition root: from a configuration to a trained run, and from a run to perplexities."""
 
 from ropelab.experiment.devices import DTYPE_NAMES, device_name, environment, resolve_device
-from ropelab.experiment.evaluate import NO_SCALING, Evaluated, evaluate, resolve_ladder, scorer_of
+from ropelab.experiment.evaluate import (
+    NO_SCALING,
+    Evaluated,
+    encoding_of,
+    evaluate,
+    load_model,
+    resolve_ladder,
+    scorer_of,
+    set_encoding,
+)
 from ropelab.experiment.train import Interrupted, build_model, train, training_scaling
 
 __all__ = [
@@ -11,11 +20,14 @@ __all__ = [
     "Interrupted",
     "build_model",
     "device_name",
+    "encoding_of",
     "environment",
     "evaluate",
+    "load_model",
     "resolve_device",
     "resolve_ladder",
     "scorer_of",
+    "set_encoding",
     "train",
     "training_scaling",
 ]

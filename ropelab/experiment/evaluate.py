@@ -21,7 +21,7 @@ from ropelab.evaluation import ladder, lay_out, position_curve, score, target_do
 from ropelab.experiment.devices import DTYPE_NAMES, device_name, resolve_device
 from ropelab.experiment.train import Progress, build_model, silent
 from ropelab.model import GPT
-from ropelab.positions import SCALINGS, Geometry, PositionEncoding, build, resolve_factor
+from ropelab.positions import SCALINGS, Geometry, PositionEncoding, applied_parameters, build, resolve_factor
 from ropelab.runs import RunDir, RunError
 from ropelab.schema import Config, ContextLengthError, DataConfig, EvalConfig, Method
 from ropelab.training import resolve_dtype
@@ -50,6 +50,7 @@ class Ladder(NamedTuple):
     """What an evaluation of a run comes to, known before any text is read."""
 
     trained: Config
+    original_ctx: int
     scaling: Method  # its factor as it was given
     methods: dict[int, Method]  # the scaling with its factor as a number, by ctx, shortest first
     encodings: dict[int, PositionEncoding]
@@ -63,14 +64,39 @@ def resolve_ladder(run: RunDir, config: EvalConfig, *, scaling: Method | None) -
     trained = configs.from_dict(run.manifest()["config"])
     scaling = trained.scaling if scaling is None else scaling
     contexts = ladder(config.ctx, trained.train.ctx)
-    geometry = Geometry(trained.model.d_model, trained.model.n_head, trained.train.ctx)
+    original_ctx = run.manifest()["original_ctx"]
     per_row = scaling.parameters.get("factor") == "auto-row"
     methods = {
-        ctx: resolve_factor(scaling, longest=ctx if per_row else max(contexts), train_ctx=trained.train.ctx)
+        ctx: resolve_factor(scaling, longest=ctx if per_row else max(contexts), original_ctx=original_ctx)
         for ctx in contexts
     }
-    encodings = {ctx: build(trained.pos, method, geometry) for ctx, method in methods.items()}
-    return Ladder(trained, scaling, methods, encodings)
+    encodings = {ctx: encoding_of(trained, method, original_ctx) for ctx, method in methods.items()}
+    return Ladder(trained, original_ctx, scaling, methods, encodings)
+
+
+def encoding_of(trained: Config, scaling: Method, original_ctx: int) -> PositionEncoding:
+    """The encoding of a finished run under a scaling, without its trained tensors. `ValueError` as `build`."""
+    encoding = build(trained.pos, scaling, Geometry.of(trained.model, original_ctx))
+    encoding.progress(1.0)
+    return encoding
+
+
+def load_model(run: RunDir, weights: dict[str, Tensor], *, device: torch.device) -> GPT:
+    """The model of a finished run with these weights of it, without a scaling, ready to be evaluated."""
+    manifest = run.manifest()
+    trained = configs.from_dict(manifest["config"])
+    model = build_model(
+        trained, manifest["tokenizer"]["n_vocab"], scaling=NO_SCALING, original_ctx=manifest["original_ctx"]
+    )
+    model.load_state_dict(weights, strict=True)
+    model.progress(1.0)
+    return model.to(device).eval()
+
+
+def set_encoding(model: GPT, encoding: PositionEncoding) -> None:
+    """Let a trained model see positions by another encoding of the same weights: the one that it has, scaled."""
+    encoding.load_state_dict(model.encoding.state_dict(), strict=True)
+    model.encoding = encoding.to(model.tokens.weight.device)
 
 
 def evaluate(
@@ -93,9 +119,8 @@ def evaluate(
     weights = run.load_weights()
     manifest = run.manifest()
     kept = scaling is None
-    trained, scaling, methods, encodings = resolve_ladder(run, config, scaling=scaling)
+    trained, original_ctx, scaling, methods, encodings = resolve_ladder(run, config, scaling=scaling)
     contexts = tuple(methods)
-    geometry = Geometry(trained.model.d_model, trained.model.n_head, trained.train.ctx)
     per_row = scaling.parameters.get("factor") == "auto-row"
     tokenizer = data.load_tokenizer(run.tokenizer_path)
     split, corpus_digest, corpus_name = _evaluation_split(
@@ -121,9 +146,8 @@ def evaluate(
         return Evaluated(stored, losses_path)
 
     _make_results_folder(run)
-    model = build_model(trained, tokenizer.n_vocab, scaling=NO_SCALING)
-    model.load_state_dict(weights, strict=True)
-    model.to(target).eval()
+    model = load_model(run, weights, device=target)
+    plain = model.encoding
     digests = [split.digests[i] for i in layout.documents]
     authors = [split.authors[i] for i in layout.documents]
     # the same text in other tokens is other targets: perplexities per token of two tokenisers are not comparable
@@ -143,14 +167,13 @@ def evaluate(
     for ctx in reversed(contexts):
         factor = methods[ctx].parameters.get("factor")
         windows = layout.windows(ctx)
-        if encodings[ctx].rotary:
-            model.encoding = encodings[ctx]  # parameter-free: the weights stay as they were loaded
+        set_encoding(model, encodings[ctx])
         try:
-            spectrum = _spectrum_digest(model.encoding, ctx)
+            spectrum = spectrum_digest(model.encoding, ctx)
         except ContextLengthError as error:
             rows.append(_undefined(ctx, factor, str(error)))
             continue
-        _check_applied(methods[ctx], trained, geometry, ctx, spectrum)
+        check_applied(methods[ctx], plain, original_ctx, ctx, spectrum)
         if layout.protocol == "prefix" and shared is not None and not model.encoding.length_dependent and not per_row:
             # scores at a position do not depend on what follows, so the longest pass holds every shorter one
             losses = shared.reshape(len(windows.start), -1)[:, :ctx].reshape(-1)
@@ -333,25 +356,44 @@ def _undefined(ctx: int, factor: float | None, reason: str) -> dict[str, Any]:
     return {"ctx": ctx, "factor": factor, **empty, "tokens": 0, "documents": 0, "status": "undefined", "reason": reason}
 
 
-def _spectrum_digest(encoding: PositionEncoding, ctx: int) -> str:
-    """sha256 of all that an encoding says at a length: two evaluations with equal digests had equal positions."""
+def spectrum_digest(encoding: PositionEncoding, ctx: int) -> str:
+    """sha256 of all that an encoding says at a length: two evaluations with equal digests had equal positions.
+
+    Of a bias by query it takes the last query's. `ContextLengthError` where the encoding is undefined.
+    """
+    device = next((p.device for p in encoding.parameters()), None)
     with torch.no_grad():
-        record = encoding(torch.arange(ctx, device=next((p.device for p in encoding.parameters()), None)), ctx=ctx)
+        record = encoding(torch.arange(ctx, device=device), ctx=ctx)
+        by_query = None
+        if record.query_bias is not None:
+            last = torch.full((1, 1), ctx - 1.0, device=device)
+            by_query = record.query_bias(last, torch.arange(ctx, device=device, dtype=torch.float32)[None])
     hasher = hashlib.sha256()
-    for part in (record.embedding, record.bias, *(record.rotation or ())):
+    far = (None, None) if record.far is None else record.far
+    parts = (record.embedding, record.qk_embedding, record.bias, by_query, record.logit_scale, *(record.rotation or ()))
+    for part in (*parts, *(far[0] or ()), far[1], record.block):
         if isinstance(part, Tensor):
             hasher.update(part.cpu().contiguous().numpy().tobytes())
+        elif isinstance(part, int):
+            hasher.update(f"{part};".encode())
     return hasher.hexdigest()
 
 
-def _check_applied(method: Method, trained: Config, geometry: Geometry, ctx: int, digest: str) -> None:
-    """A scaling that was asked for must have changed the spectrum, where it is not the identity by definition."""
+def check_applied(method: Method, plain: PositionEncoding, original_ctx: int, ctx: int, digest: str) -> None:
+    """A scaling that was asked for must have changed what the encoding says, and must not where it is idle.
+
+    `plain` is the run's encoding without it, `digest` that of the scaled one. `ValueError` where it changed nothing.
+    """
     if method.name == "none":
         return
-    original_ctx = method.parameters["original_ctx"] or geometry.ctx
-    identical = ctx <= original_ctx if SCALINGS[method.name].length_dependent else method.parameters["factor"] == 1
-    plain = _spectrum_digest(build(trained.pos, NO_SCALING, geometry), ctx)
-    if (digest == plain) != identical:
-        raise RuntimeError(
-            f"scaling={method.name} left the spectrum {'unchanged' if not identical else 'changed'} at {ctx}"
+    idle = SCALINGS[method.name].idle(applied_parameters(method, original_ctx), ctx)
+    try:
+        unchanged = digest == spectrum_digest(plain, ctx)
+    except ContextLengthError:
+        unchanged = False  # undefined without the scaling
+    if unchanged and not idle:
+        raise ValueError(
+            f"scaling={method.name} changed nothing at {ctx} tokens, so its number would be that of the plain model; "
+            "choose other parameters, or leave it out"
         )
+    assert unchanged or not idle, f"scaling={method.name} is idle at {ctx}, and changed what the encoding says"

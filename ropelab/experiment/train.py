@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +22,16 @@ from ropelab import config as configs
 from ropelab import data, files, runs
 from ropelab.experiment.devices import DTYPE_NAMES, device_name, environment, resolve_device
 from ropelab.model import GPT
-from ropelab.positions import SCALINGS, Geometry, build, resolve_factor
+from ropelab.positions import (
+    ENCODINGS,
+    SCALINGS,
+    Geometry,
+    PositionEncoding,
+    applied_parameters,
+    build,
+    resolve_factor,
+)
+from ropelab.positions.indices import Draw, drawn_positions
 from ropelab.runs import RunDir
 from ropelab.schema import Config, DataConfig, Method, TrainConfig
 from ropelab.tracking import Tracker
@@ -54,24 +63,29 @@ def silent(description: str, done: int, total: int, **facts: Any) -> None:
     """The progress of whoever does not want any."""
 
 
-def training_scaling(config: Config) -> Method:
+def training_scaling(config: Config, original_ctx: int) -> Method:
     """The configuration's scaling with the factor that training uses: `auto` is train.ctx / original_ctx.
 
-    `ValueError` for a scaling that would change nothing.
+    `ValueError` for a scaling that would change nothing, or that belongs to evaluation.
     """
     scaling = config.scaling
     if scaling.name == "none":
         return scaling
+    if SCALINGS[scaling.name].evaluation_only:
+        raise ValueError(f"scaling={scaling.name} is for evaluation: train without it, then ropelab eval --scaling")
+    if "factor" not in scaling.parameters:
+        return scaling
     factor = scaling.parameters["factor"]
-    dynamic = SCALINGS[scaling.name].length_dependent
+    dynamic = SCALINGS[scaling.name].dynamic
     if factor == "auto-row":
         raise ValueError("scaling.factor=auto-row belongs to evaluation; give scaling.factor a number")
     if factor == "auto":
-        original_ctx = scaling.parameters["original_ctx"] or config.train.ctx
+        original_ctx = scaling.parameters.get("original_ctx") or original_ctx
         factor = 1.0 if dynamic else max(1.0, config.train.ctx / original_ctx)
-    if factor == 1 and not dynamic:
-        raise ValueError(f"scaling={config.scaling.name} with factor 1 changes nothing; give scaling.factor=4, say")
-    return Method(scaling.name, {**scaling.parameters, "factor": float(factor)})
+    resolved = Method(scaling.name, {**scaling.parameters, "factor": float(factor)})
+    if not dynamic and SCALINGS[scaling.name].idle(applied_parameters(resolved, original_ctx), config.train.ctx):
+        raise ValueError(f"scaling={scaling.name} with factor {factor:g} changes nothing; give scaling.factor=4, say")
+    return resolved
 
 
 def kept_steps(config: TrainConfig) -> dict[int, float]:
@@ -88,10 +102,70 @@ def kept_steps(config: TrainConfig) -> dict[int, float]:
     return {round(fraction * config.steps): fraction for fraction in config.keep}
 
 
-def build_model(config: Config, n_vocab: int, *, scaling: Method) -> GPT:
+def build_model(config: Config, n_vocab: int, *, scaling: Method, original_ctx: int) -> GPT:
     """The GPT of a configuration with freshly drawn weights, on the CPU."""
-    geometry = Geometry(config.model.d_model, config.model.n_head, config.train.ctx)
-    return GPT(config.model, n_vocab, build(config.pos, scaling, geometry), seed=config.seed)
+    encoding = build(config.pos, scaling, Geometry.of(config.model, original_ctx))
+    return GPT(config.model, n_vocab, encoding, seed=config.seed)
+
+
+class Parent(NamedTuple):
+    """The finished run that a training starts from."""
+
+    run: RunDir
+    original_ctx: int  # of its root
+    steps: int  # of it and all its ancestors: the child's batches come after theirs
+    tokenizer: data.Tokenizer
+
+
+def find_parent(config: Config) -> Parent | None:
+    """The run that `config.parent` names; None without one.
+
+    `ValueError` when it is not finished, or when its model or tokeniser is not the configuration's.
+    """
+    if config.parent is None:
+        return None
+    run = runs.find_run(config.parent, Path(config.runs_dir).expanduser())
+    run.load_weights()
+    manifest = run.manifest()
+    theirs = configs.from_dict(manifest["config"])
+    for key in ("n_layer", "d_model", "n_head", "qk_norm"):
+        mine, its = getattr(config.model, key), getattr(theirs.model, key)
+        if mine != its:
+            raise ValueError(f"model.{key}={mine} differs from that of the parent {run.name}, {its}; leave it out")
+    for key in ("tokenizer", "vocab_size"):
+        mine, its = getattr(config.data, key), getattr(theirs.data, key)
+        if mine != its and (key == "tokenizer" or theirs.data.tokenizer == "bpe"):
+            raise ValueError(f"data.{key}={mine} differs from that of the parent {run.name}, {its}; leave it out")
+    if theirs.pos.name == config.pos.name == "drope" and config.pos.parameters["drop_after"] != 0:
+        raise ValueError(f"the rotation of {run.name} is dropped already; add pos.drop_after=0")
+    steps = manifest.get("first_step", 0) + theirs.train.steps
+    return Parent(run, manifest["original_ctx"], steps, data.load_tokenizer(run.tokenizer_path))
+
+
+def _check_weights(encoding: PositionEncoding, parent: RunDir) -> None:
+    """`ValueError` where an encoding has other weights than a parent's, so that these cannot be gone on from."""
+    its = {
+        name.removeprefix("encoding."): w for name, w in parent.load_weights().items() if name.startswith("encoding.")
+    }
+    mine = encoding.state_dict()
+    odd = [n for n in sorted({*mine, *its}) if n not in mine or n not in its or mine[n].shape != its[n].shape]
+    if odd:
+        raise ValueError(
+            f"{parent.name} cannot be gone on from: its position weights are others ({', '.join(odd[:3])})"
+        )
+
+
+def _training_positions(config: Config, original_ctx: int, scaling: Method) -> Draw | None:
+    """How the positions of training windows are drawn; `ValueError` where the encoding cannot have them."""
+    if config.positions.name != "contiguous" and not ENCODINGS[config.pos.name].any_positions:
+        able = ", ".join(f"pos={name}" for name, kind in ENCODINGS.items() if kind.any_positions)
+        raise ValueError(
+            f"positions={config.positions.name} needs an encoding whose positions may skip, one of {able}, "
+            f"not pos={config.pos.name}"
+        )
+    return drawn_positions(
+        config.positions, ctx=config.train.ctx, original_ctx=original_ctx, factor=scaling.parameters.get("factor")
+    )
 
 
 @contextmanager
@@ -121,19 +195,35 @@ def train(config: Config, *, progress: Progress = silent) -> dict[str, Any]:
     """
     device = resolve_device(config.device)
     keep = kept_steps(config.train)
-    geometry = Geometry(config.model.d_model, config.model.n_head, config.train.ctx)
-    applied = resolve_factor(config.scaling, longest=config.train.ctx, train_ctx=config.train.ctx)
-    build(config.pos, applied, geometry)  # refused here rather than after the corpus was read
-    scaling = training_scaling(config)
+    parent = find_parent(config)
+    original_ctx = config.train.ctx if parent is None else parent.original_ctx
+    # what cannot be built, or is undefined at train.ctx, is refused here rather than after the corpus was read
+    applied = resolve_factor(config.scaling, longest=config.train.ctx, original_ctx=original_ctx)
+    encoding = build(config.pos, applied, Geometry.of(config.model, original_ctx))
+    with torch.no_grad():
+        encoding(torch.arange(config.train.ctx), ctx=config.train.ctx)
+    if parent is not None:
+        _check_weights(encoding, parent.run)
+    scaling = training_scaling(config, original_ctx)
+    draw = _training_positions(config, original_ctx, scaling)
     runs_dir = runs.open_runs_dir(config.runs_dir)
-    corpus = data.prepare(config.data, cache_dir=Path(config.cache_dir).expanduser(), progress=progress)
+    corpus = data.prepare(
+        config.data, cache_dir=Path(config.cache_dir).expanduser(),
+        tokenizer=None if parent is None else parent.tokenizer, progress=progress,
+    )  # fmt: skip
     batches = data.Batches(corpus.train, ctx=config.train.ctx, separator=corpus.tokenizer.separator)
     validation = data.Batches(corpus.validation, ctx=config.train.ctx, separator=corpus.tokenizer.separator).fixed(
         max(4, VALIDATION_TOKENS // config.train.ctx)
     )
 
-    resolved = dataclasses.replace(config, scaling=scaling, data=_found_from_anywhere(config.data))
-    identity = runs.identity(resolved, corpus_digest=corpus.digest, tokenizer_digest=corpus.tokenizer.digest)
+    resolved = dataclasses.replace(
+        config, scaling=scaling, data=_found_from_anywhere(config.data),
+        parent=None if parent is None else parent.run.name,
+    )  # fmt: skip
+    identity = runs.identity(
+        resolved, corpus_digest=corpus.digest, tokenizer_digest=corpus.tokenizer.digest,
+        parent_digest=None if parent is None else parent.run.manifest()["digest"],
+    )  # fmt: skip
     digest = files.digest_of(identity)
     run = RunDir(runs_dir / runs.run_name(config, digest))
     if run.is_done():
@@ -142,7 +232,11 @@ def train(config: Config, *, progress: Progress = silent) -> dict[str, Any]:
     with run.locked(), _interrupts() as caught:
         begun = run.manifest() if run.manifest_path.exists() else {}
         dtype = resolve_dtype(begun.get("dtype", config.train.dtype), device)
-        model = build_model(config, corpus.tokenizer.n_vocab, scaling=scaling).to(device)
+        model = build_model(config, corpus.tokenizer.n_vocab, scaling=scaling, original_ctx=original_ctx)
+        if parent is not None:
+            model.load_state_dict(parent.run.load_weights(), strict=True)
+        model.to(device)
+        first = 0 if parent is None else parent.steps
         optimizer = build_optimizer(model, config.train)
         start, best = 0, math.inf
         checkpoint = run.latest_checkpoint() if begun else None
@@ -151,7 +245,8 @@ def train(config: Config, *, progress: Progress = silent) -> dict[str, Any]:
         corpus.tokenizer.save(run.tokenizer_path)
         run.update_manifest(
             run=run.name, digest=digest, identity=identity, config=configs.to_dict(resolved), status="running",
-            error=None, failed_step=None, train_ctx=config.train.ctx, original_ctx=config.train.ctx,
+            error=None, failed_step=None, train_ctx=config.train.ctx, original_ctx=original_ctx, first_step=first,
+            parent=None if parent is None else {"run": parent.run.name, "digest": parent.run.manifest()["digest"]},
             corpus={
                 "name": corpus.name, "digest": corpus.digest, "joined_share": batches.joined_share, **corpus.details,
             },
@@ -180,10 +275,13 @@ def train(config: Config, *, progress: Progress = silent) -> dict[str, Any]:
             for done in steps(
                 model,
                 optimizer,
-                lambda step: batches.at(step, seed=config.seed, batch_size=config.train.batch_size),
+                lambda step: batches.at(first + step, seed=config.seed, batch_size=config.train.batch_size),
                 config.train,
                 start=start,
                 dtype=dtype,
+                positions_at=None
+                if draw is None
+                else lambda step: draw(config.seed, first + step, config.train.batch_size),
             ):
                 step = done.step
                 seen += config.train.batch_size * config.train.ctx
@@ -192,6 +290,7 @@ def train(config: Config, *, progress: Progress = silent) -> dict[str, Any]:
                 last = step == config.train.steps
                 if last or step % config.train.eval_every == 0:
                     model.eval()
+                    model.progress(step / config.train.steps)
                     line["val_nll"] = validation_nll(model, validation, dtype=dtype, batch=config.train.micro)
                     best = min(best, line["val_nll"])
                     model.train()

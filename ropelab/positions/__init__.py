@@ -6,15 +6,24 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+from ropelab.positions import changes
 from ropelab.positions import scaling as spectra
 from ropelab.positions.alibi import Alibi
 from ropelab.positions.base import Decay, Far, Geometry, PositionEncoding, Positions, QueryBias, Rotation
+from ropelab.positions.cable import Cable
 from ropelab.positions.drope import Drope
+from ropelab.positions.fire import Fire
+from ropelab.positions.fox import Fox
+from ropelab.positions.kerple import KerpleLog, KerplePower
 from ropelab.positions.learned import Learned
 from ropelab.positions.none import NoPositions
+from ropelab.positions.p_rope import PRope
 from ropelab.positions.rope import Rope
+from ropelab.positions.sandwich import Sandwich
 from ropelab.positions.scaling import Scaling
-from ropelab.positions.sinusoidal import Sinusoidal, SinusoidalFairseq
+from ropelab.positions.sinusoidal import Sinusoidal, SinusoidalFairseq, SinusoidalQK, SinusoidalScaled
+from ropelab.positions.t5 import T5
+from ropelab.positions.xpos import Xpos
 from ropelab.schema import Method
 
 __all__ = [
@@ -39,17 +48,41 @@ ENCODINGS: dict[str, type[PositionEncoding]] = {
     "none": NoPositions,
     "sinusoidal": Sinusoidal,
     "sinusoidal_fairseq": SinusoidalFairseq,
+    "sinusoidal_scaled": SinusoidalScaled,
+    "sinusoidal_qk": SinusoidalQK,
     "learned": Learned,
     "alibi": Alibi,
+    "t5": T5,
+    "kerple_log": KerpleLog,
+    "kerple_power": KerplePower,
+    "sandwich": Sandwich,
+    "fire": Fire,
+    "cable": Cable,
+    "fox": Fox,
     "rope": Rope,
+    "p_rope": PRope,
+    "xpos": Xpos,
     "drope": Drope,
 }
 
 SCALINGS: dict[str, Scaling] = {
     "linear": Scaling(spectra.linear),
+    "dynamic_linear": Scaling(spectra.dynamic_linear, dynamic=True, idle=spectra.inside),
     "ntk": Scaling(spectra.ntk),
     "dynamic_ntk": Scaling(spectra.dynamic_ntk, dynamic=True, idle=spectra.inside),
-    "yarn": Scaling(spectra.yarn),
+    "ntk_by_parts": Scaling(spectra.ntk_by_parts),
+    "yarn": Scaling(spectra.yarn, idle=spectra.untempered),
+    "dynamic_yarn": Scaling(spectra.dynamic_yarn, dynamic=True, idle=spectra.inside),
+    "llama3": Scaling(spectra.llama3),
+    "longrope": Scaling(spectra.longrope, idle=spectra.unrescaled),
+    "proportional": Scaling(spectra.proportional, idle=spectra.all_turning),
+    "rerope": Scaling(changes.rerope, spectral=False, evaluation_only=True, idle=changes.rerope_idle),
+    "self_extend": Scaling(changes.self_extend, spectral=False, evaluation_only=True, idle=changes.self_extend_idle),
+    "temperature": Scaling(changes.temperature, ("none", "drope"), spectral=False, idle=changes.temperature_idle),
+    "interpolated_slopes": Scaling(changes.interpolated_slopes, ("alibi",), spectral=False),
+    "block_causal": Scaling(changes.block_causal, None, spectral=False, idle=changes.block_causal_idle),
+    "clamp": Scaling(changes.clamp, ("learned",), spectral=False, idle=spectra.inside),
+    "interpolate": Scaling(changes.interpolate, ("learned",), spectral=False),
 }
 
 
@@ -57,7 +90,7 @@ def build(pos: Method, scaling: Method, geometry: Geometry) -> PositionEncoding:
     """The encoding that a configuration names, its scaling applied with a resolved numeric factor.
 
     The parameters in the YAML are the keyword arguments of the class; it raises `ValueError` for a value out of
-    range, and so does a scaling on an encoding that it does not apply to.
+    range, and so does a scaling on an encoding that it does not apply to or whose spectrum it leaves as it was.
     """
     encoding = ENCODINGS[pos.name](geometry, **pos.parameters)
     if scaling.name == "none":
@@ -70,8 +103,15 @@ def build(pos: Method, scaling: Method, geometry: Geometry) -> PositionEncoding:
     if method.spectral:
         assert isinstance(encoding, Rope)
         encoding.scaling = functools.partial(method.apply, **parameters)
-        for ctx in (1, geometry.ctx, 2 * geometry.ctx):  # what is out of range is refused before anything is written
-            encoding.spectrum(ctx)
+        for ctx in (1, parameters["original_ctx"], 2 * parameters["original_ctx"]):
+            # what is out of range is refused before anything is written, and so is a name for what is plain RoPE
+            used = encoding.spectrum(ctx)
+            same = used.attention_factor == 1 and used.inv_freq.equal(encoding.inv_freq())
+            if same and not method.idle(parameters, ctx):
+                raise ValueError(
+                    f"scaling={scaling.name} changes no pair of this model: all that turn are fast enough to be kept; "
+                    "leave it out or choose another scaling"
+                )
     else:
         method.apply(encoding, **parameters)
     encoding.length_dependent = encoding.length_dependent or method.length_dependent(parameters)

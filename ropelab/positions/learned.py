@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -13,14 +15,19 @@ class Learned(PositionEncoding):
     """One trained vector per position, added to the tokens (Gehring et al. 2017; GPT-2).
 
     The table has as many rows as the training length. Past its end the encoding is undefined: clamping, wrapping or
-    untrained rows would each be another experiment, so asking for them is a `ContextLengthError`.
+    untrained rows would each be another experiment, so asking for them is a `ContextLengthError`, unless
+    `scaling=clamp` or `scaling=interpolate` says which experiment it is.
     """
+
+    read: Callable[[Tensor, Tensor, int], Tensor] | None = None  # a scaling's: (table, positions (N,), ctx) -> (N, C)
 
     def __init__(self, geometry: Geometry) -> None:
         super().__init__()
         self.table = nn.Parameter(torch.zeros(geometry.ctx, geometry.d_model))  # (L, C), drawn by the model's init
 
     def record(self, positions: Tensor, *, ctx: int) -> Positions:
+        if self.read is not None:
+            return Positions(embedding=self.read(self.table, positions, ctx))
         rows = self.table.shape[0]
         if ctx > rows:
             raise ContextLengthError(f"learned positions end at {rows}, the training length (policy: error)")

@@ -1,4 +1,4 @@
-"""Sinusoidal embeddings, in the paper's layout and in fairseq's."""
+"""Sinusoidal embeddings: the paper's and fairseq's, added to the tokens or to what queries and keys are made of."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ class Sinusoidal(PositionEncoding):
     scalar is trained in the units of an embedding, so that it can grow as fast as the tokens do.
     """
 
+    any_positions = True
+
     def __init__(self, geometry: Geometry, *, base: float) -> None:
         super().__init__()
         _check(geometry.d_model, base)
@@ -45,6 +47,39 @@ class Sinusoidal(PositionEncoding):
         return Positions(embedding=self.table(positions).to(self.scale.device) * self.scale)
 
 
+class SinusoidalScaled(Sinusoidal):
+    """As x-transformers has it (ScaledSinusoidalEmbedding): sines, then cosines, times a scalar that starts at C^-0.5.
+
+    The frequencies are those of Vaswani et al.; only the order of the columns and the start of the scalar differ.
+    """
+
+    def __init__(self, geometry: Geometry, *, base: float) -> None:
+        super().__init__(geometry, base=base)
+        self.scale = nn.Parameter(torch.tensor(geometry.d_model**-0.5))
+
+    def table(self, positions: Tensor) -> Tensor:
+        """The bare table, (T, C) fp32; angles in fp64."""
+        paired = super().table(positions)
+        return torch.cat((paired[:, 0::2], paired[:, 1::2]), dim=-1)
+
+
+FAIRSEQ_FIRST = 2  # fairseq's first position: the padding index, 1, comes before it
+
+
+def _fairseq_check(name: str, d_model: int, base: float) -> None:
+    _check(d_model, base)
+    if d_model < 4:
+        raise ValueError(f"{name} needs model.d_model >= 4, not {d_model}")
+
+
+def _fairseq_table(positions: Tensor, d_model: int, base: float) -> Tensor:
+    """positions (T,) int64 -> (T, C) fp32: sines then cosines, exponents k / (C/2 - 1); angles in fp64."""
+    half = d_model // 2
+    k = torch.arange(half, dtype=torch.float64)
+    angles = (positions.cpu().double() + FAIRSEQ_FIRST)[:, None] * base ** (-k / (half - 1))  # (T, C/2)
+    return torch.cat((angles.sin(), angles.cos()), dim=-1).float()
+
+
 class SinusoidalFairseq(PositionEncoding):
     """Sinusoidal as fairseq builds it and the ALiBi paper ran it (Press et al. 2022, 2108.12409, section 2.2).
 
@@ -52,13 +87,11 @@ class SinusoidalFairseq(PositionEncoding):
     multiplied by sqrt(C) on an N(0, 1/C) table so that they have root mean square 1; the table is not scaled.
     """
 
-    FIRST = 2
+    any_positions = True
 
     def __init__(self, geometry: Geometry, *, base: float) -> None:
         super().__init__()
-        _check(geometry.d_model, base)
-        if geometry.d_model < 4:
-            raise ValueError(f"sinusoidal_fairseq needs model.d_model >= 4, not {geometry.d_model}")
+        _fairseq_check("sinusoidal_fairseq", geometry.d_model, base)
         self.d_model = geometry.d_model
         self.base = base
 
@@ -70,10 +103,32 @@ class SinusoidalFairseq(PositionEncoding):
 
     def table(self, positions: Tensor) -> Tensor:
         """The bare table, (T, C) fp32; angles in fp64."""
-        half = self.d_model // 2
-        k = torch.arange(half, dtype=torch.float64)
-        angles = (positions.cpu().double() + self.FIRST)[:, None] * self.base ** (-k / (half - 1))  # (T, C/2)
-        return torch.cat((angles.sin(), angles.cos()), dim=-1).float()
+        return _fairseq_table(positions, self.d_model, self.base)
 
     def record(self, positions: Tensor, *, ctx: int) -> Positions:
         return Positions(embedding=self.table(positions).to(positions.device))
+
+
+class SinusoidalQK(PositionEncoding):
+    """Position-infused attention: fairseq's table added in every layer to what queries and keys are projected from.
+
+    Press et al. 2021 (Shortformer, 2012.15832): q = W_q (x + p), k = W_k (x + p), v = W_v x, and nothing is added to
+    the tokens. As in their code (fairseq/modules/transformer_layer.py of ofirpress/shortformer) x is the layer's input
+    after its norm, the table is not scaled and the first position is 2. Tokens start as in every GPT here: the norm
+    takes out their size before p is added.
+    """
+
+    any_positions = True
+
+    def __init__(self, geometry: Geometry, *, base: float) -> None:
+        super().__init__()
+        _fairseq_check("sinusoidal_qk", geometry.d_model, base)
+        self.d_model = geometry.d_model
+        self.base = base
+
+    def table(self, positions: Tensor) -> Tensor:
+        """The bare table, (T, C) fp32; angles in fp64."""
+        return _fairseq_table(positions, self.d_model, self.base)
+
+    def record(self, positions: Tensor, *, ctx: int) -> Positions:
+        return Positions(qk_embedding=self.table(positions).to(positions.device))
