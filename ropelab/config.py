@@ -25,6 +25,8 @@ from ropelab.schema import Config, DataConfig, EvalConfig, Method, ModelConfig, 
 
 GROUPS = ("pos", "scaling", "positions", "model", "data")
 ENVIRONMENT = {"runs_dir": "ROPELAB_RUNS", "cache_dir": "ROPELAB_CACHE"}
+LATER: dict[str, Any] = {"positions": {"name": "contiguous"}, "parent": None}  # keys newer than the first version
+LATER_IN_EVAL: dict[str, Any] = {"baseline": None}
 METHODS = ("pos", "scaling", "positions")  # groups whose parameters are the method's own
 SECTIONS: dict[str, type] = {
     "model": ModelConfig,
@@ -140,7 +142,9 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def from_dict(tree: dict[str, Any]) -> Config:
     """Dataclasses from plain data, with every type and range checked. `ValueError` with the dotted key."""
-    tree = {"positions": {"name": "contiguous"}, "parent": None, **tree}  # absent from runs of the first versions
+    tree = {**LATER, **tree}  # what the runs of the first versions do not say
+    if isinstance(tree.get("eval"), dict):
+        tree["eval"] = {**LATER_IN_EVAL, **tree["eval"]}
     fields: dict[str, Any] = {}
     hints = typing.get_type_hints(Config)
     _no_strangers(tree, hints, "")
@@ -322,7 +326,10 @@ def _method(group: str, tree: Any) -> Method:
     if not isinstance(tree, dict) or tree.get("name") not in choices(group):
         name = tree.get("name") if isinstance(tree, dict) else tree
         raise ValueError(f"unknown {group} '{name}'{nearest(str(name), choices(group))}")
-    parameters = {key: value for key, value in tree.items() if key != "name"}
+    defaults = {key: value for key, value in _compose({group: tree["name"]})[group].items() if key != "name"}
+    given = {key: value for key, value in tree.items() if key != "name"}
+    _no_strangers(given, defaults, f"{group}.")
+    parameters = {**defaults, **given}  # a stored run may be older than a parameter
     if "factor" in parameters:
         parameters["factor"] = _factor(parameters["factor"])
     for key, value in parameters.items():

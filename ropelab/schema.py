@@ -13,6 +13,7 @@ from typing import Any
 DTYPES = ("auto", "fp32", "bf16")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PROTOCOLS = ("nonoverlapping", "sliding", "last", "prefix")
+BASELINES = ("unigram",)
 WANDB_MODES = ("disabled", "offline", "online")
 CORPORA = ("stdlib", "text", "hf", "books", "nonfiction", "wikitext")
 TOKENIZERS = ("bytes", "bpe", "gpt2")
@@ -151,6 +152,7 @@ class EvalConfig:
     tokens: int  # budget of spanned targets, shared equally by the documents
     max_ctx: int | None  # span laid out for this ctx, so that two ladders score the same targets
     window: int | None  # attention window control: keep keys with 0 <= i - j < window
+    baseline: str | None  # unigram: score the targets by the training text's token frequencies instead of the model
     scalings: tuple[str, ...]  # `name` or `name:factor`; empty: --scaling, or the trained one
     dtype: str
     split: str  # test | validation (for choices that must not see the test text)
@@ -160,6 +162,8 @@ class EvalConfig:
         _one_of("eval.protocol", self.protocol, PROTOCOLS)
         for key in ("stride", "last", "tokens"):
             _at_least(f"eval.{key}", getattr(self, key), 1)
+        if self.baseline is not None:
+            _one_of("eval.baseline", self.baseline, BASELINES)
         for key in ("max_ctx", "window"):
             value = getattr(self, key)
             if value is not None:

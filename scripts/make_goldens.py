@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 FOLDER = Path(__file__).parent.parent / "tests" / "goldens"
-LENGTHS = 64, 2048, 131072  # L
+# (L, base); the last is beyond L = 2 pi base, where the end of yarn's index ramp lies past the last pair
+LENGTHS = (64, 100.0), (2048, 1e4), (131072, 5e5), (131072, 1e4)
 RESCALE = [1 + 0.5 * i for i in range(16)]  # of longrope: one factor for each pair of a head dimension of 32
 SHORT = [1 + 0.01 * i for i in range(16)]
 SETTINGS: dict[str, list[dict[str, Any]]] = {
@@ -88,7 +89,7 @@ def scalings() -> list[dict[str, Any]]:
     d_head, rows = 32, []
     for kind in ROPE_INIT_FUNCTIONS:
         for parameters in SETTINGS[kind]:
-            for original_ctx, base in zip(LENGTHS, (100.0, 1e4, 5e5), strict=True):
+            for original_ctx, base in LENGTHS:
                 for ctx in (original_ctx, 3 * original_ctx) if kind in ("dynamic", "longrope") else (original_ctx,):
                     config = llama(
                         kind, d_head, base, original_ctx, original_max_position_embeddings=original_ctx, **parameters

@@ -219,7 +219,7 @@ def test_a_scaling_that_changes_nothing_is_refused(
     runs: dict[str, RunDir], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A broken method that leaves the spectrum as it is, and a right one whose parameters leave every pair as it is."""
-    with pytest.raises(ValueError, match="scaling=llama3 changed nothing at 32"):
+    with pytest.raises(ValueError, match="scaling=llama3 changes no pair"):
         resolved = settings(folder, "eval.ctx=32,", "eval.tokens=200").eval
         method = config.load(["scaling=llama3", "scaling.factor=8", "scaling.original_ctx=10000000"]).scaling
         experiment.evaluate(runs["rope"], resolved, scaling=method, cache_dir=str(folder / "cache"))
@@ -274,3 +274,26 @@ def test_other_text_is_scored_with_the_runs_tokeniser(runs: dict[str, RunDir], f
     own = config.load(["data=text", f"data.path={folder / 'text' / corpus.train.names[0]}"]).data
     with pytest.raises(ValueError, match="training text"):
         experiment.evaluate(runs["rope"], resolved, other_text=own, cache_dir=str(folder / "cache"))
+
+
+def test_the_unigram_baseline_is_the_training_texts_frequencies(runs: dict[str, RunDir], folder: Path) -> None:
+    """Same targets as the model's, each scored by counts of the training tokens plus one, by a plain loop."""
+    result = evaluate(runs["none"], folder, "eval.protocol=last", "eval.ctx=64,", "eval.baseline=unigram")
+    corpus = data.prepare(settings(folder).data, cache_dir=folder / "cache")
+    counts = [1] * 256
+    for token in corpus.train.tokens.tolist():
+        if token < 256:
+            counts[token] += 1
+    losses = []
+    for number in range(result["protocol"]["documents"]):
+        document = corpus.test.document(number).tolist()
+        for block in range(200 // result["protocol"]["documents"] // 64 or 1):
+            end = (block + 1) * 64
+            losses += [-math.log(counts[document[t]] / sum(counts)) for t in range(end - 3, end + 1)]
+    assert len(losses) == result["rows"][0]["tokens"]
+    assert result["rows"][0]["nll"] == pytest.approx(math.fsum(losses) / len(losses), rel=1e-6)
+    plain = evaluate(runs["none"], folder, "eval.protocol=last", "eval.ctx=64,")
+    assert plain["rows"][0]["targets_digest"] == result["rows"][0]["targets_digest"]
+    assert (result["pos"], plain["pos"]) == ("unigram", "none")
+    with pytest.raises(ValueError, match=r"eval\.baseline=unigram knows no positions"):
+        evaluate(runs["rope"], folder, "eval.ctx=64,", "eval.baseline=unigram", scaling="ntk:4")

@@ -160,6 +160,7 @@ KEEPING = (
     "train.micro_batch_size=4", "train.compile=true", "train.eval_every=7", "train.checkpoint_every=7",
     "train.keep=[0.5]", "eval.ctx=64", "eval.protocol=last", "eval.stride=8", "eval.last=8", "eval.tokens=99",
     "eval.max_ctx=4096", "eval.window=64", "eval.scalings=[none]", "eval.dtype=bf16", "eval.split=validation",
+    "eval.baseline=unigram",
     "track.wandb=offline", "track.project=other", "device=cpu", "runs_dir=elsewhere", "cache_dir=elsewhere",
     "train.warmup_steps=50",  # as the default comes to
 )  # fmt: skip

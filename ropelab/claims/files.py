@@ -3,12 +3,13 @@
 A claim file (`configs/claim/*.yaml`, or anyone's own) names runs, and checks on them. A check is a contrast, a weighted
 sum of mean losses (nats per target) that has to exceed a threshold `tau`, or an exact statement. Each loss is a *term*:
 
-    RUN[+SCALING[:FACTOR]][/window]@CTX[|PROTOCOL]
+    RUN[+SCALING[:FACTOR]][/CONTROL]@CTX[|PROTOCOL]
 
     alibi@8L                 the run `alibi` at 8 times its training length
     rope+ntk:4@2L            the run `rope`, its spectrum changed by `ntk` with factor 4, at twice its training length
     rope+dynamic_ntk@256     a dynamic scaling has factor 1 when none is given; a ctx may be a number of tokens
     alibi/window@8L|last     keys further back than the training length masked; under a protocol of its own
+    none/unigram@L           the same targets by the token frequencies of the training text
 
 `L` is the run's training length. Weights sum to zero within each protocol, so that only differences of losses on the
 same targets are ever judged: `{b@8L: 1, a@8L: -1}` is ln(PPL_b / PPL_a) at 8L, `{a@8L: 1, a@L: -1}` the growth of a.
@@ -32,6 +33,7 @@ import yaml  # type: ignore[import-untyped, unused-ignore]
 from ropelab.schema import PROTOCOLS
 
 TIERS = ("cpu", "gpu")
+CONTROLS = ("window", "unigram")
 EXACT = ("defined", "undefined", "identical")
 RUN_KEYS = ("pos", "scaling", "positions", "model", "data", "train")  # what a run of a claim may set
 MIN_CALIBRATION_SEEDS = 5
@@ -49,7 +51,7 @@ class Term:
     run: str
     scaling: str | None  # None: as trained
     factor: float | None
-    window: bool
+    control: str | None  # one of CONTROLS
     ctx: int
     protocol: str
 
@@ -134,7 +136,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Something to measure, once per seed: one trained run under one scaling, window and protocol at some ctxs.
+    """Something to measure, once per seed: one trained run under one scaling, control and protocol at some ctxs.
 
     `run` are the run's overrides (without a seed): equal tuples are one run. `overrides` are those of the evaluation
     but for scaling and ctx: `eval.protocol=last`, `eval.max_ctx=1024`, ... `scaling` None leaves the trained one.
@@ -143,7 +145,7 @@ class Evaluation:
     run: tuple[str, ...]
     scaling: str | None
     factor: float | None
-    window: bool
+    control: str | None  # one of CONTROLS
     protocol: str
     ctxs: tuple[int, ...]
     overrides: tuple[str, ...]
@@ -171,7 +173,7 @@ _CTX = re.compile(r"(?:(?P<multiple>[1-9]\d*)?(?P<L>L))|(?P<ctx>[1-9]\d*)")
 _TERM = re.compile(
     r"(?P<run>[A-Za-z][\w-]*)"
     r"(?:\+(?P<scaling>[A-Za-z]\w*)(?::(?P<factor>[^/@|]+))?)?"
-    r"(?P<window>/window)?"
+    r"(?:/(?P<control>window|unigram))?"
     r"@(?P<ctx>\w+)"
     r"(?:\|(?P<protocol>\w+))?"
 )
@@ -525,7 +527,7 @@ def _parse_term(
         raise ValueError(f"protocol '{protocol}' is unknown; {_nearest(protocol, PROTOCOLS)}")
     ctx = _ctx(match["ctx"], _train_ctx(runs[run]))
     _check_ctx(cell, ctx, protocol)
-    return Term(text, run, scaling, _factor(scaling, match["factor"]), bool(match["window"]), ctx, protocol)
+    return Term(text, run, scaling, _factor(scaling, match["factor"]), match["control"], ctx, protocol)
 
 
 def _factor(scaling: str | None, text: str | None) -> float | None:
@@ -629,7 +631,7 @@ def terms_of(check: Check) -> tuple[Term, ...]:
 
 def plain_term(claim: Claim, run: str, protocol: str) -> Term:
     """A run as trained, at its training length L."""
-    return Term(f"{run}@L|{protocol}", run, None, None, False, claim.train_ctx(run), protocol)
+    return Term(f"{run}@L|{protocol}", run, None, None, None, claim.train_ctx(run), protocol)
 
 
 def in_length_terms(claim: Claim, check: ContrastCheck) -> dict[str, list[Term]]:
@@ -681,6 +683,8 @@ def _evaluation(term: Term, runs: Mapping[str, tuple[str, ...]], cell: Cell) -> 
     """What measures a term of these runs, without its ctx."""
     run = runs[term.run]
     overrides = [*cell.evaluation, f"eval.protocol={term.protocol}"]
-    if term.window:
+    if term.control == "window":
         overrides.append(f"eval.window={_train_ctx(run)}")
-    return Evaluation(run, term.scaling, term.factor, term.window, term.protocol, (), tuple(sorted(overrides)))
+    elif term.control == "unigram":
+        overrides.append("eval.baseline=unigram")
+    return Evaluation(run, term.scaling, term.factor, term.control, term.protocol, (), tuple(sorted(overrides)))

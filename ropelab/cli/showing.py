@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from ropelab.cli.evaluating import _questions, _stored
 from ropelab.cli.options import (
     Ctx,
     Factor,
@@ -24,6 +26,8 @@ from ropelab.cli.options import (
     separate,
 )
 
+RUN_KEYS = ("scaling", "device", "runs_dir", "cache_dir")
+
 
 @app.command()
 def show(
@@ -32,79 +36,164 @@ def show(
     scaling: Scaling = None,
     factor: Factor = None,
     ctx: Ctx = None,
+    attention: Annotated[
+        bool, typer.Option("--attention", help="Of a RUN: where it looks, measured on its own test text.")
+    ] = False,
     as_json: Json = False,
     output: Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE.png", help="Draw it.")] = None,
 ) -> None:
-    """Methods and their papers; the numbers and pictures of one; a run; or what a configuration comes to."""
+    """Methods and their papers; the numbers and pictures of one; a run, and why its curve bends; or settings."""
     with reported():
         named, settings = separate(list(arguments or []))
         method = pos or scaling or any(item.startswith(("pos=", "scaling=")) for item in settings)
+        if len(named) > 1 or (named and pos):
+            raise ValueError("show takes one RUN, or one method, or settings")
         option(settings, "--pos", "pos", pos)
         option(settings, "--scaling", "scaling", scaling)
         option(settings, "--factor", "scaling.factor", factor)
-        if len(named) > 1 or (named and method):
-            raise ValueError("show takes one RUN, or one method, or settings")
         if ctx and not (method or named):
             raise ValueError("--ctx belongs to a method or a run; add --pos NAME")
         if output is not None and not (method or named):
             raise ValueError("-o draws a method or a run; add --pos NAME")
+        if attention and not named:
+            raise ValueError("--attention is measured on a trained model; name a RUN")
         if output is not None:
             check_output(output, picture=True)
-        if not (named or settings):
-            _show_methods(as_json=as_json)
-        elif named or method:
-            _show_numbers(named, settings, ctx, as_json=as_json, output=output)
-        else:
+        if named:
+            _show_run(named[0], settings, ctx, attention=attention, as_json=as_json, output=output)
+        elif method:
+            _show_method(settings, ctx, as_json=as_json, output=output)
+        elif settings:
             from ropelab import config
 
             print_tree(config.to_dict(config.load(settings)), as_json=as_json)
+        else:
+            _list_methods(as_json=as_json)
 
 
-def _show_methods(*, as_json: bool) -> None:
+# --- the list -------------------------------------------------------------------------------------------------------
+
+TITLES = {
+    "pos": "Position encodings, --pos NAME",
+    "scaling": "Changes of a trained encoding for longer contexts, --scaling NAME",
+    "positions": "Position numbers of training windows, positions=NAME",
+}
+
+
+def _applies_to(name: str) -> list[str] | None:
+    """The encodings that a scaling is for, from the head of its YAML: the list needs no torch. None: any."""
+    from ropelab import config
+
+    head = (config.config_dir() / "scaling" / f"{name}.yaml").read_text(encoding="utf-8")
+    found = re.search(r"^# applies to: (.*)$", head, re.M)
+    return None if found is None or found.group(1) == "any" else found.group(1).split(", ")
+
+
+def _list_methods(*, as_json: bool) -> None:
     from ropelab import config
 
     table = {group: config.summaries(group) for group in config.METHODS}
+    applies = {name: _applies_to(name) for name in table["scaling"]}
     if as_json:
-        print_json({g: {n: {"summary": s, "paper": p} for n, (s, p) in rows.items()} for g, rows in table.items()})
+        listed: dict[str, Any] = {
+            g: {n: {"summary": s, "paper": p} for n, (s, p) in rows.items()} for g, rows in table.items()
+        }
+        for name, encodings in applies.items():
+            listed["scaling"][name]["applies_to"] = encodings
+        print_json(listed)
         return
-    titles = {"pos": "Position encodings, --pos NAME", "scaling": "Scalings of a rotary spectrum, --scaling NAME"}
     for group, rows in table.items():
-        print(titles[group])
+        print(TITLES[group])
         for name, (summary, paper) in rows.items():
-            print(f"  {name:<20} {summary}\n  {'':<20} {paper}")
+            print(f"  {name:<20} {summary}")
+            if group == "scaling" and name != "none":
+                paper = f"for {', '.join(applies[name] or ['any encoding'])}" + ("" if paper == "-" else f"; {paper}")
+            if paper != "-":
+                print(f"  {'':<20} {paper}")
         print()
     print("The numbers of one: ropelab show --pos rope --scaling yarn --factor 8 --ctx 1024; -o FILE.png draws them.")
 
 
-def _show_numbers(
-    named: list[str], settings: list[str], ctx: list[str] | None, *, as_json: bool, output: Path | None
+# --- a method, and a run --------------------------------------------------------------------------------------------
+
+
+def _show_method(settings: list[str], ctx: list[str] | None, *, as_json: bool, output: Path | None) -> None:
+    from ropelab import config
+
+    resolved = config.load(settings)
+    from ropelab import show as shown
+
+    numbers = shown.numbers(resolved, ctx=_one_length(ctx) or resolved.train.ctx)
+    _draw(numbers, output)
+    if as_json:
+        print_json(numbers)
+    else:
+        _print_numbers(numbers)
+
+
+def _show_run(
+    name: str, settings: list[str], ctx: list[str] | None, *, attention: bool, as_json: bool, output: Path | None
 ) -> None:
     from ropelab import config, runs
 
-    resolved = config.load(settings)
-    if named:
-        run = runs.find_run(named[0], Path(resolved.runs_dir).expanduser())
-        trained = config.from_dict(run.manifest().get("config", {}))
-        if any(item.partition("=")[0] not in ("runs_dir", "cache_dir") for item in settings):
-            raise ValueError(f"{run.name} has its own configuration; show RUN takes no settings")
-        resolved = trained
-    length = _one_length(ctx) or resolved.train.ctx
+    for item in settings:
+        if item.partition("=")[0].partition(".")[0] not in RUN_KEYS:
+            raise ValueError(f"a run has its own configuration: show RUN takes {', '.join(RUN_KEYS)}, not {item}")
+    base = config.load([item for item in settings if not item.startswith("scaling")])
+    run = runs.find_run(name, Path(base.runs_dir).expanduser())
+    manifest = run.manifest()
+    trained = config.from_dict(manifest.get("config", {}))
+    ((scaling, _),) = _questions(manifest["config"], settings, ())
+    from ropelab.experiment.diagnosing import diagnosis, trained_encoding
+    from ropelab.positions import resolve_factor
+
+    diagnosed = diagnosis(manifest, [_stored(path) for path in sorted(run.results.glob("*.json"))])
+    scaling = scaling or trained.scaling
+    length = _one_length(ctx) or _evaluated_length(diagnosed, scaling.name)
+    method = resolve_factor(scaling, longest=length, original_ctx=manifest["original_ctx"])
     from ropelab import show as shown
 
-    numbers = shown.numbers(resolved, ctx=length)
-    if output is not None:
-        from ropelab import figures
+    numbers = shown.numbers(
+        trained,
+        ctx=length,
+        method=method,
+        encoding=trained_encoding(run, method),
+        original_ctx=manifest["original_ctx"],
+    )
+    numbers |= {"run": run.name, "diagnosis": diagnosed, "attention": None}
+    if attention:
+        from ropelab.experiment.attending import attention as attend
+        from ropelab.progress import Bar
 
-        figures.save(figures.explain(numbers), output)
-        say(f"picture: {output}")
+        with Bar() as bar:
+            numbers["attention"] = attend(
+                run, method, ctx=length, device=base.device, cache_dir=base.cache_dir, progress=bar
+            )
+    _draw(numbers, output)
     if as_json:
-        print_json({**numbers, "run": run.name} if named else numbers)
+        print_json(numbers)
         return
-    if named:
-        manifest = run.manifest()
-        keys = ("status", "step", "train_loss", "val_nll", "params", "device", "dtype", "attention_backend", "error")
-        print_tree({"run": run.name, **{key: manifest.get(key) for key in keys}}, as_json=False)
+    keys = ("status", "step", "train_loss", "val_nll", "params", "device", "dtype", "attention_backend", "error")
+    print_tree({"run": run.name, **{key: manifest.get(key) for key in keys}}, as_json=False)
     _print_numbers(numbers)
+    _print_diagnosis(numbers)
+    if numbers["attention"] is not None:
+        _print_attention(numbers["attention"], manifest["train_ctx"])
+
+
+def _evaluated_length(diagnosed: dict[str, Any], scaling: str) -> int:
+    """The longest ctx with a loss under this scaling; where it was not evaluated, the training length."""
+    lengths = [ctx for one in diagnosed["evaluated"] if one["scaling"] == scaling for ctx, _ in one["losses"]]
+    return max(lengths, default=int(diagnosed["train_ctx"]))
+
+
+def _draw(numbers: dict[str, Any], output: Path | None) -> None:
+    if output is None:
+        return
+    from ropelab import figures
+
+    figures.save(figures.explain(numbers), output)
+    say(f"picture: {output}")
 
 
 def _one_length(ctx: list[str] | None) -> int | None:
@@ -119,6 +208,9 @@ def _one_length(ctx: list[str] | None) -> int | None:
     return length
 
 
+# --- as text --------------------------------------------------------------------------------------------------------
+
+
 def _print_numbers(numbers: dict[str, Any]) -> None:
     """The numbers of a method as text."""
     from ropelab import config
@@ -127,16 +219,13 @@ def _print_numbers(numbers: dict[str, Any]) -> None:
     print(f"pos {numbers['pos']}: {summary}\n  {paper}")
     if numbers["scaling"] != "none":
         summary, paper = config.summaries("scaling")[numbers["scaling"]]
-        print(f"scaling {numbers['scaling']}, factor {numbers['factor']:g}: {summary}\n  {paper}")
+        factor = "" if numbers["factor"] is None else f", factor {numbers['factor']:g}"
+        print(f"scaling {numbers['scaling']}{factor}: {summary}\n  {paper}")
     print(f"train_ctx {numbers['train_ctx']}, ctx {numbers['ctx']}, {numbers['n_head']} heads of {numbers['d_head']}")
+    for note in numbers["notes"]:
+        print(f"note: {note}")
     if numbers["rotation"] is not None:
-        print(f"attention factor {numbers['rotation']['attention_factor']:.4f} (scores get its square)")
-        print("pair   radians/token   wavelength   turns in train_ctx   turns asked in ctx")
-        for row, inv_freq in zip(numbers["coverage"], numbers["rotation"]["inv_freq"], strict=True):
-            print(
-                f"{row['pair']:>4}   {inv_freq:>13.6g}   {row['wavelength']:>10.1f}   {row['turns_train']:>18.3f}   "
-                f"{row['turns_ctx']:>18.3f}"
-            )
+        _print_rotation(numbers)
     if numbers["bias"] is not None:
         distances = [d for d in (0, 1, 2, 4, 16, 64, 256, 1024, 4096) if d < numbers["ctx"]]
         print("bias by distance\nhead" + "".join(f"{d:>12}" for d in distances))
@@ -144,4 +233,99 @@ def _print_numbers(numbers: dict[str, Any]) -> None:
             print(f"{head:>4}" + "".join(f"{row[d]:>12.5g}" for d in distances))
     if numbers["embedding"] is not None:
         rows, columns = len(numbers["embedding"]), len(numbers["embedding"][0])
-        print(f"embedding table of {rows} positions x {columns} dimensions; -o FILE.png draws it, --json prints it")
+        scale = numbers["embedding_scale"]
+        times = "" if scale is None else f", times {scale:.4g}"
+        print(f"embedding table of {rows} positions x {columns} dimensions{times}; -o FILE.png draws it, --json has it")
+
+
+def _print_rotation(numbers: dict[str, Any]) -> None:
+    rotation, rows = numbers["rotation"], numbers["coverage"]
+    print(f"attention factor {rotation['attention_factor']:.4f} (scores get its square)")
+    if rotation["start_tokens"]:
+        print(f"the first {rotation['start_tokens']} positions keep the angles of the unscaled spectrum")
+    print(
+        "pair   radians/token    wavelength   turns in training   full period   trained to   asked at ctx   new radians"
+        + ("   half left after" if rotation["decay"] else "")
+    )
+    for row, inv_freq in zip(rows, rotation["inv_freq"], strict=True):
+        wavelength = "does not turn" if row["wavelength"] is None else f"{row['wavelength']:.1f}"
+        line = (
+            f"{row['pair']:>4}   {inv_freq:>13.6g} {wavelength:>13}   {row['turns_train']:>17.3f}   "
+            f"{'yes' if row['full_period'] else 'no':>11}   {row['trained_to']:>10.3f}   {row['asked_to']:>12.3f}   "
+            f"{row['outside'] if row['new'] else '-':>11{'.3f' if row['new'] else ''}}"
+        )
+        print(line + (f"   {rotation['decay']['half_life'][row['pair']]:>8.0f} tokens" if rotation["decay"] else ""))
+    new = sum(row["new"] for row in rows)
+    full = sum(row["full_period"] for row in rows)
+    print(
+        f"{full} of {len(rows)} pairs saw a full period in training; at {numbers['ctx']} tokens {new} are asked for "
+        "angles that training did not show"
+    )
+
+
+def _print_diagnosis(numbers: dict[str, Any]) -> None:
+    diagnosed = numbers["diagnosis"]
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from ropelab import figures
+
+    console = Console()
+    current = (numbers["scaling"], numbers["factor"])
+    if not any((one["scaling"], one["factor"]) == current for one in diagnosed["evaluated"]):
+        scaled = "" if current[0] == "none" else f" --scaling {current[0]}"
+        scaled += "" if current[1] is None else f" --factor {current[1]:g}"
+        print(f"\nnot evaluated: run `ropelab eval {numbers['run']} --protocol last{scaled}`")
+    if not diagnosed["evaluated"]:
+        return
+    table = Table(title="Predicted and observed breakdown, in tokens", title_justify="left")
+    for column in ("scaling", "longest ctx", "pairs with new angles", "predicted from", "observed", "protocol"):
+        table.add_column(column, justify="left" if column in ("scaling", "protocol") else "right")
+    for one in diagnosed["evaluated"]:
+        table.add_row(
+            Text(figures.scaling_name(one["scaling"], one["factor"]) + (" (trained)" if one["trained"] else "")),
+            str(one["ctx"]),
+            "-" if one["new_pairs"] is None else f"{one['new_pairs']} of {diagnosed['pairs']}",
+            str(one["predicted"]["breaks_from"] or "none"),
+            figures.observed_words(one["observed"]),
+            one["observed"]["protocol"],
+        )
+    console.print(table)
+    print("predicted: the first length that asks for what training did not show")
+    for one in diagnosed["evaluated"]:
+        print(f"  {figures.scaling_name(one['scaling'], one['factor'])}: {one['predicted']['why']}")
+    threshold = diagnosed["evaluated"][0]["observed"]["threshold"]
+    print(
+        f"observed: the loss is more than {threshold:g} nats above that of the model as trained at train_ctx, on the "
+        "same targets (own: above its own)"
+    )
+    for one in diagnosed["evaluated"]:
+        curve = one["by_position"]
+        if curve is None:
+            continue
+        print(
+            f"\nloss by position, {figures.scaling_name(one['scaling'], one['factor'])}, at {curve['ctx']} tokens "
+            f"({curve['protocol']}): nats"
+        )
+        for low, high, nll in zip(curve["edges"][:-1], curve["edges"][1:], curve["nll"], strict=True):
+            print(f"  {low:>8.0f} to {high:<8.0f} {'-' if nll is None else f'{nll:.4f}':>8}")
+
+
+def _print_attention(found: dict[str, Any], train_ctx: int) -> None:
+    print(
+        f"\nattention by distance at {found['ctx']} tokens, {found['scaling']}: {found['queries']} queries at the end "
+        f"of {found['documents']} documents of {found['text']} ({found['split']}), % of their attention"
+    )
+    from ropelab import figures
+
+    labels = figures.bucket_labels(found["edges"])
+    print("layer head" + "".join(f"{label:>11}" for label in labels) + f"{f'from {train_ctx}':>11}{'mean':>9}")
+    for layer, heads in enumerate(found["mass"]):
+        for head, row in enumerate(heads):
+            print(
+                f"{layer:>5} {head:>4}"
+                + "".join(f"{100 * share:>11.1f}" for share in row)
+                + f"{100 * found['beyond'][layer][head]:>11.1f}{found['mean_distance'][layer][head]:>9.0f}"
+            )
+    print(f"{'all alike':>10}" + "".join(f"{100 * share:>11.1f}" for share in found["uniform"]))

@@ -123,9 +123,11 @@ def evaluate(
     contexts = tuple(methods)
     per_row = scaling.parameters.get("factor") == "auto-row"
     tokenizer = data.load_tokenizer(run.tokenizer_path)
-    split, corpus_digest, corpus_name = _evaluation_split(
+    own, split, corpus_digest, corpus_name = _evaluation_split(
         manifest, trained, other_text, config.split, tokenizer, cache_dir, progress
     )
+    if config.baseline is not None and (scaling.name != "none" or config.window is not None):
+        raise ValueError("eval.baseline=unigram knows no positions: leave out --scaling and eval.window")
     lengths = [len(split.document(i)) for i in range(len(split))]
     layout = lay_out(lengths, contexts, config)
     documents = [split.document(i) for i in layout.documents]
@@ -138,6 +140,7 @@ def evaluate(
         "text": [corpus_digest, config.split],
         "tokenizer": tokenizer.digest,
         "dtype": DTYPE_NAMES[dtype],
+        **({} if config.baseline is None else {"baseline": config.baseline}),
     }
     name = files.digest_of(question)[:16]
     result_path, losses_path = run.results / f"{name}.json", run.results / f"{name}.safetensors"
@@ -148,6 +151,7 @@ def evaluate(
     _make_results_folder(run)
     model = load_model(run, weights, device=target)
     plain = model.encoding
+    baseline = None if config.baseline is None else unigram_nll(own.train.tokens, tokenizer.n_vocab)  # (V,)
     digests = [split.digests[i] for i in layout.documents]
     authors = [split.authors[i] for i in layout.documents]
     # the same text in other tokens is other targets: perplexities per token of two tokenisers are not comparable
@@ -174,7 +178,10 @@ def evaluate(
             rows.append(_undefined(ctx, factor, str(error)))
             continue
         check_applied(methods[ctx], plain, original_ctx, ctx, spectrum)
-        if layout.protocol == "prefix" and shared is not None and not model.encoding.length_dependent and not per_row:
+        tokens = target_tokens(windows, documents)
+        if baseline is not None:
+            losses = baseline[tokens]
+        elif layout.protocol == "prefix" and shared is not None and not model.encoding.length_dependent and not per_row:
             # scores at a position do not depend on what follows, so the longest pass holds every shorter one
             losses = shared.reshape(len(windows.start), -1)[:, :ctx].reshape(-1)
             advance(len(windows.start) * ctx)
@@ -182,7 +189,6 @@ def evaluate(
             scorer = scorer_of(model, window=config.window, dtype=dtype)
             losses = score(windows, documents, scorer, batch_tokens=_batch_tokens(target), progress=advance)
             shared = losses if shared is None else shared
-        tokens = target_tokens(windows, documents)
         owner = target_documents(windows)
         rows.append(
             {
@@ -209,7 +215,7 @@ def evaluate(
                 row["context_gain"] = at_train["nll"] - row["nll"]
     result = {
         "run": run.name,
-        "pos": trained.pos.name,
+        "pos": config.baseline or trained.pos.name,
         "scaling": scaling.name,
         "factor": None if per_row else methods[max(contexts)].parameters.get("factor"),
         "kept_scaling": kept and scaling.name != "none",
@@ -270,8 +276,11 @@ def _evaluation_split(
     tokenizer: data.Tokenizer,
     cache_dir: str,
     progress: Progress,
-) -> tuple[data.Split, str, str]:
-    """The documents to score, the digest of their corpus and its name. `RunError` when the run's own text changed."""
+) -> tuple[data.Corpus, data.Split, str, str]:
+    """The run's own text, the documents to score, the digest of their corpus and its name.
+
+    `RunError` when the run's own text changed.
+    """
     cache = Path(cache_dir).expanduser()
     own = data.prepare(trained.data, cache_dir=cache, tokenizer=tokenizer, progress=progress)
     if own.digest != manifest["corpus"]["digest"]:
@@ -279,12 +288,12 @@ def _evaluation_split(
             f"the text of data={trained.data.name} is not the one that {manifest['run']} was trained on; restore it"
         )
     if other_text is None or _same_text(other_text, trained.data):
-        return (own.test if which == "test" else own.validation), own.digest, own.name
+        return own, (own.test if which == "test" else own.validation), own.digest, own.name
     if which != "test":
         raise ValueError(f"eval.split={which} belongs to the run's own text; other text is all test")
     other = data.prepare(other_text, cache_dir=cache, evaluate_only=True, tokenizer=tokenizer, progress=progress)
     data.check_overlap(own, other)
-    return other.test, other.digest, other.name
+    return own, other.test, other.digest, other.name
 
 
 def _same_text(one: DataConfig, other: DataConfig) -> bool:
@@ -320,6 +329,18 @@ def scorer_of(model: GPT, *, window: int | None, dtype: torch.dtype) -> Callable
         return losses.reshape(targets.shape)
 
     return scorer
+
+
+def unigram_nll(tokens: NDArray[np.unsignedinteger], n_vocab: int) -> NDArray[np.float32]:
+    """Loss in nats of each token under the frequencies of `tokens`, one count added: (V,); the separator has infinity.
+
+    What a model can know without any order; Laplace's rule keeps a token that the text lacks finite.
+    """
+    counts = np.zeros(n_vocab, np.int64)
+    for low in range(0, len(tokens), 2**24):  # a memory map is not read at once
+        counts += np.bincount(tokens[low : low + 2**24], minlength=n_vocab)
+    share = (counts[:-1] + 1) / (counts[:-1] + 1).sum()
+    return np.append(-np.log(share), np.inf).astype(np.float32)
 
 
 def _figures(

@@ -4,6 +4,7 @@
 """
 
 from ropelab.figures.curves import curves
+from ropelab.figures.diagnose import bucket_labels, observed_words
 from ropelab.figures.explain import explain, mean_cosine
 from ropelab.figures.lines import (
     CAP,
@@ -20,6 +21,7 @@ from ropelab.figures.lines import (
     ppl_ticks,
     protocol_facts,
     protocol_words,
+    scaling_name,
     styles,
 )
 from ropelab.figures.look import png, save, spread
@@ -31,12 +33,14 @@ __all__ = [
     "Point",
     "Style",
     "around",
+    "bucket_labels",
     "ctx_label",
     "curves",
     "explain",
     "mean_cosine",
     "method_name",
     "number",
+    "observed_words",
     "panels",
     "png",
     "ppl_limits",
@@ -44,6 +48,7 @@ __all__ = [
     "protocol_facts",
     "protocol_words",
     "save",
+    "scaling_name",
     "spread",
     "styles",
 ]

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-import textwrap
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ropelab.figures.lines import NAMES, PALETTE, method_name
-from ropelab.figures.look import FAINT, GREY, INK, new_figure, spread, text_figure, theme
+from ropelab.figures.diagnose import diagnosis_parts
+from ropelab.figures.lines import NAMES, PALETTE, method_name, scaling_name
+from ropelab.figures.look import FAINT, INK, spread, text_figure, theme
+from ropelab.figures.stacked import Part, stack
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,64 +20,34 @@ if TYPE_CHECKING:
 SEEN, NEW = "#0072b2", "#d55e00"  # angles met in training, and angles that were not
 
 
-@dataclass(frozen=True)
-class _Part:
-    """One panel of `explain`: how to draw it, its title, its caption; `bar` says what the colour bar reads."""
-
-    draw: Any  # (Axes) -> artist for the colour bar | None
-    title: str
-    caption: str
-    height: float = 2.7
-    bar: str | None = None
-
-
 def explain(shown: Mapping[str, Any]) -> Figure:
     """What an encoding tells the model, as pictures with captions for a reader who meets it for the first time.
 
-    `shown` is a `show` object. Its coverage holds the turns of training as trained and those at ctx as scaled, so that
-    the picture of a scaling shows both spectra.
+    `shown` is a `show` object. Its coverage holds the turns of training and those at ctx as scaled, so that the picture
+    of a scaling shows both spectra. Of a run it shows where its curves bend too, and where it looks if that was
+    measured.
     """
     title = method_name(shown["pos"], shown["scaling"], shown["factor"], None)
     title += f" at ctx {shown['ctx']}, trained at {shown['train_ctx']}"
-    parts: list[_Part] = []
+    parts: list[Part] = []
     if shown.get("rotation"):
         parts.append(_rotation_part(shown))
     if shown.get("coverage"):
         parts += [_wavelength_part(shown), _turns_part(shown)]
+    if shown.get("rotation") and shown["rotation"].get("decay"):
+        parts.append(_decay_part(shown))
     if shown.get("bias"):
         parts += [_bias_part(shown), _reach_part(shown)]
     if shown.get("embedding"):
         parts += [_embedding_part(shown), _similarity_part(shown)]
+    if shown.get("logit_scale") and len(set(shown["logit_scale"])) > 1:
+        parts.append(_scale_part(shown))
+    parts += diagnosis_parts(shown)
+    notes = shown.get("notes") or []
     if not parts:
         return text_figure(title, _nothing_to_draw(shown))
     with theme():
-        return _stack(title, parts)
-
-
-def _stack(title: str, parts: Sequence[_Part]) -> Figure:
-    """Panels one below the other, each caption to the right of its panel."""
-    width, left, plot, text = 11.0, 0.95, 5.65, 7.62
-    top, above, below = 0.55, 0.42, 0.62
-    tall = top + sum(above + part.height + below for part in parts)
-    figure = new_figure(width, tall)
-    figure.text(0.14 / width, 1 - 0.3 / tall, title, size=13, weight="bold", va="top")
-    edge = tall - top
-    for part in parts:
-        edge -= above + part.height
-        axes = figure.add_axes((left / width, edge / tall, plot / width, part.height / tall))
-        artist = part.draw(axes)
-        if part.bar is not None:
-            where = ((left + plot + 0.1) / width, edge / tall, 0.11 / width, part.height / tall)
-            bar = figure.colorbar(artist, cax=figure.add_axes(where))
-            bar.outline.set_visible(False)
-            bar.ax.tick_params(labelsize=7.5, length=2)
-            bar.set_label(part.bar, size=7.5, color=GREY, labelpad=2)
-        head = (edge + part.height) / tall
-        figure.text(text / width, head, part.title, size=10.5, weight="bold", va="top")
-        body = "\n".join(textwrap.wrap(part.caption, 50))
-        figure.text(text / width, head - 0.27 / tall, body, size=8.8, va="top", linespacing=1.42, color="#3a4048")
-        edge -= below
-    return figure
+        return stack(title, parts, notes)
 
 
 def _nothing_to_draw(shown: Mapping[str, Any]) -> str:
@@ -94,9 +64,14 @@ def _nothing_to_draw(shown: Mapping[str, Any]) -> str:
             f"alone has nothing to draw. Position {shown['train_ctx']} and later ones have no vector: the method is "
             "undefined there."
         )
+    if shown["pos"] == "drope":
+        return (
+            "DroPE trains with a rotation and drops it before the training ends: in evaluation there are no positions, "
+            "as in NoPE, and the causal mask alone tells of order."
+        )
     return (
         f"{NAMES.get(shown['pos'], shown['pos'])} computes its position signal from the text itself, layer by layer. "
-        "There is nothing to draw before a text is given."
+        "There is nothing to draw before a text is given: name a trained run with --attention to see where it looks."
     )
 
 
@@ -120,7 +95,7 @@ def _inv_freq(shown: Mapping[str, Any]) -> np.ndarray:
     return np.asarray(shown["rotation"]["inv_freq"], dtype=np.float64)
 
 
-def _rotation_part(shown: Mapping[str, Any]) -> _Part:
+def _rotation_part(shown: Mapping[str, Any]) -> Part:
     inv_freq, ctx = _inv_freq(shown), int(shown["ctx"])
     factor = shown["rotation"].get("attention_factor") or 1.0
     columns = min(ctx, 920)  # the pixels of the panel
@@ -148,7 +123,7 @@ def _rotation_part(shown: Mapping[str, Any]) -> _Part:
         _mark_training(axes, shown["train_ctx"], ctx)
         return artist
 
-    return _Part(draw, "The angle of each pair", caption, 2.9, "cosine of the angle")
+    return Part(draw, "The angle of each pair", caption, 2.9, "cosine of the angle")
 
 
 def mean_cosine(inv_freq: np.ndarray, start: np.ndarray, step: float) -> np.ndarray:
@@ -166,26 +141,25 @@ def mean_cosine(inv_freq: np.ndarray, start: np.ndarray, step: float) -> np.ndar
     return mean
 
 
-def _turns(shown: Mapping[str, Any], length: str) -> np.ndarray:
-    """Full turns of each pair, (pairs,): "train" within train_ctx as trained, "ctx" within ctx as scaled."""
-    return np.asarray([pair[f"turns_{length}"] for pair in shown["coverage"]], dtype=np.float64)
+def _column(shown: Mapping[str, Any], name: str) -> np.ndarray:
+    """A field of every pair, (pairs,); null, the wavelength of a pair that does not turn, is infinite."""
+    values = [pair[name] for pair in shown["coverage"]]
+    return np.asarray([math.inf if value is None else value for value in values], dtype=np.float64)
 
 
-def _wavelength_part(shown: Mapping[str, Any]) -> _Part:
-    train_ctx, ctx = shown["train_ctx"], shown["ctx"]
-    with np.errstate(divide="ignore"):  # a pair that does not turn has no wavelength
-        trained: np.ndarray = train_ctx / _turns(shown, "train")  # (pairs,) tokens per full turn
-        scaled: np.ndarray = ctx / _turns(shown, "ctx")  # (pairs,)
-    turned = trained <= train_ctx
-    moved = ~np.isclose(trained, scaled, rtol=1e-6)
+def _wavelength_part(shown: Mapping[str, Any]) -> Part:
+    train_ctx, ctx = shown["trained_length"], shown["ctx"]
+    trained, scaled = _column(shown, "wavelength_train"), _column(shown, "wavelength")  # (pairs,) tokens per full turn
+    turned = _column(shown, "full_period") > 0
+    moved = ~(np.isclose(trained, scaled, rtol=1e-6))
     still = int(np.isinf(scaled).sum())
     caption = (
         f"Tokens until a pair is back where it started. Filled, {int(turned.sum())} of {len(turned)} pairs: at least "
-        f"one full turn within the {train_ctx} training tokens, so every angle was met in training. Open: less than "
+        f"one full turn within the {train_ctx} training positions, so every angle was met in training. Open: less than "
         "one turn, "
     )
     if moved.any():
-        caption += f"so that some angles were not. Grey: as trained. {_scaling_name(shown)} moves grey to colour."
+        caption += f"so that some angles were not. Grey: as trained. {scaling_name(shown['scaling'], shown['factor'])} moves grey to colour."
     else:
         caption += "so that longer texts bring angles which the model never met."
     if still:
@@ -213,16 +187,16 @@ def _wavelength_part(shown: Mapping[str, Any]) -> _Part:
         axes.set_ylabel("wavelength (tokens)")
         _plain_log(axes)
 
-    return _Part(draw, "Wavelengths", caption)
+    return Part(draw, "Wavelengths", caption)
 
 
-def _turns_part(shown: Mapping[str, Any]) -> _Part:
-    ctx, train_ctx = shown["ctx"], shown["train_ctx"]
-    met, reached = _turns(shown, "train"), _turns(shown, "ctx")  # (pairs,)
-    new = (met < 1) & (reached > met * (1 + 1e-6))
+def _turns_part(shown: Mapping[str, Any]) -> Part:
+    ctx, train_ctx = shown["ctx"], shown["trained_length"]
+    met, reached = _column(shown, "trained_to") / (2 * math.pi), _column(shown, "asked_to") / (2 * math.pi)  # (pairs,)
+    new = _column(shown, "new") > 0
     caption = (
-        f"From the turns a pair makes within the {train_ctx} training tokens (dot) to the turns it makes within {ctx} "
-        "(triangle). "
+        f"From the turns a pair makes within the {train_ctx} training positions (dot) to the turns that scores ask of "
+        f"it within {ctx} tokens (triangle). "
     )
     if new.any():
         caption += (
@@ -249,7 +223,46 @@ def _turns_part(shown: Mapping[str, Any]) -> _Part:
         axes.set_ylabel("full turns")
         _plain_log(axes)
 
-    return _Part(draw, "Which angles are new", caption)
+    return Part(draw, "Which angles are new", caption)
+
+
+def _decay_part(shown: Mapping[str, Any]) -> Part:
+    half_life = np.asarray(shown["rotation"]["decay"]["half_life"], dtype=np.float64)  # (pairs,) tokens
+    caption = (
+        "xPos also lets what a pair adds to a score fade with distance: the tokens after which half of it is left. "
+        "Fast pairs, which tell near tokens apart, fade first; slow ones carry on."
+    )
+
+    def draw(axes: Axes) -> None:
+        axes.set_yscale("log")
+        axes.plot(np.arange(len(half_life)), half_life, "o", color=SEEN, markersize=5)
+        axes.axhline(shown["ctx"], color=INK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
+        where = axes.get_yaxis_transform()
+        place: dict[str, Any] = {"textcoords": "offset points", "size": 8, "va": "bottom"}
+        axes.annotate(f"ctx {shown['ctx']}", (0, shown["ctx"]), (3, 2), xycoords=where, **place)
+        axes.set_xlabel("pair")
+        axes.set_ylabel("half-life (tokens)")
+        _plain_log(axes)
+
+    return Part(draw, "How fast each pair fades", caption, 2.2)
+
+
+def _scale_part(shown: Mapping[str, Any]) -> Part:
+    scale = np.asarray(shown["logit_scale"], dtype=np.float64)  # (T,)
+    caption = (
+        "Scores of a query at this position are multiplied by this number before the softmax, so that attention stays "
+        "as sharp when it is spread over more keys."
+    )
+
+    def draw(axes: Axes) -> None:
+        axes.plot(np.arange(len(scale)), scale, color=SEEN, linewidth=1.6)
+        axes.set_xlabel("position of the query (tokens)")
+        axes.set_ylabel("factor on scores")
+        axes.set_xlim(0, max(len(scale) - 1, 1))
+        axes.grid(axis="y", color=FAINT, linewidth=0.6)
+        _mark_training(axes, shown["train_ctx"], len(scale))
+
+    return Part(draw, "The temperature of each query", caption, 1.8)
 
 
 def _bias(shown: Mapping[str, Any]) -> np.ndarray:
@@ -258,13 +271,15 @@ def _bias(shown: Mapping[str, Any]) -> np.ndarray:
     return np.asarray([[-math.inf if value is None else value for value in row] for row in rows], dtype=np.float64)
 
 
-def _bias_part(shown: Mapping[str, Any]) -> _Part:
+def _bias_part(shown: Mapping[str, Any]) -> Part:
     bias = _bias(shown)
     floor = -10.0
     caption = (
         "Before the softmax, each head adds this number to the score of a token, by nothing but its distance back. "
         "Lower means less attention: −1 divides a token's weight by 2.7, −10 by 22,000. "
     )
+    if shown["bias"].get("query") is not None:
+        caption += f"It depends on the query too: this is the bias of the last one, at {shown['bias']['query']}. "
     if bias.min() < floor:
         caption += "The axis is cut at −10, below which a token hardly counts. "
     caption += "Heads differ so that some look near and some far. " + _beyond(shown).replace("positions", "distances")
@@ -296,10 +311,10 @@ def _bias_part(shown: Mapping[str, Any]) -> _Part:
         for (head, _, _), y in zip(named, places, strict=True):
             axes.text(1.012, y, f"head {head + 1}", transform=axes.transAxes, size=8, va="center", color=colours[head])
 
-    return _Part(draw, "Bias by distance", caption)
+    return Part(draw, "Bias by distance", caption)
 
 
-def _reach_part(shown: Mapping[str, Any]) -> _Part:
+def _reach_part(shown: Mapping[str, Any]) -> Part:
     bias = _bias(shown)
     caption = (
         "The same bias as a weight: how much a token at that distance counts in a head, against the distance that "
@@ -320,7 +335,7 @@ def _reach_part(shown: Mapping[str, Any]) -> _Part:
         _mark_training(axes, shown["train_ctx"], ctx)
         return artist
 
-    return _Part(draw, "How far each head looks", caption, 2.2, "relative weight")
+    return Part(draw, "How far each head looks", caption, 2.2, "relative weight")
 
 
 def _table(shown: Mapping[str, Any]) -> np.ndarray:
@@ -328,19 +343,22 @@ def _table(shown: Mapping[str, Any]) -> np.ndarray:
     return np.asarray(shown["embedding"], dtype=np.float64)
 
 
-def _embedding_part(shown: Mapping[str, Any]) -> _Part:
+def _embedding_part(shown: Mapping[str, Any]) -> Part:
     table = _table(shown)
     sinusoidal = str(shown["pos"]).startswith("sinusoidal")
     caption = (
         "One column is the vector of that position, which is added to the token there (times one learned scale where "
         "the method has one); it is all the model is told of order. "
+        if shown["pos"] != "sinusoidal_qk"
+        else "One column is the vector of that position, which is added in every layer to what queries and keys are "
+        "made of; it is all the model is told of order. "
     )
     if sinusoidal:
         caption += (
             "Every row is a sine or cosine of the position, fast waves in some dimensions and slow ones in others. "
         )
     else:
-        caption += "The vectors are parameters: before training they are noise, and training gives them their meaning. "
+        caption += "The vectors are parameters: before training they are noise, and training gave them their meaning. "
     caption += _beyond(shown)
 
     def draw(axes: Axes) -> Any:
@@ -352,10 +370,10 @@ def _embedding_part(shown: Mapping[str, Any]) -> _Part:
         _mark_training(axes, shown["train_ctx"], table.shape[0])
         return artist
 
-    return _Part(draw, "The table of positions", caption, 3.1, "value")
+    return Part(draw, "The table of positions", caption, 3.1, "value")
 
 
-def _similarity_part(shown: Mapping[str, Any]) -> _Part:
+def _similarity_part(shown: Mapping[str, Any]) -> Part:
     table = _table(shown)
     caption = (
         "Cosine similarity of the vectors of three positions with those of all others. A peak that falls to both sides "
@@ -378,12 +396,7 @@ def _similarity_part(shown: Mapping[str, Any]) -> _Part:
         axes.set_ylabel("similarity")
         axes.grid(axis="y", color=FAINT, linewidth=0.6)
 
-    return _Part(draw, "Who is similar to whom", caption, 2.2)
-
-
-def _scaling_name(shown: Mapping[str, Any]) -> str:
-    name = NAMES.get(shown["scaling"], shown["scaling"])
-    return name if shown["factor"] is None else f"{name} ×{shown['factor']:g}"
+    return Part(draw, "Who is similar to whom", caption, 2.2)
 
 
 def _plain_log(axes: Axes) -> None:

@@ -14,11 +14,16 @@ from typing import Any
 CAP = 1e4  # perplexities above are drawn at this height, with an arrow and the value beside it
 
 NAMES = {
+    "unigram": "unigram frequencies",
     "none": "NoPE",
     "learned": "learned",
     "sinusoidal": "sinusoidal",
     "sinusoidal_fairseq": "sinusoidal (fairseq)",
+    "sinusoidal_scaled": "sinusoidal (x-transformers)",
+    "sinusoidal_qk": "sinusoidal in q and k",
     "rope": "RoPE",
+    "p_rope": "p-RoPE",
+    "drope": "DroPE",
     "alibi": "ALiBi",
     "t5": "T5 bias",
     "kerple_log": "KERPLE-log",
@@ -33,13 +38,21 @@ NAMES = {
     "dynamic_ntk": "dynamic NTK",
     "dynamic_linear": "dynamic PI",
     "dynamic_yarn": "dynamic YaRN",
-    "by_parts": "NTK-by-parts",
+    "ntk_by_parts": "NTK-by-parts",
     "yarn": "YaRN",
     "longrope": "LongRoPE",
     "llama3": "Llama 3",
     "rerope": "ReRoPE",
     "self_extend": "Self-Extend",
+    "proportional": "proportional",
+    "temperature": "temperature",
+    "interpolated_slopes": "interpolated slopes",
+    "block_causal": "block-causal",
+    "clamp": "clamped",
+    "interpolate": "interpolated",
 }
+
+WITHOUT_FACTOR = ("rerope", "self_extend", "block_causal", "clamp")  # scalings that have none
 
 # Okabe and Ito's colours and two of Tol's, darkened until each has a contrast of at least 3 on white.
 PALETTE = (
@@ -191,12 +204,19 @@ def method_name(pos: str, scaling: str, factor: float | None, window: int | None
     """A method as a reader knows it: "RoPE + YaRN ×8", "ALiBi, window 128"."""
     name = NAMES.get(pos, pos)
     if scaling != "none":
-        name += f" + {NAMES.get(scaling, scaling)}"
-        if factor is None:
-            name += ", factor per ctx"
-        elif not (scaling.startswith("dynamic") and factor == 1):  # dynamic methods find their own factor
-            name += f" ×{factor:g}"
+        name += f" + {scaling_name(scaling, factor)}"
     return name if window is None else f"{name}, window {window}"
+
+
+def scaling_name(scaling: str, factor: float | None) -> str:
+    """A scaling as a reader knows it: "YaRN ×8", "ReRoPE", "NTK-aware, factor per ctx"."""
+    if scaling == "none":
+        return "none"
+    name = NAMES.get(scaling, scaling)
+    if factor is None:
+        return name if scaling in WITHOUT_FACTOR else f"{name}, factor per ctx"
+    # dynamic methods find their own factor
+    return name if scaling.startswith("dynamic") and factor == 1 else f"{name} ×{factor:g}"
 
 
 def protocol_words(protocol: Mapping[str, Any]) -> str:

@@ -55,8 +55,8 @@ def rerope(encoding: PositionEncoding, *, original_ctx: int, window: int | None,
             )
             said = said._replace(far=Far(_two_sided(query, key), w))
         if log_scaling and ctx > original_ctx:
-            scale = ((positions.double() + 1).log() / math.log(original_ctx)).clamp(min=1).float()  # (T,)
-            said = said._replace(logit_scale=scale)
+            scale = ((positions.cpu().double() + 1).log() / math.log(original_ctx)).clamp(min=1).float()  # (T,)
+            said = said._replace(logit_scale=scale.to(positions.device))
         return said
 
     encoding.change = change
@@ -191,7 +191,7 @@ def interpolate(encoding: PositionEncoding, *, original_ctx: int, factor: float)
             )
         if factor == 1:
             return table[positions]
-        at = (positions.double() / factor).clamp(max=last)  # (N,)
+        at = positions.double() / factor  # (N,), below L
         below = at.floor().long()
         weight = (at - below).to(table.dtype)[:, None]  # (N, 1), of the row above
         return table[below] * (1 - weight) + table[(below + 1).clamp(max=last)] * weight  # (N, C)

@@ -57,8 +57,8 @@ def pos_of(evaluation: Evaluation) -> str:
 def spelling(evaluation: Evaluation, ctx: int) -> str:
     """A term of a measurement, run named by its encoding: alibi/window@1024|last."""
     scaling = f"+{evaluation.scaling}:{evaluation.factor:g}" if evaluation.scaling else ""
-    window = "/window" if evaluation.window else ""
-    return f"{pos_of(evaluation)}{scaling}{window}@{ctx}|{evaluation.protocol}"
+    control = f"/{evaluation.control}" if evaluation.control else ""
+    return f"{pos_of(evaluation)}{scaling}{control}@{ctx}|{evaluation.protocol}"
 
 
 Loss = Callable[[str, int, int], float]  # (term, seed, document) -> nats

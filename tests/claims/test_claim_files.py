@@ -66,25 +66,25 @@ def test_nothing_is_evaluated(text):
     run=st.sampled_from(["a", "b"]),
     scaling=st.sampled_from([None, "ntk", "yarn", "dynamic_ntk", "none"]),
     factor=st.sampled_from([None, "1", "4", "2.5"]),
-    window=st.booleans(),
+    control=st.sampled_from([None, "window", "unigram"]),
     ctx=st.sampled_from([("L", 128), ("2L", 256), ("8L", 1024), ("512", 512)]),
     protocol=st.sampled_from([None, "nonoverlapping", "sliding"]),
 )
-def test_terms(configs, run, scaling, factor, window, ctx, protocol):
+def test_terms(configs, run, scaling, factor, control, ctx, protocol):
     """Every part of the grammar comes out as it went in."""
     if scaling in (None, "none"):
         factor = None
     elif scaling in ("ntk", "yarn") and factor is None:
         factor = "8"
     text = run + (f"+{scaling}" if scaling else "") + (f":{factor}" if factor else "")
-    text += ("/window" if window else "") + f"@{ctx[0]}" + (f"|{protocol}" if protocol else "")
+    text += (f"/{control}" if control else "") + f"@{ctx[0]}" + (f"|{protocol}" if protocol else "")
     claim = load(configs, checks=[{"statement": "it runs", "exact": "defined", "terms": [text]}])
     check = claim.checks[0]
     assert isinstance(check, ExactCheck)
     (term,) = check.terms
     expected_factor = float(factor) if factor else 1.0 if scaling == "dynamic_ntk" else None
-    expected = (text, run, scaling, expected_factor, window, ctx[1], protocol or "last")
-    assert (term.text, term.run, term.scaling, term.factor, term.window, term.ctx, term.protocol) == expected
+    expected = (text, run, scaling, expected_factor, control, ctx[1], protocol or "last")
+    assert (term.text, term.run, term.scaling, term.factor, term.control, term.ctx, term.protocol) == expected
 
 
 # --- files that are refused ---
@@ -271,7 +271,7 @@ def test_a_check_in_length_needs_no_further_ctx(configs):
 
 def test_united_keeps_every_ctx_and_the_first_order():
     def evaluation(pos: str, *ctxs: int) -> Evaluation:
-        return Evaluation((f"pos={pos}",), None, None, False, "last", ctxs, ())
+        return Evaluation((f"pos={pos}",), None, None, None, "last", ctxs, ())
 
     found = united(
         [evaluation("rope", 512), evaluation("alibi", 128), evaluation("rope", 128, 512), evaluation("none")]
@@ -309,7 +309,7 @@ def test_a_set(configs):
         ("model=tiny", "pos=rope", "train.ctx=128", "train.lr=1e-2"),
         "ntk",
         4.0,
-        False,
+        None,
         "last",
         (128, 256, 512),
         (*shared, "eval.protocol=last", "eval.stride=64", "eval.tokens=4096"),
@@ -318,7 +318,7 @@ def test_a_set(configs):
         ("model=tiny", "pos=none", "train.ctx=64", "train.lr=1e-2"),
         None,
         None,
-        True,
+        "window",
         "sliding",
         (128, 256),
         (*shared, "eval.protocol=sliding", "eval.stride=64", "eval.tokens=4096", "eval.window=64"),

@@ -52,6 +52,13 @@ PPL = {
     "rope+linear:8@1024|last": 32.2,
     "rope+dynamic_ntk:1@128|last": 4.43,
     "rope+dynamic_ntk:1@256|last": 5.9,
+    "rope+ntk_by_parts:8@1024|last": 8.94,
+    "t5@128|last": 5.71,
+    "t5@512|last": 10.3,
+    "kerple_log@128|last": 4.62,
+    "kerple_log@1024|last": 4.80,
+    "none@128|last": 9.36,
+    "none/unigram@128|last": 23.0,
 }
 
 
@@ -112,10 +119,11 @@ def test_packaged_contrasts_can_fail(name, index):
 
 
 def test_packaged_claims_share_their_runs():
-    """The whole tier trains four models a seed, on equal terms but for the encoding."""
+    """The whole tier trains seven models a seed, on equal terms but for the encoding."""
     evaluations = required([packaged(name) for name in PACKAGED])
-    assert sorted({pos_of(e) for e in evaluations}) == ["alibi", "learned", "rope", "sinusoidal"]
-    assert len({e.run for e in evaluations}) == 4
+    used = ["alibi", "kerple_log", "learned", "none", "rope", "sinusoidal", "t5"]
+    assert sorted({pos_of(e) for e in evaluations}) == used
+    assert len({e.run for e in evaluations}) == len(used)
     assert len({tuple(text for text in e.run if not text.startswith("pos=")) for e in evaluations}) == 1
     assert len({e.key for e in evaluations}) == len(evaluations)
 

@@ -1,0 +1,153 @@
+"""From the manifest and the stored evaluations of a run to an account of where its curves bend."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ropelab import config as configs
+from ropelab import diagnose
+from ropelab.diagnose import At, Trained
+from ropelab.experiment.evaluate import encoding_of, spectrum_digest
+from ropelab.positions import PositionEncoding, Rope, resolve_factor
+from ropelab.runs import RunDir
+from ropelab.schema import Config, ContextLengthError, Method
+
+
+def trained_encoding(run: RunDir, scaling: Method) -> PositionEncoding | None:
+    """The encoding of a run under a scaling, with its trained tensors; None where the run has none yet."""
+    manifest = run.manifest()
+    encoding = encoding_of(configs.from_dict(manifest["config"]), scaling, manifest["original_ctx"])
+    if next(encoding.parameters(), None) is None:
+        return encoding
+    if manifest["status"] != "done":
+        return None
+    prefix = "encoding."
+    weights = {name.removeprefix(prefix): w for name, w in run.load_weights().items() if name.startswith(prefix)}
+    encoding.load_state_dict(weights, strict=True)
+    return encoding
+
+
+def encodings_at(trained: Config, scaling: Method, original_ctx: int, *, longest: int | None) -> At:
+    """The encoding of a finished run under a scaling, by ctx.
+
+    A factor of `auto` is that of a ladder up to `longest`, one of `auto-row` (or without `longest`) that of each ctx.
+    """
+    per_row = scaling.parameters.get("factor") == "auto-row" or longest is None
+    built: dict[float | None, Any] = {}
+
+    def at(ctx: int) -> Any:
+        method = resolve_factor(scaling, longest=ctx if per_row else longest or ctx, original_ctx=original_ctx)
+        factor = method.parameters.get("factor")
+        if factor not in built:
+            built[factor] = encoding_of(trained, method, original_ctx), method
+        return built[factor]
+
+    return at
+
+
+def diagnosis(manifest: Mapping[str, Any], evals: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a run's configuration and its evaluations say together; needs neither its weights nor text.
+
+    {"run", "pos", "train_ctx", "trained_length": positions drawn in training, "pairs": rotary pairs | None,
+    "full_period": how many of them saw one | None, "evaluated": one object per (scaling, factor) of `evals`}, which
+    holds {"scaling", "factor", "trained": is it the scaling of training?, "ctx": the longest evaluated, "new_pairs":
+    pairs that are asked for new angles there | None, "predicted": as `diagnose.predict`, "observed": as
+    `diagnose.observe`, "losses": [[ctx, nll], ...] behind it, "by_position": a position curve with the protocol and
+    ctx it belongs to | None}.
+    """
+    trained = configs.from_dict(manifest["config"])
+    original_ctx = manifest["original_ctx"]
+    met = diagnose.trained_range(trained, original_ctx)
+    if met is not None and not diagnose.rotates(encoding_of(trained, trained.scaling, original_ctx), trained.train.ctx):
+        met = None  # dropped before the end of the training
+    own = [
+        item
+        for item in evals
+        if item["run"] == manifest["run"]
+        and item["pos"] == trained.pos.name
+        and item["data"] == manifest["corpus"]["name"]
+    ]
+    as_trained = [item for item in own if _is_trained(item, trained) and item["window"] is None]
+    positions = diagnose.by_method(own, ("nonoverlapping", "prefix", "sliding", "last"))  # the widest first
+    evaluated = []
+    for key, item in diagnose.by_method(own, diagnose.PROTOCOLS).items():
+        scaling, factor = key
+        longest = max(row["ctx"] for row in item["rows"])
+        at = _evaluated_with(item, trained, original_ctx, met)
+        predicted: dict[str, Any] = {"breaks_from": None, "pair": None, "why": "the parameters of this scaling are "
+                                     "not those of its YAML: no prediction"}  # fmt: skip
+        new_pairs = None
+        if at is not None:
+            length = diagnose.trained_length(trained, original_ctx)
+            predicted = diagnose.predict(at, trained=met, length=length, original_ctx=original_ctx)
+            new_pairs = _new_pairs(at, met, longest)
+        where = positions.get(key, item)
+        curve = where.get("position_curve")
+        evaluated.append(
+            {
+                "scaling": scaling,
+                "factor": factor,
+                "trained": _is_trained(item, trained),
+                "ctx": longest,
+                "new_pairs": new_pairs,
+                "predicted": predicted,
+                "observed": diagnose.observe(item, as_trained),
+                "losses": [[row["ctx"], row["nll"]] for row in item["rows"] if row["status"] == "ok"],
+                "by_position": None if curve is None else {"protocol": where["protocol"]["name"], **curve},
+            }
+        )
+    evaluated.sort(key=lambda one: (not one["trained"], one["scaling"], one["factor"] or math.inf))
+    return {
+        "run": manifest["run"],
+        "pos": trained.pos.name,
+        "train_ctx": trained.train.ctx,
+        "trained_length": diagnose.trained_length(trained, original_ctx),
+        "pairs": None if met is None else len(met.inv_freq),
+        "full_period": None if met is None else int(met.full.sum()),
+        "evaluated": evaluated,
+    }
+
+
+def _is_trained(item: Mapping[str, Any], trained: Config) -> bool:
+    if item["scaling"] == "none":
+        return trained.scaling.name == "none"
+    return bool(item.get("kept_scaling"))
+
+
+def _new_pairs(at: At, met: Trained | None, ctx: int) -> int | None:
+    encoding, method = at(ctx)
+    if met is None or not isinstance(encoding, Rope):
+        return None
+    try:
+        return int(diagnose.new_angles(encoding, method, met, ctx)[0].sum())
+    except ContextLengthError:
+        return None
+
+
+def _evaluated_with(item: Mapping[str, Any], trained: Config, original_ctx: int, met: Trained | None) -> At | None:
+    """The encodings that an evaluation used, by ctx; None where that cannot be told.
+
+    An evaluation stores name and factor of its scaling. Its other parameters were those of training or the defaults:
+    the digest of what a rotary encoding said at the longest ctx tells which, or that it was neither.
+    """
+    factor = "auto-row" if item["factor"] is None else item["factor"]
+    candidates = [configs.parse_scaling(item["scaling"])]
+    if trained.scaling.name == item["scaling"]:
+        candidates.insert(0, trained.scaling)
+    done = [row for row in item["rows"] if row.get("spectrum_digest") is not None]
+    for scaling in candidates:
+        if "factor" in scaling.parameters:
+            scaling = Method(scaling.name, {**scaling.parameters, "factor": factor})
+        try:
+            at = encodings_at(trained, scaling, original_ctx, longest=max(row["ctx"] for row in item["rows"]))
+            at(original_ctx)
+        except ValueError:  # longrope's factors are not in its YAML
+            continue
+        if met is None or not done:
+            return at
+        row = done[-1]
+        if spectrum_digest(at(row["ctx"])[0], row["ctx"])[:16] == row["spectrum_digest"]:
+            return at
+    return None
