@@ -140,6 +140,16 @@ def test_the_gradient_of_a_bias_is_the_same_every_time() -> None:
     assert all(torch.equal(gradients[0], other) for other in gradients[1:])
 
 
+def test_decays_are_exact_late_in_a_long_text() -> None:
+    """Steps of 1e-3 on a total of 1e5: an fp32 total would be off by 4e-3, more than a step."""
+    steps = torch.full((1, 1, 64), 1e-3, dtype=torch.float64)
+    steps[..., 0] = 1e5
+    attend = Attend(64, bias=Bias(decays=True), device=CPU, training=False)
+    mask = attend._mask(32, 64, 0, Decay(steps.cumsum(-1)))  # (1, 1, 32, 64)
+    assert mask[0, 0, 8, 30].item() == pytest.approx(-1e-3 * (40 - 30), rel=1e-5)
+    assert mask[0, 0, 31, 1].item() == pytest.approx(-1e-3 * (63 - 1), rel=1e-5)
+
+
 def test_a_block_mask_on_a_cpu_is_a_view_of_one_vector() -> None:
     """No (rows, keys) tensor is built for a bias: the mask of a block owns rows + keys - 1 numbers a head."""
     attend = Attend(4096, bias=Bias(-torch.rand(2, 4096)), device=CPU, training=False, kernel="blocks")

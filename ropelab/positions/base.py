@@ -1,8 +1,8 @@
 """What an encoding has to say: positions in, a record of tensors out.
 
 An encoding computes everything once per forward pass; the model knows only the record. Letters of the shapes:
-B sequences, T positions, C model width, H heads, R rotated dimensions of a head. N positions are T, or B x T where every
-sequence has positions of its own.
+B sequences, T positions, C model width, H heads, R rotated dimensions of a head. N positions are T, or B x T where
+every sequence has positions of its own.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Far(NamedTuple):
 class Decay(NamedTuple):
     """A bias that the text decides: gain_i (total_i - total_j) is taken from the score of query i and key j."""
 
-    total: Tensor  # (B, H, T) fp32, never falling along T
+    total: Tensor  # (B, H, T) fp64 where the device has it, never falling along T
     gain: Tensor | None = None  # (B, H, T) fp32 >= 0, of the query; None: 1
 
 
@@ -73,7 +73,9 @@ class Positions(NamedTuple):
     far: Far | None = None  # another score for distant keys
     logit_scale: Tensor | None = None  # (T,) fp32: scores of query i are multiplied by it, before any bias
     query_bias: QueryBias | None = None  # a bias of the query's index and the distance
-    block: int | None = None  # block-causal: a query sees the keys of its own block of so many tokens and the one before
+    block: int | None = (
+        None  # block-causal: a query sees the keys of its own block of so many tokens and the one before
+    )
 
 
 class PositionEncoding(nn.Module):
@@ -85,7 +87,9 @@ class PositionEncoding(nn.Module):
     any_positions: ClassVar[bool] = False  # may positions be other than 0..T-1? Not with a bias by distance
     reads_content: ClassVar[bool] = False  # does `content` return a Decay?
     length_dependent: bool = False  # does the record at a position depend on ctx?
-    change: Callable[[Positions, Tensor, int], Positions] | None = None  # a scaling's: (record, positions, ctx) -> record
+    change: Callable[[Positions, Tensor, int], Positions] | None = (
+        None  # a scaling's: (record, positions, ctx) -> record
+    )
 
     def forward(self, positions: Tensor, *, ctx: int) -> Positions:
         """The record of positions (N,) int64 in sequences of `ctx` tokens. `ContextLengthError` where undefined."""
@@ -97,7 +101,7 @@ class PositionEncoding(nn.Module):
         raise NotImplementedError
 
     def content(self, layer: int, x: Tensor) -> Decay | None:
-        """The bias that layer `layer` (0 ..) reads off its own normalised input x (B, T, C); None for most encodings."""
+        """The bias that layer `layer` (0 ..) reads off its normalised input x (B, T, C); None for most encodings."""
         return None
 
     def progress(self, done: float) -> bool:

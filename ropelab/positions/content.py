@@ -36,11 +36,9 @@ def project(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def running_total(steps: Tensor) -> Tensor:
-    """Steps (B, T, H) fp32 >= 0 -> their sum up to and with each token, (B, H, T) fp32.
+    """Steps (B, T, H) fp32 >= 0 -> their sum up to and with each token, (B, H, T) fp64; fp32 on MPS, which has no fp64.
 
-    Summed in fp64, as a CPU does by itself: on a GPU the rounding of fp32 additions would add up along the sequence.
-    What is left is the rounding of the total itself, 2^-24 of it.
+    Scores see differences of it: in fp32 those of neighbours would be lost in a total of many tokens.
     """
-    # mps has no fp64
     wide = torch.float32 if steps.device.type == "mps" else torch.float64
-    return steps.transpose(1, 2).to(wide).cumsum(dim=-1).float()
+    return steps.transpose(1, 2).to(wide).cumsum(dim=-1)
