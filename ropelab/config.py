@@ -237,9 +237,7 @@ def _assign(tree: dict[str, Any], key: str, text: str) -> None:
         if head in METHODS:
             name = tree[head]["name"]
             if key == "scaling.factor":
-                methods = ", ".join(
-                    method for method in choices("scaling") if "factor" in _compose({"scaling": method})[head]
-                )
+                methods = ", ".join(method for method in choices("scaling") if "factor" in _defaults("scaling", method))
                 instead = "needs a scaling" if name == "none" else f"is not for {name}"
                 raise ValueError(f"scaling.factor={text} {instead}; add scaling=NAME, one of {methods}")
             known = [f"{head}.{parameter}" for parameter in tree[head] if parameter != "name"]
@@ -326,7 +324,7 @@ def _method(group: str, tree: Any) -> Method:
     if not isinstance(tree, dict) or tree.get("name") not in choices(group):
         name = tree.get("name") if isinstance(tree, dict) else tree
         raise ValueError(f"unknown {group} '{name}'{nearest(str(name), choices(group))}")
-    defaults = {key: value for key, value in _compose({group: tree["name"]})[group].items() if key != "name"}
+    defaults = {key: value for key, value in _defaults(group, tree["name"]).items() if key != "name"}
     given = {key: value for key, value in tree.items() if key != "name"}
     _no_strangers(given, defaults, f"{group}.")
     parameters = {**defaults, **given}  # a stored run may be older than a parameter
@@ -340,6 +338,15 @@ def _method(group: str, tree: Any) -> Method:
         if length is not None and not (isinstance(length, int) and length >= 1):
             raise ValueError(f"{group}.{key} must be a whole number >= 1, not {length}")
     return Method(tree["name"], parameters)
+
+
+@functools.cache
+def _defaults(group: str, name: str) -> dict[str, Any]:
+    """The values of one method's YAML, which holds no interpolation: Hydra is not needed to read a stored run."""
+    import yaml
+
+    text = (config_dir() / group / f"{name}.yaml").read_text(encoding="utf-8")
+    return typing.cast(dict[str, Any], yaml.safe_load(text))
 
 
 def _factor(value: Any) -> Any:

@@ -42,6 +42,8 @@ class Bar:
         words = []
         if "loss" in facts:
             words.append(f"loss {facts['loss']:.3f}")
+        if "best" in facts:
+            words.append(f"best {facts['best']:.4f} nats")
         if "tokens_per_s" in facts:
             words.append(f"{facts['tokens_per_s']:,.0f} tokens/s")
         if self._progress is None:

@@ -90,7 +90,7 @@ def numbers(
         "coverage": coverage,
         "block": record.block,
         "logit_scale": None if record.logit_scale is None else record.logit_scale.tolist(),
-        "notes": _notes(encoding, record, ctx, run=run),
+        "notes": _notes(encoding, method, record, ctx, run=run),
     }
 
 
@@ -120,7 +120,7 @@ def _embedding(encoding: PositionEncoding, record: Positions, ctx: int, *, run: 
     return {"embedding": table, "embedding_scale": scale}
 
 
-def _notes(encoding: PositionEncoding, record: Positions, ctx: int, *, run: bool) -> list[str]:
+def _notes(encoding: PositionEncoding, method: Method, record: Positions, ctx: int, *, run: bool) -> list[str]:
     """What a reader of the numbers must know."""
     notes = []
     if isinstance(encoding, Drope):
@@ -144,10 +144,9 @@ def _notes(encoding: PositionEncoding, record: Positions, ctx: int, *, run: bool
         elif not encoding.reads_content and not isinstance(encoding, Sinusoidal):
             notes.append("this is how training starts, before anything is learned: show a RUN to see what became of it")
     if record.far is not None:
-        notes.append(
-            f"keys {record.far.window} or more tokens back are scored by a second rotation, which counts distances "
-            "otherwise"
-        )
+        group = method.parameters.get("group")
+        counted = "at that distance, however far they are" if group is None else f"at distances in groups of {group}"
+        notes.append(f"keys {record.far.window} or more tokens back are scored by a second rotation, {counted}")
     if record.block is not None:
         notes.append(f"a query sees its own block of {record.block} tokens and the block before it, nothing older")
     if record.logit_scale is not None:

@@ -40,9 +40,7 @@ def reference(
             if bias.by_distance is not None:
                 score = score + bias.by_distance[:, i - j].double()
             if bias.by_query is not None:
-                score = (
-                    score + bias.by_query(torch.tensor([[float(i)]]), torch.tensor([[float(i - j)]]))[:, 0, 0].double()
-                )
+                score = score + bias.by_query(*(q.new_tensor([[x]]).float() for x in (i, i - j)))[:, 0, 0].double()
             if decay is not None:
                 fallen = decay.total[:, :, i].double() - decay.total[:, :, j].double()
                 score = score - (fallen if decay.gain is None else decay.gain[:, :, i].double() * fallen)
@@ -77,16 +75,21 @@ def test_every_kernel_equals_the_plain_loop(case: dict[str, Any]) -> None:
 
     Lengths that no block divides, single tokens, all kinds of bias and their mixtures are among the cases.
     """
+    check_against_the_loop(case, CPU, rtol=1e-4, atol=1e-5)
+
+
+def check_against_the_loop(case: dict[str, Any], device: torch.device, *, rtol: float, atol: float) -> None:
+    """One case on one device; `rtol` and `atol` are those of the outputs, gradients get a tenfold `rtol`."""
     generator = torch.Generator().manual_seed(case["seed"])
     length = case["length"]
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).requires_grad_()
+        return torch.randn(shape, generator=generator).to(device).requires_grad_()
 
     q, k, v, q2, k2 = (random(2, 3, length, 8) for _ in range(5))
     learned = [random(3, length), random(3)]
-    steps = torch.rand(2, 3, length, generator=generator).requires_grad_()
-    gain = torch.rand(2, 3, length, generator=generator).requires_grad_()
+    steps = torch.rand(2, 3, length, generator=generator).to(device).requires_grad_()
+    gain = torch.rand(2, 3, length, generator=generator).to(device).requires_grad_()
     decay = None
     if case["decay"] != "none":
         decay = Decay(steps.cumsum(-1), gain if case["decay"] == "gained" else None)
@@ -97,15 +100,15 @@ def test_every_kernel_equals_the_plain_loop(case: dict[str, Any]) -> None:
         block=case["block"],
         far=case["far"],
         decays=decay is not None,
-        scale=torch.linspace(0.5, 2, length) if case["scale"] else None,
+        scale=torch.linspace(0.5, 2, length, device=device) if case["scale"] else None,
     )
     far = None if case["far"] is None else (q2, k2)
     expected = reference(q, k, v, bias, far, decay)
-    weights = torch.randn(expected.shape, generator=generator)
+    weights = torch.randn(expected.shape, generator=generator).to(device)
     tensors = (q, k, v, q2, k2, *learned, steps, gain)
     theirs = torch.autograd.grad((expected * weights).sum(), tensors, allow_unused=True, retain_graph=True)
 
-    chosen = Attend(length, bias=bias, device=CPU, training=case["training"])
+    chosen = Attend(length, bias=bias, device=device, training=case["training"])
     kernels = {chosen.kernel}
     if chosen.bias.far is None:
         kernels |= {"materialised", "blocks"}
@@ -113,18 +116,18 @@ def test_every_kernel_equals_the_plain_loop(case: dict[str, Any]) -> None:
     attention.BLOCK = case["rows"]
     try:
         for kernel in sorted(kernels):
-            attend = Attend(length, bias=bias, device=CPU, training=case["training"], kernel=kernel)
+            attend = Attend(length, bias=bias, device=device, training=case["training"], kernel=kernel)
             out = attend(q, k, v, far=far, decay=decay)
-            torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(out.double(), expected, rtol=rtol, atol=atol)
             with torch.no_grad():
-                torch.testing.assert_close(attend(q, k, v, far=far, decay=decay), out, rtol=0, atol=1e-6)
+                torch.testing.assert_close(attend(q, k, v, far=far, decay=decay), out, rtol=0, atol=atol / 10)
                 shown = attend.weights(q, k, range(length // 2, length), far=far, decay=decay)
-                torch.testing.assert_close(shown @ v, out[:, :, length // 2 :], rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(shown @ v, out[:, :, length // 2 :], rtol=rtol, atol=atol)
             mine = torch.autograd.grad((out * weights).sum(), tensors, allow_unused=True, retain_graph=True)
             for got, want in zip(mine, theirs, strict=True):
-                want = torch.zeros(()) if want is None else want
+                want = torch.zeros((), device=device) if want is None else want
                 got = torch.zeros_like(want) if got is None else got
-                torch.testing.assert_close(got, want.expand_as(got), rtol=1e-3, atol=2e-5)
+                torch.testing.assert_close(got, want.expand_as(got), rtol=10 * rtol, atol=2 * atol)
     finally:
         attention.BLOCK = before
 

@@ -874,6 +874,59 @@ def test_show_in_its_other_forms(lab: Lab, tmp_path: Path) -> None:
     picture = tmp_path / "x.png"
     good("show", "--pos", "rope", "-o", picture)
     assert picture.read_bytes().startswith(b"\x89PNG")
+    for settings in (["--pos", "p_rope"], ["--scaling", "proportional", "--factor", "2"]):  # pairs that do not turn
+        assert "does not turn" in good("show", *settings).stdout
+    assert "scaling rerope: " in good("show", "--pos", "rope", "--scaling", "rerope", "--ctx", "256").stdout
+    assert methods["scaling"]["clamp"]["applies_to"] == ["learned"]
+
+
+def test_show_explains_the_curve_of_a_run(lab: Lab, tmp_path: Path) -> None:
+    run = shutil.copytree(lab.runs / lab.rope, tmp_path / "runs" / lab.rope, ignore=shutil.ignore_patterns("results"))
+    text = good("show", run).stdout
+    assert f"not evaluated: run `ropelab eval {lab.rope}" in text
+    good("eval", run, "--ctx", "128", "--protocol", "last", "eval.last=8", "eval.scalings=[none,linear:4]", "--json")
+    good("eval", run, "--ctx", "128", "--protocol", "nonoverlapping", "--json")
+    shown = as_json("show", run)
+    assert shown["ctx"] == 128  # the longest that was evaluated
+    plain, linear = shown["diagnosis"]["evaluated"]
+    assert (plain["scaling"], plain["predicted"]["breaks_from"]) == ("none", 33)
+    assert (linear["scaling"], linear["factor"], linear["predicted"]["breaks_from"]) == ("linear", 4.0, 129)
+    assert plain["by_position"]["ctx"] == 128
+    assert linear["by_position"] is None
+    # theta_3 = 10000^(-6/8): 32 tokens are 0.032 radians of it
+    assert shown["coverage"][3]["trained_to"] == pytest.approx(0.032)
+    assert sum(row["new"] for row in shown["coverage"]) == plain["new_pairs"] == 3
+    text = good("show", run).stdout
+    for word in ("Predicted and observed breakdown", "PI ×4", "129", "loss by position, none, at 128 tokens"):
+        assert word in text
+    good("report", run, "-o", tmp_path / "report")
+    assert "Why the curves bend" in (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+
+
+def test_show_of_a_run_takes_a_scaling_and_measures_attention(lab: Lab, tmp_path: Path) -> None:
+    shown = as_json("show", lab.rope, "--scaling", "yarn", "--factor", "4", "--ctx", "100", "--attention")
+    assert (shown["scaling"], shown["factor"], shown["ctx"]) == ("yarn", 4.0, 100)
+    assert not any(row["new"] for row in shown["coverage"])
+    found = shown["attention"]
+    assert (found["text"], found["ctx"], found["edges"]) == ("text", 100, [0, 1, 2, 4, 8, 16, 32, 64, 100])
+    assert found["queries"] == 64 * found["documents"]
+    (heads,) = found["mass"]
+    for head, row in enumerate(heads):
+        assert sum(row) == pytest.approx(1, abs=1e-6)
+        assert found["beyond"][0][head] == pytest.approx(sum(row[6:]), abs=1e-6)  # 32 tokens back and more
+    picture = tmp_path / "x.png"
+    text = good("show", lab.rope, "--attention", "--ctx", "64", "-o", picture).stdout
+    assert "attention by distance at 64 tokens" in text
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_show_of_a_run_has_its_trained_tensors(lab: Lab) -> None:
+    from ropelab.runs import RunDir
+
+    table = RunDir(lab.runs / lab.learned).load_weights()["encoding.table"]
+    assert as_json("show", lab.learned)["embedding"] == table.tolist()
+    stretched = as_json("show", lab.learned, "--scaling", "interpolate", "--factor", "2", "--ctx", "64")["embedding"]
+    assert stretched[:4:2] == table[:2].tolist()
 
 
 BAD_SHOW: list[tuple[list[str], Sequence[str]]] = [
@@ -891,6 +944,9 @@ BAD_SHOW: list[tuple[list[str], Sequence[str]]] = [
     (["--pos", "rope", "--ctx", "4", "--ctx", "8"], ["--ctx takes one length"]),
     (["--pos", "learned", "--ctx", "1000"], ["end at 128"]),
     (["--ctx", "64"], ["add --pos NAME"]),
+    (["--pos", "rope", "--attention"], ["name a RUN"]),
+    (["ROPE", "--scaling", "clamp"], ["scaling=clamp", "pos=learned"]),
+    (["ROPE", "--attention", "--ctx", "100000"], ["no test document holds 100000 tokens"]),
     (["-o", "x.png"], ["add --pos NAME"]),
     (["--pos", "rope", "model.d_model=18", "model.n_head=2"], ["even head dimension"]),
 ]

@@ -179,6 +179,7 @@ def test_short_factors_serve_the_training_length(lab: Path, searched: dict[str, 
     Neither ones nor the long factors were better on the search set."""
     short = searched["search"]["short"]
     assert short["ctx"] == 32
+    assert short["documents"]["windows"] == 3 * 128 // 32
     assert short["factors"] == searched["short_factors"]
     assert short["nll"] <= min(short["seeds"]["ones"], short["seeds"]["long"])
     said = as_json("eval", run_of(lab, "rope").path, "--ctx", "32,", "--scaling", "longrope",

@@ -190,9 +190,20 @@ def test_parameters_of_a_scaling() -> None:
     scaling = config.load(
         ["scaling=yarn", "scaling.factor=8", "scaling.original_ctx=64", "scaling.beta_fast=16"]
     ).scaling
-    assert scaling == Method(
-        "yarn", {"factor": 8.0, "original_ctx": 64, "beta_fast": 16.0, "beta_slow": 1.0, "ramp": "index"}
-    )
+    kept = {"beta_slow": 1.0, "ramp": "index", "truncate": True, "attention_factor": None}
+    assert scaling == Method("yarn", {"factor": 8.0, "original_ctx": 64, "beta_fast": 16.0, **kept})
+
+
+def test_a_stored_run_may_be_older_than_a_parameter_and_a_key() -> None:
+    """What it does not say has its default; what nobody knows is refused."""
+    tree = config.to_dict(config.load(["scaling=yarn"]))
+    old = {**tree, "scaling": {"name": "yarn", "factor": 8.0}, "eval": dict(tree["eval"])}
+    del old["positions"], old["parent"], old["eval"]["baseline"]
+    read = config.from_dict(old)
+    assert read.scaling.parameters == {**config.load(["scaling=yarn"]).scaling.parameters, "factor": 8.0}
+    assert (read.positions.name, read.parent, read.eval.baseline) == ("contiguous", None, None)
+    with pytest.raises(ValueError, match=r"unknown key 'scaling\.beta'"):
+        config.from_dict({**tree, "scaling": {"name": "yarn", "beta": 8.0}})
 
 
 @pytest.mark.parametrize(

@@ -224,8 +224,12 @@ def test_a_scaling_that_changes_nothing_is_refused(
         method = config.load(["scaling=llama3", "scaling.factor=8", "scaling.original_ctx=10000000"]).scaling
         experiment.evaluate(runs["rope"], resolved, scaling=method, cache_dir=str(folder / "cache"))
     monkeypatch.setitem(SCALINGS, "ntk", Scaling(lambda inv_freq, **keys: Spectrum(inv_freq)))
-    with pytest.raises(ValueError, match="scaling=ntk changed nothing at 32"):
+    with pytest.raises(ValueError, match="scaling=ntk changes no pair"):
         evaluate(runs["rope"], folder, "eval.ctx=32", scaling="ntk:8")
+    stub = SCALINGS["block_causal"]._replace(apply=lambda encoding, **keys: None)
+    monkeypatch.setitem(SCALINGS, "block_causal", stub)
+    with pytest.raises(ValueError, match="scaling=block_causal changed nothing at 32"):
+        evaluate(runs["rope"], folder, "eval.ctx=32,", scaling="block_causal")
 
 
 def test_training_with_a_scaling_is_another_run_and_keeps_it(runs: dict[str, RunDir], folder: Path) -> None:

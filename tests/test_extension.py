@@ -115,6 +115,31 @@ def test_a_child_resumes_bit_by_bit_and_is_not_trained_twice(folder: Path, paren
         assert torch.equal(tensor, weights[name])
 
 
+def test_searched_factors_are_trained_with_and_kept(folder: Path, parent: RunDir) -> None:
+    """The factors live in the run, not in the file: the file may go, and another file is another run."""
+    file = folder / "factors.json"
+    factors = [1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0]
+    file.write_text(json.dumps({"long_factors": factors, "start_tokens": 2, "factor": 4, "original_ctx": 16}))
+    chosen = ("scaling=longrope", f"scaling.factors={file}", "train.ctx=64", "train.steps=1")
+    run = trained(child(folder, parent, *chosen))
+    other = folder / "other.json"
+    file.rename(other)
+    assert trained(child(folder, parent, chosen[0], f"scaling.factors={other}", *chosen[2:])).name == run.name
+    kept = evaluate(run, folder, "eval.ctx=64,")
+    assert (kept["scaling"], kept["factor"], kept["kept_scaling"]) == ("longrope", 4.0, True)
+    other.write_text(json.dumps({"long_factors": [1.0, *factors[1:-1], 4.0], "start_tokens": 0, "factor": 4}))
+    assert trained(child(folder, parent, chosen[0], f"scaling.factors={other}", *chosen[2:])).name != run.name
+
+
+@pytest.mark.parametrize("method", ["ntk", "yarn", "llama3", "ntk_by_parts", "dynamic_yarn"])
+def test_contexts_are_extended_with_every_kind_of_spectrum(folder: Path, parent: RunDir, method: str) -> None:
+    more = ("scaling.high_freq_factor=2", "scaling.low_freq_factor=0.5") if method == "llama3" else ()
+    run = trained(
+        child(folder, parent, f"scaling={method}", "scaling.factor=4", *more, "train.ctx=64", "train.steps=1")
+    )
+    assert [row["status"] for row in evaluate(run, folder, "eval.ctx=64,128")["rows"]] == ["ok", "ok"]
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [

@@ -343,6 +343,7 @@ def test_pyplot_and_its_global_state_stay_out() -> None:
 def shown(pos: str, ctx: int, **more: Any) -> dict[str, Any]:
     empty = {"rotation": None, "bias": None, "embedding": None, "coverage": None}
     facts = {"pos": pos, "scaling": "none", "factor": None, "ctx": ctx, "train_ctx": 128, "d_head": 32, "n_head": 4}
+    facts["trained_length"] = 128
     return {**facts, **empty, **more}
 
 
@@ -354,8 +355,13 @@ def rope(ctx: int, stretch: float = 1.0, attention_factor: float = 1.0, **more: 
         {
             "pair": i,
             "wavelength": 2 * math.pi / new,
+            "wavelength_train": 2 * math.pi / old,
             "turns_train": 128 * old / (2 * math.pi),
             "turns_ctx": ctx * new / (2 * math.pi),
+            "full_period": 128 * old >= 2 * math.pi,
+            "trained_to": 128 * old,
+            "asked_to": (ctx - 1) * new,
+            "new": 128 * old < 2 * math.pi and (ctx - 1) * new >= 128 * old,
         }
         for i, (old, new) in enumerate(zip(trained, used, strict=True))
     ]
@@ -393,7 +399,8 @@ def test_pairs_that_do_not_turn_are_counted() -> None:
     still = rope(1024)
     for pair in (14, 15):
         still["rotation"]["inv_freq"][pair] = 0.0
-        still["coverage"][pair] |= {"wavelength": None, "turns_train": 0.0, "turns_ctx": 0.0}
+        still["coverage"][pair] |= {"wavelength": None, "wavelength_train": None, "trained_to": 0.0, "asked_to": 0.0}
+        still["coverage"][pair]["new"] = False
     figure = figures.explain(still)
     assert "2 pairs do not turn" in flat(figure)
     assert_readable(figure)

@@ -21,8 +21,9 @@ def test_a_terminal_gets_a_bar_with_loss_speed_and_time_left(monkeypatch: pytest
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
     with Bar() as bar:
         bar("train", 5, 10, run="rope-x", loss=1.23456, tokens_per_s=12345.6)
+        bar("search", 5, 10, run="rope-x", best=1.23456)
     shown = terminal.getvalue()
-    for word in ("train rope-x", "50%", "loss 1.235", "12,346 tokens/s", ":"):
+    for word in ("best 1.2346 nats", "train rope-x", "50%", "loss 1.235", "12,346 tokens/s", ":"):
         assert word in shown
 
 

@@ -71,7 +71,8 @@ def test_a_claim_file_is_trained_evaluated_and_judged_once(place: Path, monkeypa
     assert verdict["checks"][0]["seeds"] == 2
     assert len(list((place / "runs").iterdir())) == 6
     stored = json.loads((place / "out" / "results.json").read_text(encoding="utf-8"))
-    assert stored == answer
+    assert {key: stored[key] for key in answer} == answer
+    assert len(stored["diagnoses"]) == len({item["run"] for item in answer["evals"]})
     assert (place / "out" / "report.html").stat().st_size > 100_000
     assert (place / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
     by_hand = contrast_by_hand(answer["evals"])
@@ -123,9 +124,9 @@ def test_the_demo_measures_what_it_promises() -> None:
     for item in plan.evaluations:
         assert item.ctxs == (128, 256, 512, 1024)
         pos = config.load(list(item.run)).pos.name
-        seen.add((pos, item.scaling, item.factor, item.window, item.protocol))
-    plain = {(pos, None, None, False, p) for pos in ("none", "sinusoidal", "learned", "alibi", "rope")
+        seen.add((pos, item.scaling, item.factor, item.control, item.protocol))
+    plain = {(pos, None, None, None, p) for pos in ("none", "sinusoidal", "learned", "alibi", "rope")
              for p in ("nonoverlapping", "last")}  # fmt: skip
-    scaled = {("rope", name, s, False, "last") for name in ("linear", "ntk", "yarn") for s in (4.0, 8.0)}
-    walled = {(pos, None, None, True, "last") for pos in ("alibi", "rope", "sinusoidal")}
-    assert seen == plain | scaled | walled | {("rope", "dynamic_ntk", 1.0, False, "last")}
+    scaled = {("rope", name, s, None, "last") for name in ("linear", "ntk", "yarn") for s in (4.0, 8.0)}
+    walled = {(pos, None, None, "window", "last") for pos in ("alibi", "rope", "sinusoidal")}
+    assert seen == plain | scaled | walled | {("rope", "dynamic_ntk", 1.0, None, "last")}

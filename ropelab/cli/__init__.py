@@ -12,7 +12,7 @@ import typer
 
 # each of these adds its commands to the application, in the order of the help page
 # isort: off
-from ropelab.cli import training, evaluating, judging, showing, keeping, timing  # noqa: F401
+from ropelab.cli import training, evaluating, judging, searching, showing, keeping, timing  # noqa: F401
 
 # isort: on
 from ropelab.cli.options import app, one_line, say

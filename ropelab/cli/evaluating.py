@@ -68,7 +68,7 @@ def evaluate(
         questions = []
         for run in found:  # before any work: every run is usable and every scaling applies
             run.load_weights()
-            for scaled, text in _questions(run.manifest()["config"], settings, base.eval.scalings):
+            for scaled, text in questions_of(run.manifest()["config"], settings, base.eval.scalings):
                 experiment.resolve_ladder(run, base.eval, scaling=scaled)
                 questions.append((run, scaled, text))
         results = []
@@ -80,7 +80,7 @@ def evaluate(
                 )  # fmt: skip
                 results.append(done.result)
         for result in results:
-            if result["factor"] == 1 and result["scaling"] in ("linear", "ntk", "yarn"):
+            if result["factor"] == 1 and not result["scaling"].startswith("dynamic"):
                 say(f"{result['scaling']} with factor 1 changes nothing; give --factor or a longer --ctx")
         if as_json:
             print_json(results[0] if len(results) == 1 else {"results": results})
@@ -98,7 +98,7 @@ def evaluate(
             say(f"plot: {path}")
 
 
-def _questions(trained: dict[str, Any], settings: list[str], scalings: tuple[str, ...]) -> list[tuple[Any, Any]]:
+def questions_of(trained: dict[str, Any], settings: list[str], scalings: tuple[str, ...]) -> list[tuple[Any, Any]]:
     """The (scaling, other text) pairs to evaluate one run under; None where the run's own holds."""
     from ropelab import config
 
@@ -141,13 +141,14 @@ def make_report(
         named, settings = separate(list(arguments or []))
         runs_dir = Path(config.load(settings).runs_dir).expanduser()
         found = [runs.find_run(name, runs_dir) for name in named] or runs.all_runs(runs_dir)
-        evals = [_stored(path) for run in found for path in sorted(run.results.glob("*.json"))]
+        evals = [stored_evaluation(path) for run in found for path in sorted(run.results.glob("*.json"))]
         check_output(output, picture=False)
         if not evals:
             raise ValueError(
                 f"no evaluation in {runs_dir if not named else ', '.join(named)}; run `ropelab eval` first"
             )
         from ropelab import report
+        from ropelab.experiment.diagnosing import diagnosis
 
         manifest = found[0].manifest()
         page = report.write_report(
@@ -158,11 +159,12 @@ def make_report(
                 "environment": manifest["environment"],
                 "device": manifest["device"],
             },
+            diagnoses=[diagnosis(run.manifest(), evals) for run in found],
         )  # fmt: skip
         print(page)
 
 
-def _stored(path: Path) -> Any:
+def stored_evaluation(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError) as error:

@@ -106,6 +106,8 @@ def _reproduce(
     from ropelab import report
 
     if output is not None:
+        from ropelab.experiment.diagnosing import diagnosis
+
         facts = {
             "runs": [manifest["run"] for manifest in outcome.manifests],
             "seeds": count,
@@ -122,6 +124,7 @@ def _reproduce(
             title=plan.title,
             notes=[f"Made by `{command}`."],
             manifest=facts,
+            diagnoses=[diagnosis(manifest, outcome.evals) for manifest in outcome.manifests],
         )
     if as_json:
         print_json({"evals": outcome.evals, "verdicts": verdicts})

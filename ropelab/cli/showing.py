@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ropelab.cli.evaluating import _questions, _stored
+from ropelab.cli.evaluating import questions_of, stored_evaluation
 from ropelab.cli.options import (
     Ctx,
     Factor,
@@ -143,21 +143,20 @@ def _show_run(
     run = runs.find_run(name, Path(base.runs_dir).expanduser())
     manifest = run.manifest()
     trained = config.from_dict(manifest.get("config", {}))
-    ((scaling, _),) = _questions(manifest["config"], settings, ())
+    ((scaling, _),) = questions_of(manifest["config"], settings, ())
     from ropelab.experiment.diagnosing import diagnosis, trained_encoding
-    from ropelab.positions import resolve_factor
 
-    diagnosed = diagnosis(manifest, [_stored(path) for path in sorted(run.results.glob("*.json"))])
+    diagnosed = diagnosis(manifest, [stored_evaluation(path) for path in sorted(run.results.glob("*.json"))])
     scaling = scaling or trained.scaling
     length = _one_length(ctx) or _evaluated_length(diagnosed, scaling.name)
-    method = resolve_factor(scaling, longest=length, original_ctx=manifest["original_ctx"])
+    method, encoding = trained_encoding(run, scaling, longest=length)
     from ropelab import show as shown
 
     numbers = shown.numbers(
         trained,
         ctx=length,
         method=method,
-        encoding=trained_encoding(run, method),
+        encoding=encoding,
         original_ctx=manifest["original_ctx"],
     )
     numbers |= {"run": run.name, "diagnosis": diagnosed, "attention": None}
@@ -230,7 +229,7 @@ def _print_numbers(numbers: dict[str, Any]) -> None:
         distances = [d for d in (0, 1, 2, 4, 16, 64, 256, 1024, 4096) if d < numbers["ctx"]]
         print("bias by distance\nhead" + "".join(f"{d:>12}" for d in distances))
         for head, row in enumerate(numbers["bias"]["by_distance"]):
-            print(f"{head:>4}" + "".join(f"{row[d]:>12.5g}" for d in distances))
+            print(f"{head:>4}" + "".join(f"{row[d] + 0.0:>12.5g}" for d in distances))
     if numbers["embedding"] is not None:
         rows, columns = len(numbers["embedding"]), len(numbers["embedding"][0])
         scale = numbers["embedding_scale"]
@@ -281,7 +280,8 @@ def _print_diagnosis(numbers: dict[str, Any]) -> None:
         return
     table = Table(title="Predicted and observed breakdown, in tokens", title_justify="left")
     for column in ("scaling", "longest ctx", "pairs with new angles", "predicted from", "observed", "protocol"):
-        table.add_column(column, justify="left" if column in ("scaling", "protocol") else "right")
+        words = column in ("scaling", "protocol")
+        table.add_column(column, justify="left" if words else "right", no_wrap=column in ("scaling", "observed"))
     for one in diagnosed["evaluated"]:
         table.add_row(
             Text(figures.scaling_name(one["scaling"], one["factor"]) + (" (trained)" if one["trained"] else "")),
@@ -300,10 +300,11 @@ def _print_diagnosis(numbers: dict[str, Any]) -> None:
         f"observed: the loss is more than {threshold:g} nats above that of the model as trained at train_ctx, on the "
         "same targets (own: above its own)"
     )
-    for one in diagnosed["evaluated"]:
+    known = [one for one in diagnosed["evaluated"] if one["by_position"] is not None]
+    if not known:
+        print(f"loss by position: not evaluated; run `ropelab eval {numbers['run']} --protocol nonoverlapping`")
+    for one in known:
         curve = one["by_position"]
-        if curve is None:
-            continue
         print(
             f"\nloss by position, {figures.scaling_name(one['scaling'], one['factor'])}, at {curve['ctx']} tokens "
             f"({curve['protocol']}): nats"

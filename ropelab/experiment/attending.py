@@ -12,7 +12,7 @@ from torch import Tensor
 from ropelab import config as configs
 from ropelab import data
 from ropelab.experiment.devices import resolve_device
-from ropelab.experiment.evaluate import _evaluation_split, encoding_of, load_model, set_encoding
+from ropelab.experiment.evaluate import evaluation_split, encoding_of, load_model, set_encoding
 from ropelab.experiment.train import Progress, silent
 from ropelab.model import GPT
 from ropelab.runs import RunDir
@@ -84,7 +84,7 @@ def attention(
     with torch.no_grad():
         encoding(torch.arange(1), ctx=ctx)  # before any text is read
     tokenizer = data.load_tokenizer(run.tokenizer_path)
-    *_, split, _, text = _evaluation_split(manifest, trained, None, "test", tokenizer, cache_dir, progress)
+    *_, split, _, text = evaluation_split(manifest, trained, None, "test", tokenizer, cache_dir, progress)
     lengths = [len(split.document(i)) for i in range(len(split))]
     chosen = [i for i, length in enumerate(lengths) if length >= ctx][:DOCUMENTS]
     if not chosen:

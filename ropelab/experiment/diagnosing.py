@@ -9,24 +9,28 @@ from typing import Any
 from ropelab import config as configs
 from ropelab import diagnose
 from ropelab.diagnose import At, Trained
-from ropelab.experiment.evaluate import encoding_of, spectrum_digest
+from ropelab.experiment.evaluate import encoding_of
 from ropelab.positions import PositionEncoding, Rope, resolve_factor
 from ropelab.runs import RunDir
 from ropelab.schema import Config, ContextLengthError, Method
 
 
-def trained_encoding(run: RunDir, scaling: Method) -> PositionEncoding | None:
-    """The encoding of a run under a scaling, with its trained tensors; None where the run has none yet."""
+def trained_encoding(run: RunDir, scaling: Method, *, longest: int) -> tuple[Method, PositionEncoding | None]:
+    """A scaling with its factor as a number, as for a ladder up to `longest`, and the encoding of a run under it.
+
+    The encoding has its trained tensors; None where the run has none yet.
+    """
     manifest = run.manifest()
-    encoding = encoding_of(configs.from_dict(manifest["config"]), scaling, manifest["original_ctx"])
+    method = resolve_factor(scaling, longest=longest, original_ctx=manifest["original_ctx"])
+    encoding = encoding_of(configs.from_dict(manifest["config"]), method, manifest["original_ctx"])
     if next(encoding.parameters(), None) is None:
-        return encoding
+        return method, encoding
     if manifest["status"] != "done":
-        return None
+        return method, None
     prefix = "encoding."
     weights = {name.removeprefix(prefix): w for name, w in run.load_weights().items() if name.startswith(prefix)}
     encoding.load_state_dict(weights, strict=True)
-    return encoding
+    return method, encoding
 
 
 def encodings_at(trained: Config, scaling: Method, original_ctx: int, *, longest: int | None) -> At:
@@ -54,8 +58,8 @@ def diagnosis(manifest: Mapping[str, Any], evals: Sequence[Mapping[str, Any]]) -
     "full_period": how many of them saw one | None, "evaluated": one object per (scaling, factor) of `evals`}, which
     holds {"scaling", "factor", "trained": is it the scaling of training?, "ctx": the longest evaluated, "new_pairs":
     pairs that are asked for new angles there | None, "predicted": as `diagnose.predict`, "observed": as
-    `diagnose.observe`, "losses": [[ctx, nll], ...] behind it, "by_position": a position curve with the protocol and
-    ctx it belongs to | None}.
+    `diagnose.observe`, "losses": [[ctx, nll], ...] behind it, "by_position": a position curve that begins inside the
+    training length, with the protocol and ctx it belongs to | None}.
     """
     trained = configs.from_dict(manifest["config"])
     original_ctx = manifest["original_ctx"]
@@ -70,21 +74,22 @@ def diagnosis(manifest: Mapping[str, Any], evals: Sequence[Mapping[str, Any]]) -
         and item["data"] == manifest["corpus"]["name"]
     ]
     as_trained = [item for item in own if _is_trained(item, trained) and item["window"] is None]
-    positions = diagnose.by_method(own, ("nonoverlapping", "prefix", "sliding", "last"))  # the widest first
+    # of `last` and `sliding` it is the end of a window only, which shows no bend
+    reaching = [item for item in own if (curve := item.get("position_curve")) and curve["edges"][0] < trained.train.ctx]
+    positions = diagnose.by_method(reaching, ("nonoverlapping", "prefix", "sliding", "last"))
     evaluated = []
     for key, item in diagnose.by_method(own, diagnose.PROTOCOLS).items():
         scaling, factor = key
         longest = max(row["ctx"] for row in item["rows"])
-        at = _evaluated_with(item, trained, original_ctx, met)
-        predicted: dict[str, Any] = {"breaks_from": None, "pair": None, "why": "the parameters of this scaling are "
-                                     "not those of its YAML: no prediction"}  # fmt: skip
+        at = _evaluated_with(item, trained, original_ctx)
+        why = "an earlier version made this evaluation and stored no parameters: evaluate it again for a prediction"
+        predicted: dict[str, Any] = {"breaks_from": None, "pair": None, "why": why}
         new_pairs = None
         if at is not None:
             length = diagnose.trained_length(trained, original_ctx)
             predicted = diagnose.predict(at, trained=met, length=length, original_ctx=original_ctx)
             new_pairs = _new_pairs(at, met, longest)
-        where = positions.get(key, item)
-        curve = where.get("position_curve")
+        where = positions.get(key)
         evaluated.append(
             {
                 "scaling": scaling,
@@ -95,7 +100,9 @@ def diagnosis(manifest: Mapping[str, Any], evals: Sequence[Mapping[str, Any]]) -
                 "predicted": predicted,
                 "observed": diagnose.observe(item, as_trained),
                 "losses": [[row["ctx"], row["nll"]] for row in item["rows"] if row["status"] == "ok"],
-                "by_position": None if curve is None else {"protocol": where["protocol"]["name"], **curve},
+                "by_position": None
+                if where is None
+                else {"protocol": where["protocol"]["name"], **where["position_curve"]},
             }
         )
     evaluated.sort(key=lambda one: (not one["trained"], one["scaling"], one["factor"] or math.inf))
@@ -126,28 +133,9 @@ def _new_pairs(at: At, met: Trained | None, ctx: int) -> int | None:
         return None
 
 
-def _evaluated_with(item: Mapping[str, Any], trained: Config, original_ctx: int, met: Trained | None) -> At | None:
-    """The encodings that an evaluation used, by ctx; None where that cannot be told.
-
-    An evaluation stores name and factor of its scaling. Its other parameters were those of training or the defaults:
-    the digest of what a rotary encoding said at the longest ctx tells which, or that it was neither.
-    """
-    factor = "auto-row" if item["factor"] is None else item["factor"]
-    candidates = [configs.parse_scaling(item["scaling"])]
-    if trained.scaling.name == item["scaling"]:
-        candidates.insert(0, trained.scaling)
-    done = [row for row in item["rows"] if row.get("spectrum_digest") is not None]
-    for scaling in candidates:
-        if "factor" in scaling.parameters:
-            scaling = Method(scaling.name, {**scaling.parameters, "factor": factor})
-        try:
-            at = encodings_at(trained, scaling, original_ctx, longest=max(row["ctx"] for row in item["rows"]))
-            at(original_ctx)
-        except ValueError:  # longrope's factors are not in its YAML
-            continue
-        if met is None or not done:
-            return at
-        row = done[-1]
-        if spectrum_digest(at(row["ctx"])[0], row["ctx"])[:16] == row["spectrum_digest"]:
-            return at
-    return None
+def _evaluated_with(item: Mapping[str, Any], trained: Config, original_ctx: int) -> At | None:
+    """The encodings that an evaluation used, by ctx; None for one of a version that did not store the parameters."""
+    if "scaling_parameters" not in item:
+        return None
+    scaling = Method(item["scaling"], item["scaling_parameters"])
+    return encodings_at(trained, scaling, original_ctx, longest=max(row["ctx"] for row in item["rows"]))

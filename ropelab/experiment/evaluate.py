@@ -123,7 +123,7 @@ def evaluate(
     contexts = tuple(methods)
     per_row = scaling.parameters.get("factor") == "auto-row"
     tokenizer = data.load_tokenizer(run.tokenizer_path)
-    own, split, corpus_digest, corpus_name = _evaluation_split(
+    own, split, corpus_digest, corpus_name = evaluation_split(
         manifest, trained, other_text, config.split, tokenizer, cache_dir, progress
     )
     if config.baseline is not None and (scaling.name != "none" or config.window is not None):
@@ -187,7 +187,7 @@ def evaluate(
             advance(len(windows.start) * ctx)
         else:
             scorer = scorer_of(model, window=config.window, dtype=dtype)
-            losses = score(windows, documents, scorer, batch_tokens=_batch_tokens(target), progress=advance)
+            losses = score(windows, documents, scorer, batch_tokens=batch_tokens(target), progress=advance)
             shared = losses if shared is None else shared
         owner = target_documents(windows)
         rows.append(
@@ -218,6 +218,7 @@ def evaluate(
         "pos": config.baseline or trained.pos.name,
         "scaling": scaling.name,
         "factor": None if per_row else methods[max(contexts)].parameters.get("factor"),
+        "scaling_parameters": dict(scaling.parameters),
         "kept_scaling": kept and scaling.name != "none",
         "train_ctx": trained.train.ctx,
         "seed": trained.seed,
@@ -268,7 +269,7 @@ def _make_results_folder(run: RunDir) -> None:
         ) from None
 
 
-def _evaluation_split(
+def evaluation_split(
     manifest: dict[str, Any],
     trained: Config,
     other_text: DataConfig | None,
@@ -306,7 +307,7 @@ def _same_text(one: DataConfig, other: DataConfig) -> bool:
     return place(one) == place(other)
 
 
-def _batch_tokens(device: torch.device) -> int:
+def batch_tokens(device: torch.device) -> int:
     """Tokens of one forward pass: enough to fill the device, little enough to stay in cache on a CPU."""
     return 4096 if device.type == "cpu" else 131072
 

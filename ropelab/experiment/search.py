@@ -35,14 +35,14 @@ from ropelab.evaluation import Layout, Windows, lay_out, score
 from ropelab.experiment.devices import DTYPE_NAMES, resolve_device
 from ropelab.experiment.evaluate import (
     NO_SCALING,
-    _batch_tokens,
+    batch_tokens,
     encoding_of,
     evaluate,
     load_model,
     scorer_of,
     set_encoding,
 )
-from ropelab.experiment.train import Interrupted, Progress, _interrupts, silent
+from ropelab.experiment.train import Interrupted, Progress, interrupts, silent
 from ropelab.model import GPT
 from ropelab.positions import SCALINGS, PositionEncoding, Rope, resolve_factor
 from ropelab.runs import RunDir, RunError
@@ -166,7 +166,7 @@ class SearchSet:
         """Mean loss in nats per token, summed in fp64."""
         set_encoding(self._model, encoding)
         scorer = scorer_of(self._model, window=None, dtype=self._dtype)
-        tokens = _batch_tokens(self._model.tokens.weight.device)
+        tokens = batch_tokens(self._model.tokens.weight.device)
         losses = score(self.windows, self._documents, scorer, batch_tokens=tokens)
         return float(losses.astype(np.float64).mean())
 
@@ -231,14 +231,16 @@ def longrope(
         raise RunError(f"the text of {run.name} is not the one that it was trained on; restore it")
     contexts = (question.ctx, question.original_ctx) if short else (question.ctx,)
     asked = {ctx: _last(config.eval, ctx, search.targets) for ctx in contexts}
-    layouts = {ctx: _search_layout(corpus.validation, asked[ctx], ctx, search.samples) for ctx in contexts}
+    # as much text at original_ctx as at ctx; a document that holds the long windows holds the short ones
+    samples = {ctx: search.samples * (question.ctx // ctx) for ctx in contexts}
+    layouts = {ctx: _search_layout(corpus.validation, asked[ctx], ctx, samples[ctx]) for ctx in contexts}
     for ctx in contexts:
         _check_length(corpus.test, ctx)  # known before the search, not after it
         lay_out(_lengths(corpus.test), (ctx,), asked[ctx])
 
     model = load_model(run, weights, device=device)
     sets = {
-        ctx: SearchSet(model, corpus.validation, layouts[ctx], samples=search.samples, dtype=dtype) for ctx in contexts
+        ctx: SearchSet(model, corpus.validation, layouts[ctx], samples=samples[ctx], dtype=dtype) for ctx in contexts
     }
     found_on = sets[question.ctx]
     identity = {
@@ -258,7 +260,7 @@ def longrope(
     folder = run.path / "searches" / f"longrope-{digest[:16]}"
     seeds = _seeds(question)
     _make_folder(folder)
-    with run.locked(), _interrupts() as caught:
+    with run.locked(), interrupts() as caught:
         for leftover in folder.glob(".*.json.*"):  # temporary files of killed processes
             leftover.unlink()
         searching = _Searching(
@@ -329,7 +331,10 @@ def longrope(
         result["search"]["short"] = {
             "ctx": question.original_ctx, **_found_json(recovered.evolved),
             "seeds": {name: _finite(nll) for name, nll in recovered.seed_scores.items()},
-            "documents": {"split": "validation", "digests": sets[question.original_ctx].digests},
+            "documents": {
+                "split": "validation", "digests": sets[question.original_ctx].digests,
+                "windows": len(sets[question.original_ctx].windows.start),
+            },
         }  # fmt: skip
         result["report"]["short"] = report(question.original_ctx, short_names)
     result = json.loads(json.dumps(result))  # as it is read back: lists for tuples

@@ -169,7 +169,7 @@ def _training_positions(config: Config, original_ctx: int, scaling: Method) -> D
 
 
 @contextmanager
-def _interrupts() -> Iterator[list[int]]:
+def interrupts() -> Iterator[list[int]]:
     """Collect SIGINT and SIGTERM in a list instead of dying of them; a second one is obeyed at once."""
     caught: list[int] = []
 
@@ -229,7 +229,7 @@ def train(config: Config, *, progress: Progress = silent) -> dict[str, Any]:
     if run.is_done():
         return _train_result(run, skipped=True)
     run.path.mkdir(exist_ok=True)
-    with run.locked(), _interrupts() as caught:
+    with run.locked(), interrupts() as caught:
         begun = run.manifest() if run.manifest_path.exists() else {}
         dtype = resolve_dtype(begun.get("dtype", config.train.dtype), device)
         model = build_model(config, corpus.tokenizer.n_vocab, scaling=scaling, original_ctx=original_ctx)

@@ -8,6 +8,7 @@ from ropelab.figures.diagnose import bucket_labels, observed_words
 from ropelab.figures.explain import explain, mean_cosine
 from ropelab.figures.lines import (
     CAP,
+    WITHOUT_FACTOR,
     Line,
     Panel,
     Point,
@@ -28,6 +29,7 @@ from ropelab.figures.look import png, save, spread
 
 __all__ = [
     "CAP",
+    "WITHOUT_FACTOR",
     "Line",
     "Panel",
     "Point",

@@ -22,11 +22,16 @@ def diagnosis_parts(shown: Mapping[str, Any]) -> list[Part]:
     """The panels of what is known of a run: nothing without evaluations and without measured attention."""
     parts = []
     evaluated = (shown.get("diagnosis") or {}).get("evaluated") or []
+    colours = [PALETTE[index % len(PALETTE)] for index in range(len(evaluated))]  # of a scaling in every panel
     if evaluated:
-        parts.append(_length_part(evaluated, shown["train_ctx"]))
-    by_position = [one for one in evaluated if one["by_position"] and len(one["by_position"]["nll"]) > 1]
-    for protocol in dict.fromkeys(one["by_position"]["protocol"] for one in by_position):
-        chosen = [one for one in by_position if one["by_position"]["protocol"] == protocol]
+        parts.append(_length_part(evaluated, colours, shown["train_ctx"]))
+    by_position = [
+        (one, colour)
+        for one, colour in zip(evaluated, colours, strict=True)
+        if one["by_position"] and len(one["by_position"]["nll"]) > 1
+    ]
+    for protocol in dict.fromkeys(one["by_position"]["protocol"] for one, _ in by_position):
+        chosen = [each for each in by_position if each[0]["by_position"]["protocol"] == protocol]
         parts.append(_position_part(chosen, shown["train_ctx"], protocol))
     if shown.get("attention"):
         parts.append(_attention_part(shown["attention"], shown["train_ctx"]))
@@ -47,7 +52,7 @@ def bucket_labels(edges: Sequence[int]) -> list[str]:
     return [str(low) if high == low + 1 else f"{low}-{high - 1}" for low, high in itertools.pairwise(edges)]
 
 
-def _length_part(evaluated: Sequence[Mapping[str, Any]], train_ctx: int) -> Part:
+def _length_part(evaluated: Sequence[Mapping[str, Any]], colours: Sequence[str], train_ctx: int) -> Part:
     protocols = sorted({one["observed"]["protocol"] for one in evaluated})
     threshold = evaluated[0]["observed"]["threshold"]
     caption = (
@@ -67,7 +72,7 @@ def _length_part(evaluated: Sequence[Mapping[str, Any]], train_ctx: int) -> Part
         axes.set_xscale("log", base=2)
         ends = []
         for index, one in enumerate(evaluated):
-            colour = PALETTE[index % len(PALETTE)]
+            colour = colours[index]
             x, y = [ctx for ctx, _ in one["losses"]], [min(nll, high) for _, nll in one["losses"]]
             if not x:
                 continue
@@ -91,29 +96,26 @@ def _length_part(evaluated: Sequence[Mapping[str, Any]], train_ctx: int) -> Part
     return Part(draw, "Predicted and observed breakdown", caption, 3.2)
 
 
-def _position_part(evaluated: Sequence[Mapping[str, Any]], train_ctx: int, protocol: str) -> Part:
+def _position_part(evaluated: Sequence[tuple[Mapping[str, Any], str]], train_ctx: int, protocol: str) -> Part:
     caption = (
         f"Loss of a token by how many tokens stand before it in the window, by the protocol {protocol}. A model that "
         "makes use of its context falls and stays down; one whose positions break rises from some position on, even "
         "though every token there has more to go by."
     )
-    if protocol == "last":
-        caption += " This protocol scores the end of each window only: evaluate with nonoverlapping to see all of it."
 
     def draw(axes: Axes) -> None:
-        losses = [nll for one in evaluated for nll in one["by_position"]["nll"] if nll is not None]
+        losses = [nll for one, _ in evaluated for nll in one["by_position"]["nll"] if nll is not None]
         low = min(losses, default=0.0)
         high = min(max(losses, default=1.0), low + TALLEST)
         ends = []
-        for index, one in enumerate(evaluated):
-            colour = PALETTE[index % len(PALETTE)]
+        for one, colour in evaluated:
             edges = one["by_position"]["edges"]
             y = [np.nan if nll is None else min(nll, high) for nll in one["by_position"]["nll"]]
             axes.stairs(y, edges, baseline=None, color=colour, linewidth=1.6)
             ends.append((float(y[-1]), scaling_name(one["scaling"], one["factor"]), colour))
         axes.set_ylim(low - 0.06 * (high - low + 0.1), high + 0.06 * (high - low + 0.1))
-        first = min(one["by_position"]["edges"][0] for one in evaluated)
-        last = max(one["by_position"]["edges"][-1] for one in evaluated)
+        first = min(one["by_position"]["edges"][0] for one, _ in evaluated)
+        last = max(one["by_position"]["edges"][-1] for one, _ in evaluated)
         axes.set_xlim(first, last)
         axes.set_xlabel("tokens before it in the window")
         axes.set_ylabel("loss (nats per token)")
@@ -131,8 +133,8 @@ def _attention_part(found: Mapping[str, Any], train_ctx: int) -> Part:
     beyond = np.asarray(found["beyond"], dtype=np.float64)  # (layers, heads)
     caption = (
         f"Measured on text: where the last {found['queries'] // found['documents']} positions of {found['ctx']} tokens "
-        f"look, mean of {found['documents']} documents of {found['text']} ({found['split']} split). One row a head, one "
-        "column a range of distances, each twice as wide as the one before; a row sums to 100%. The bottom row is "
+        f"look, mean of {found['documents']} documents of {found['text']} ({found['split']} split). One row a head, "
+        "one column a range of distances, each twice as wide as the one before; a row sums to 100%. The bottom row is "
         "attention that sees all tokens alike. "
     )
     if found["ctx"] > train_ctx:
@@ -163,7 +165,7 @@ def _attention_part(found: Mapping[str, Any], train_ctx: int) -> Part:
         return artist
 
     height = min(6.0, max(2.4, 0.16 * (layers * heads + 1)))
-    return Part(draw, "Where each head looks", caption, height, "% of attention")
+    return Part(draw, "Where each head looks", caption, height, "% of attention", below=0.95)
 
 
 def _token_axis(axes: Axes, ctxs: Sequence[int], label: str) -> None:

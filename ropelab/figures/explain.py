@@ -58,11 +58,14 @@ def _nothing_to_draw(shown: Mapping[str, Any]) -> str:
             "token averages over one token, the second over two, and a trained model can learn to count from that."
         )
     if shown["pos"] == "learned":
+        past = {
+            "clamp": "all read the last row of the table.",
+            "interpolate": "find one between two rows: the table is stretched.",
+        }.get(shown["scaling"], "have no vector: the method is undefined there.")
         return (
             f"A learned table gives each of the {shown['train_ctx']} training positions a vector of its own, which is "
             "added to the token there. The vectors start as noise and get their meaning in training, so a method "
-            f"alone has nothing to draw. Position {shown['train_ctx']} and later ones have no vector: the method is "
-            "undefined there."
+            f"alone has nothing to draw: name a trained run. Position {shown['train_ctx']} and later ones {past}"
         )
     if shown["pos"] == "drope":
         return (
@@ -151,7 +154,7 @@ def _wavelength_part(shown: Mapping[str, Any]) -> Part:
     train_ctx, ctx = shown["trained_length"], shown["ctx"]
     trained, scaled = _column(shown, "wavelength_train"), _column(shown, "wavelength")  # (pairs,) tokens per full turn
     turned = _column(shown, "full_period") > 0
-    moved = ~(np.isclose(trained, scaled, rtol=1e-6))
+    moved = ~np.isclose(trained, scaled, rtol=1e-6)
     still = int(np.isinf(scaled).sum())
     caption = (
         f"Tokens until a pair is back where it started. Filled, {int(turned.sum())} of {len(turned)} pairs: at least "
@@ -159,9 +162,10 @@ def _wavelength_part(shown: Mapping[str, Any]) -> Part:
         "one turn, "
     )
     if moved.any():
-        caption += f"so that some angles were not. Grey: as trained. {scaling_name(shown['scaling'], shown['factor'])} moves grey to colour."
+        name = scaling_name(shown["scaling"], shown["factor"])
+        caption += f"so that some angles were not. Grey: as trained. {name} moves grey to colour."
     else:
-        caption += "so that longer texts bring angles which the model never met."
+        caption += "so that longer distances bring angles which the model never met."
     if still:
         caption += f" {still} pairs do not turn at all and are not drawn."
 
@@ -183,6 +187,7 @@ def _wavelength_part(shown: Mapping[str, Any]) -> Part:
             place: dict[str, Any] = {"textcoords": "offset points", "size": 8, "va": "top" if below else "bottom"}
             where = axes.get_yaxis_transform()
             axes.annotate(f"{words} {length}", (0, length), (3, -3 if below else 2), xycoords=where, **place)
+        axes.set_xlim(-0.6, len(pairs) - 0.4)
         axes.set_xlabel("pair")
         axes.set_ylabel("wavelength (tokens)")
         _plain_log(axes)
@@ -219,6 +224,7 @@ def _turns_part(shown: Mapping[str, Any]) -> Part:
         axes.axhline(1, color=INK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
         place: dict[str, Any] = {"textcoords": "offset points", "size": 8, "va": "bottom", "ha": "right"}
         axes.annotate("one full turn", (1, 1), (-3, 2), xycoords=axes.get_yaxis_transform(), **place)
+        axes.set_xlim(-0.6, len(pairs) - 0.4)
         axes.set_xlabel("pair")
         axes.set_ylabel("full turns")
         _plain_log(axes)
@@ -274,12 +280,14 @@ def _bias(shown: Mapping[str, Any]) -> np.ndarray:
 def _bias_part(shown: Mapping[str, Any]) -> Part:
     bias = _bias(shown)
     floor = -10.0
+    query = shown["bias"].get("query")
+    cause = "nothing but its distance back" if query is None else "its distance back and the query's position"
     caption = (
-        "Before the softmax, each head adds this number to the score of a token, by nothing but its distance back. "
-        "Lower means less attention: −1 divides a token's weight by 2.7, −10 by 22,000. "
+        f"Before the softmax, each head adds this number to the score of a token, by {cause}. Lower means less "
+        "attention: −1 divides a token's weight by 2.7, −10 by 22,000. "
     )
-    if shown["bias"].get("query") is not None:
-        caption += f"It depends on the query too: this is the bias of the last one, at {shown['bias']['query']}. "
+    if query is not None:
+        caption += f"Drawn for the last query, at {query}. "
     if bias.min() < floor:
         caption += "The axis is cut at −10, below which a token hardly counts. "
     caption += "Heads differ so that some look near and some far. " + _beyond(shown).replace("positions", "distances")

@@ -22,15 +22,16 @@ class Part:
     caption: str
     height: float = 2.7
     bar: str | None = None
+    below: float = 0.62  # inches for the labels of the horizontal axis
 
 
 def stack(title: str, parts: Sequence[Part], notes: Sequence[str] = ()) -> Figure:
     """Panels one below the other, each caption to the right of its panel; notes below the title."""
     width, left, plot, text = 11.0, 0.95, 5.65, 7.62
     said = [line for note in notes for line in textwrap.wrap(f"{note[0].upper()}{note[1:]}.", 128)]
-    top, above, below = 0.55 + 0.17 * len(said), 0.42, 0.62
+    top, above = 0.55 + 0.17 * len(said), 0.42
     # a caption may be taller than its panel: a line of it is 8.8 x 1.42 points
-    room = [max(part.height + below, 0.3 + 0.174 * len(_lines(part)) + 0.3) for part in parts]
+    room = [max(part.height + part.below, 0.3 + 0.174 * len(_lines(part)) + 0.3) for part in parts]
     tall = top + sum(above + high for high in room)
     figure = new_figure(width, tall)
     figure.text(0.14 / width, 1 - 0.3 / tall, title, size=13, weight="bold", va="top")

@@ -15,8 +15,9 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ropelab.figures import Line, Panel, Point, around, number, panels, protocol_words, styles
+from ropelab.figures import WITHOUT_FACTOR, Line, Panel, Point, around, number, panels, protocol_words, styles
 from ropelab.report.assets import STYLE
+from ropelab.report.bends import bend_section
 from ropelab.report.markup import esc, section
 from ropelab.report.plot import curve_section, plot_scripts
 from ropelab.report.results import finite
@@ -52,6 +53,7 @@ def html_page(
     notes: Sequence[str],
     manifest: Mapping[str, Any],
     picture: bytes,
+    diagnoses: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """The whole page; `picture` is the PNG file of the curves, the rest as in `write_report`."""
     drawn = panels(evals)
@@ -69,6 +71,7 @@ def html_page(
         _number_section(drawn),
         _protocol_section(drawn),
         _context_section(drawn),
+        bend_section(diagnoses),
         _command_section(manifest.get("commands") or _commands(evals, verdicts)),
         _manifest_section(manifest),
     ]
@@ -320,7 +323,7 @@ def _commands(evals: Sequence[Mapping[str, Any]], verdicts: Sequence[Mapping[str
         lengths = [str(row["ctx"]) for row in item["rows"]]
         words = ["ropelab", "eval", item["run"], "--ctx", ",".join(lengths) + ("," if len(lengths) == 1 else "")]
         words += ["--protocol", protocol["name"], "--scaling", item["scaling"]]
-        if item["scaling"] != "none":
+        if item["scaling"] not in ("none", *WITHOUT_FACTOR):
             words += ["--factor", "auto-row" if item.get("factor") is None else f"{item['factor']:g}"]
         own = [key for key in ("stride", "last") if OWNER[key] == protocol["name"]]
         words += [f"eval.{key}={protocol[key]}" for key in (*own, "max_ctx", "tokens") if protocol.get(key) is not None]
