@@ -135,7 +135,8 @@ def _new_pairs(at: At, met: Trained | None, ctx: int) -> int | None:
 
 def _evaluated_with(item: Mapping[str, Any], trained: Config, original_ctx: int) -> At | None:
     """The encodings that an evaluation used, by ctx; None for one of a version that did not store the parameters."""
-    if "scaling_parameters" not in item:
+    parameters = {} if item["scaling"] == "none" else item.get("scaling_parameters")
+    if parameters is None:
         return None
-    scaling = Method(item["scaling"], item["scaling_parameters"])
+    scaling = Method(item["scaling"], parameters)
     return encodings_at(trained, scaling, original_ctx, longest=max(row["ctx"] for row in item["rows"]))

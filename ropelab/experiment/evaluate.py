@@ -146,6 +146,9 @@ def evaluate(
     result_path, losses_path = run.results / f"{name}.json", run.results / f"{name}.safetensors"
     stored = files.read_json(result_path)
     if stored is not None and losses_path.exists():
+        if "scaling_parameters" not in stored:  # made by the first version; the name says that they are these
+            stored["scaling_parameters"] = dict(scaling.parameters)
+            files.write_json(result_path, stored)
         return Evaluated(stored, losses_path)
 
     _make_results_folder(run)
