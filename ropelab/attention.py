@@ -101,7 +101,8 @@ class Attend:
         if self.kernel == "materialised":
             assert self.mask is not None
             if decay is None:
-                return _materialised(q, k, v, self.mask.to(q.dtype))
+                # a learned bias in fp32, or its gradient would be summed in bf16
+                return _materialised(q, k, v, self.mask if self.mask.requires_grad else self.mask.to(q.dtype))
             # in fp32: a total over the text outgrows what bf16 can tell apart
             return _materialised(q, k, v, self.mask - _decays(decay, slice(None), slice(None)))
         return self._blocks(q, k, v, far, decay)

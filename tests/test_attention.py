@@ -143,6 +143,18 @@ def test_the_gradient_of_a_bias_is_the_same_every_time() -> None:
     assert all(torch.equal(gradients[0], other) for other in gradients[1:])
 
 
+def test_a_learned_bias_is_added_in_fp32_to_bf16_scores() -> None:
+    """Biases of 100 and 100.2, which bf16 does not tell apart: weights of 0.45 and 0.55, not two halves."""
+    q, k = torch.zeros(2, 1, 1, 2, 8, dtype=torch.bfloat16).unbind(0)
+    v = torch.eye(2, 8).bfloat16()[None, None]
+    bias = torch.tensor([[100.0, 100.2]], requires_grad=True)
+    attend = Attend(2, bias=Bias(bias), device=CPU, training=True)
+    assert attend.kernel == "materialised"
+    out = attend(q, k, v)
+    assert out.dtype == torch.bfloat16
+    assert out[0, 0, 1, 0].item() == pytest.approx(1 / (1 + math.exp(-0.2)), abs=3e-3)
+
+
 def test_decays_are_exact_late_in_a_long_text() -> None:
     """Steps of 1e-3 on a total of 1e5: an fp32 total would be off by 4e-3, more than a step."""
     steps = torch.full((1, 1, 64), 1e-3, dtype=torch.float64)
