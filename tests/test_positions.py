@@ -175,7 +175,7 @@ def test_contract_of_every_encoding(name: str) -> None:
     assert (decay is not None) == encoding.reads_content
     if decay is not None:
         assert decay.total.shape == (3, 4, 16)
-        assert decay.total.dtype == torch.float32
+        assert decay.total.dtype == torch.float64
         assert (decay.total.diff(dim=-1) >= 0).all()
         if decay.gain is not None:
             assert decay.gain.shape == (3, 4, 16)
