@@ -86,7 +86,13 @@ def load(overrides: Sequence[str] = (), *, parent: Mapping[str, Any] | None = No
             _assign(tree, key, text)
     if factors is not None:
         found = _factors_file(factors)
-        tree["scaling"].update({key: value for key, value in found.items() if f"scaling.{key}" not in pairs})
+        for key, value in found.items():
+            if f"scaling.{key}" in pairs and tree["scaling"][key] != value:
+                raise ValueError(
+                    f"scaling.{key}={pairs[f'scaling.{key}']} beside scaling.factors={factors}: the file says {key}; "
+                    "leave one of them out"
+                )
+            tree["scaling"][key] = value
     return from_dict(tree)
 
 
@@ -160,6 +166,14 @@ def from_dict(tree: dict[str, Any]) -> Config:
     for item in fields["eval"].scalings:
         parse_scaling(item)
     return Config(**fields)
+
+
+def changed(group: str, method: Method) -> dict[str, Any]:
+    """The parameters of a method that are not the defaults of its YAML; a scaling's factor is told apart from them."""
+    defaults = _defaults(group, method.name)
+    return {
+        key: value for key, value in method.parameters.items() if key != "factor" and value != defaults.get(key, value)
+    }
 
 
 def parse_scaling(text: str) -> Method:
@@ -237,9 +251,10 @@ def _assign(tree: dict[str, Any], key: str, text: str) -> None:
         if head in METHODS:
             name = tree[head]["name"]
             if key == "scaling.factor":
+                if name != "none":
+                    raise ValueError(f"scaling={name} takes no factor; leave out --factor and scaling.factor={text}")
                 methods = ", ".join(method for method in choices("scaling") if "factor" in _defaults("scaling", method))
-                instead = "needs a scaling" if name == "none" else f"is not for {name}"
-                raise ValueError(f"scaling.factor={text} {instead}; add scaling=NAME, one of {methods}")
+                raise ValueError(f"scaling.factor={text} needs a scaling; add scaling=NAME, one of {methods}")
             known = [f"{head}.{parameter}" for parameter in tree[head] if parameter != "name"]
             takes = nearest(key, known) if known else "; it has none"
             raise ValueError(f"{head}={name} has no parameter '{rest}'{takes}")

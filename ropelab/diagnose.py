@@ -9,6 +9,7 @@ Chen et al. 2023 (2306.15595), section 2.2; Peng et al. 2023 (2309.00071), secti
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -221,25 +222,37 @@ def _unmet(encoding: PositionEncoding, ctx: int, length: int) -> tuple[int | Non
 # --- the observed breakdown -----------------------------------------------------------------------------------------
 
 
-def by_method(evals: Sequence[Mapping[str, Any]], protocols: Sequence[str]) -> dict[tuple[str, Any], Mapping[str, Any]]:
-    """The `eval` object that says most about each (scaling, factor): of the first protocol, then the longest ladder.
+Key = tuple[str, float | None, str]
+"""A scaling as evaluated: its name, factor, and the parameters that are not the defaults, as JSON."""
+
+
+def key_of(item: Mapping[str, Any]) -> Key:
+    return item["scaling"], item["factor"], json.dumps(item.get("scaling_changed") or {}, sort_keys=True)
+
+
+def by_method(
+    evals: Sequence[Mapping[str, Any]], protocols: Sequence[str], preferred: str | None
+) -> dict[Key, Mapping[str, Any]]:
+    """The `eval` object that says most about each scaling: of the first protocol, on the `preferred` targets (a digest)
+    rather than on others, of the longest ladder.
 
     Left out: window controls, and evaluations of the validation split.
     """
-    chosen: dict[tuple[str, Any], Mapping[str, Any]] = {}
+    chosen: dict[Key, Mapping[str, Any]] = {}
     for item in evals:
         protocol = item["protocol"]
         if item["window"] is not None or protocol["name"] not in protocols or protocol.get("split", "test") != "test":
             continue
-        key = (item["scaling"], item["factor"])
-        if key not in chosen or _worth(item, protocols) > _worth(chosen[key], protocols):
+        key = key_of(item)
+        if key not in chosen or _worth(item, protocols, preferred) > _worth(chosen[key], protocols, preferred):
             chosen[key] = item
     return chosen
 
 
-def _worth(item: Mapping[str, Any], protocols: Sequence[str]) -> tuple[int, int, int]:
+def _worth(item: Mapping[str, Any], protocols: Sequence[str], preferred: str | None) -> tuple[int, bool, int, int]:
     ctxs = [row["ctx"] for row in item["rows"]]
-    return -protocols.index(item["protocol"]["name"]), max(ctxs), len(ctxs)
+    same = preferred is not None and item["protocol"].get("targets_digest") == preferred
+    return -protocols.index(item["protocol"]["name"]), same, max(ctxs), len(ctxs)
 
 
 def observe(

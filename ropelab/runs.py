@@ -76,6 +76,15 @@ def identity(
     return known
 
 
+def recipe(manifest: Mapping[str, Any]) -> str:
+    """A digest of all that changes a run's numbers but its seed; of a parent its recipe, not its own seed."""
+    known = {key: value for key, value in manifest["identity"].items() if key != "seed"}
+    parent = manifest.get("parent")
+    if parent is not None:
+        known["parent"] = parent.get("recipe", parent["digest"])
+    return files.digest_of(known)[:16]
+
+
 def run_name(config: Config, digest: str) -> str:
     """`rope-books-s0-1a2b3c4d`, `rope-yarn-pose-books-s0-1a2b3c4d`."""
     words = [config.pos.name]
@@ -336,12 +345,15 @@ def find_run(name: str, runs_dir: Path) -> RunDir:
         if (candidate / "manifest.json").is_file():
             return RunDir(candidate)
     known = all_runs(runs_dir)
-    matches = [run for run in known if run.name.startswith(name) or run.name.rpartition("-")[2] == name]
+    # `sinusoidal` is sinusoidal-stdlib-s0-..., not sinusoidal_qk-...
+    matches = [run for run in known if run.name.startswith(f"{name}-") or run.name.rpartition("-")[2] == name]
+    matches = matches or [run for run in known if run.name.startswith(name)]
     if len(matches) == 1:
         return matches[0]
     if matches:
         more = f" and {len(matches) - 8} more" if len(matches) > 8 else ""
-        raise RunError(f"'{name}' names {len(matches)} runs: {', '.join(run.name for run in matches[:8])}{more}")
+        listed = ", ".join(run.name for run in matches[:8])
+        raise RunError(f"'{name}' names {len(matches)} runs: {listed}{more}; give more of the name of one")
     import difflib
 
     close = difflib.get_close_matches(name, [run.name for run in known], n=1, cutoff=0.4)

@@ -78,6 +78,7 @@ def numbers(
         "pos": config.pos.name,
         "scaling": method.name,
         "factor": method.parameters.get("factor"),
+        "scaling_parameters": dict(method.parameters),
         "ctx": ctx,
         "train_ctx": config.train.ctx,
         "trained_length": length or config.train.ctx,

@@ -340,7 +340,7 @@ def test_bad_values_name_the_key_and_the_fix(key: str, value: str, says: str) ->
         (["pos.bse=1"], "pos=rope has no parameter 'bse'; did you mean pos.base?"),
         (["pos=alibi", "pos.base=1"], "pos=alibi has no parameter 'base'; it has none"),
         (["scaling.factor=4"], "add scaling=NAME, one of dynamic_linear, dynamic_ntk, dynamic_yarn, "),
-        (["scaling=rerope", "scaling.factor=4"], "is not for rerope; add scaling=NAME, one of dynamic_linear"),
+        (["scaling=rerope", "scaling.factor=4"], "scaling=rerope takes no factor; leave out --factor"),
         (["positions=pose", "positions.max_ctx=0"], "positions.max_ctx must be a whole number >= 1"),
         (["positions=pose", "positions.max_ctx=1.5"], "positions.max_ctx must be a whole number >= 1"),
         (["positions=skips"], "valid: contiguous, pose, randomized"),

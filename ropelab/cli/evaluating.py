@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -80,8 +79,11 @@ def evaluate(
                 )  # fmt: skip
                 results.append(done.result)
         for result in results:
-            if result["factor"] == 1 and not result["scaling"].startswith("dynamic"):
-                say(f"{result['scaling']} with factor 1 changes nothing; give --factor or a longer --ctx")
+            if all(row.get("idle", False) for row in result["rows"]):
+                say(
+                    f"{result['scaling']} with these parameters changes nothing at these lengths: the numbers are the "
+                    "plain model's; give others, or a longer --ctx"
+                )
         if as_json:
             print_json(results[0] if len(results) == 1 else {"results": results})
         else:
@@ -141,8 +143,10 @@ def make_report(
         named, settings = separate(list(arguments or []))
         runs_dir = Path(config.load(settings).runs_dir).expanduser()
         found = [runs.find_run(name, runs_dir) for name in named] or runs.all_runs(runs_dir)
-        evals = [stored_evaluation(path) for run in found for path in sorted(run.results.glob("*.json"))]
         check_output(output, picture=False)
+        from ropelab.experiment.stored import evaluations
+
+        evals = [item for run in found for item in evaluations(run)]
         if not evals:
             raise ValueError(
                 f"no evaluation in {runs_dir if not named else ', '.join(named)}; run `ropelab eval` first"
@@ -162,10 +166,3 @@ def make_report(
             diagnoses=[diagnosis(run.manifest(), evals) for run in found],
         )  # fmt: skip
         print(page)
-
-
-def stored_evaluation(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); remove it and evaluate again") from None

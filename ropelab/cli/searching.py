@@ -97,6 +97,12 @@ def search(
             print_json({**result, "path": str(output or path), "scored": scored})
             return
         _print(result)
+        best, drawn = result["search"]["nll"], result["search"]["random"]["nll"]
+        if best is not None and drawn is not None and drawn < best:
+            say(
+                f"random search found better factors on the search set ({drawn:.4f} against {best:.4f} nats): this "
+                "search is too small; raise search.population and search.iterations"
+            )
         print(output or path)
 
 

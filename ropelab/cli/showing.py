@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ropelab.cli.evaluating import questions_of, stored_evaluation
+from ropelab.cli.evaluating import questions_of
 from ropelab.cli.options import (
     Ctx,
     Factor,
@@ -124,6 +124,7 @@ def _show_method(settings: list[str], ctx: list[str] | None, *, as_json: bool, o
     from ropelab import show as shown
 
     numbers = shown.numbers(resolved, ctx=_one_length(ctx) or resolved.train.ctx)
+    numbers |= _changed(resolved.pos, resolved.scaling)
     _draw(numbers, output)
     if as_json:
         print_json(numbers)
@@ -145,8 +146,9 @@ def _show_run(
     trained = config.from_dict(manifest.get("config", {}))
     ((scaling, _),) = questions_of(manifest["config"], settings, ())
     from ropelab.experiment.diagnosing import diagnosis, trained_encoding
+    from ropelab.experiment.stored import evaluations
 
-    diagnosed = diagnosis(manifest, [stored_evaluation(path) for path in sorted(run.results.glob("*.json"))])
+    diagnosed = diagnosis(manifest, evaluations(run))
     scaling = scaling or trained.scaling
     length = _one_length(ctx) or _evaluated_length(diagnosed, scaling.name)
     method, encoding = trained_encoding(run, scaling, longest=length)
@@ -159,6 +161,7 @@ def _show_run(
         encoding=encoding,
         original_ctx=manifest["original_ctx"],
     )
+    numbers |= _changed(trained.pos, method)
     numbers |= {"run": run.name, "diagnosis": diagnosed, "attention": None}
     if attention:
         from ropelab.experiment.attending import attention as attend
@@ -184,6 +187,13 @@ def _evaluated_length(diagnosed: dict[str, Any], scaling: str) -> int:
     """The longest ctx with a loss under this scaling; where it was not evaluated, the training length."""
     lengths = [ctx for one in diagnosed["evaluated"] if one["scaling"] == scaling for ctx, _ in one["losses"]]
     return max(lengths, default=int(diagnosed["train_ctx"]))
+
+
+def _changed(pos: Any, scaling: Any) -> dict[str, Any]:
+    """The parameters that are not the defaults, for titles and JSON."""
+    from ropelab import config
+
+    return {"pos_changed": config.changed("pos", pos), "scaling_changed": config.changed("scaling", scaling)}
 
 
 def _draw(numbers: dict[str, Any], output: Path | None) -> None:
@@ -229,7 +239,7 @@ def _print_numbers(numbers: dict[str, Any]) -> None:
         distances = [d for d in (0, 1, 2, 4, 16, 64, 256, 1024, 4096) if d < numbers["ctx"]]
         print("bias by distance\nhead" + "".join(f"{d:>12}" for d in distances))
         for head, row in enumerate(numbers["bias"]["by_distance"]):
-            print(f"{head:>4}" + "".join(f"{row[d] + 0.0:>12.5g}" for d in distances))
+            print(f"{head + 1:>4}" + "".join(f"{row[d] + 0.0:>12.5g}" for d in distances))
     if numbers["embedding"] is not None:
         rows, columns = len(numbers["embedding"]), len(numbers["embedding"][0])
         scale = numbers["embedding_scale"]
@@ -271,20 +281,24 @@ def _print_diagnosis(numbers: dict[str, Any]) -> None:
     from ropelab import figures
 
     console = Console()
-    current = (numbers["scaling"], numbers["factor"])
-    if not any((one["scaling"], one["factor"]) == current for one in diagnosed["evaluated"]):
+    current = (numbers["scaling"], numbers["factor"], numbers["scaling_changed"])
+    if not any((one["scaling"], one["factor"], one["changed"]) == current for one in diagnosed["evaluated"]):
         scaled = "" if current[0] == "none" else f" --scaling {current[0]}"
         scaled += "" if current[1] is None else f" --factor {current[1]:g}"
+        scaled += "".join(f" scaling.{key}={value}" for key, value in current[2].items())
         print(f"\nnot evaluated: run `ropelab eval {numbers['run']} --protocol last{scaled}`")
     if not diagnosed["evaluated"]:
         return
     table = Table(title="Predicted and observed breakdown, in tokens", title_justify="left")
-    for column in ("scaling", "longest ctx", "pairs with new angles", "predicted from", "observed", "protocol"):
+    for column in ("scaling", "at", "new angles", "predicted", "observed", "protocol"):
         words = column in ("scaling", "protocol")
-        table.add_column(column, justify="left" if words else "right", no_wrap=column in ("scaling", "observed"))
+        table.add_column(column, justify="left" if words else "right", no_wrap=column != "scaling", overflow="fold")
     for one in diagnosed["evaluated"]:
         table.add_row(
-            Text(figures.scaling_name(one["scaling"], one["factor"]) + (" (trained)" if one["trained"] else "")),
+            Text(
+                figures.scaling_name(one["scaling"], one["factor"], one["changed"])
+                + (" (trained)" if one["trained"] else "")
+            ),
             str(one["ctx"]),
             "-" if one["new_pairs"] is None else f"{one['new_pairs']} of {diagnosed['pairs']}",
             str(one["predicted"]["breaks_from"] or "none"),
@@ -292,9 +306,12 @@ def _print_diagnosis(numbers: dict[str, Any]) -> None:
             one["observed"]["protocol"],
         )
     console.print(table)
+    print(
+        "at: the longest length evaluated; new angles: pairs that are asked there for angles that training did not show"
+    )
     print("predicted: the first length that asks for what training did not show")
     for one in diagnosed["evaluated"]:
-        print(f"  {figures.scaling_name(one['scaling'], one['factor'])}: {one['predicted']['why']}")
+        print(f"  {figures.scaling_name(one['scaling'], one['factor'], one['changed'])}: {one['predicted']['why']}")
     threshold = diagnosed["evaluated"][0]["observed"]["threshold"]
     print(
         f"observed: the loss is more than {threshold:g} nats above that of the model as trained at train_ctx, on the "
@@ -304,11 +321,8 @@ def _print_diagnosis(numbers: dict[str, Any]) -> None:
     if not known:
         print(f"loss by position: not evaluated; run `ropelab eval {numbers['run']} --protocol nonoverlapping`")
     for one in known:
-        curve = one["by_position"]
-        print(
-            f"\nloss by position, {figures.scaling_name(one['scaling'], one['factor'])}, at {curve['ctx']} tokens "
-            f"({curve['protocol']}): nats"
-        )
+        curve, name = one["by_position"], figures.scaling_name(one["scaling"], one["factor"], one["changed"])
+        print(f"\nloss by position, {name}, at {curve['ctx']} tokens ({curve['protocol']}): nats")
         for low, high, nll in zip(curve["edges"][:-1], curve["edges"][1:], curve["nll"], strict=True):
             print(f"  {low:>8.0f} to {high:<8.0f} {'-' if nll is None else f'{nll:.4f}':>8}")
 
@@ -325,7 +339,7 @@ def _print_attention(found: dict[str, Any], train_ctx: int) -> None:
     for layer, heads in enumerate(found["mass"]):
         for head, row in enumerate(heads):
             print(
-                f"{layer:>5} {head:>4}"
+                f"{layer + 1:>5} {head + 1:>4}"
                 + "".join(f"{100 * share:>11.1f}" for share in row)
                 + f"{100 * found['beyond'][layer][head]:>11.1f}{found['mean_distance'][layer][head]:>9.0f}"
             )

@@ -53,8 +53,10 @@ class HubDocuments(Sequence[Document]):
 def load_hub(path: str, subset: str | None) -> Any:
     """The dataset with its splits (a `datasets.DatasetDict`). ValueError: why it cannot be loaded, in one line."""
     import datasets
+    from huggingface_hub.utils import logging as hub_logging
 
     datasets.disable_progress_bars()
+    hub_logging.set_verbosity_error()  # each retry would be a warning; what it comes to is said once
     try:
         return datasets.load_dataset(path, subset)
     except Exception as error:  # whatever goes wrong in there comes from the dataset or the network

@@ -11,7 +11,7 @@ from ropelab import diagnose
 from ropelab.diagnose import At, Trained
 from ropelab.experiment.evaluate import encoding_of
 from ropelab.positions import PositionEncoding, Rope, resolve_factor
-from ropelab.runs import RunDir
+from ropelab.runs import RunDir, recipe
 from ropelab.schema import Config, ContextLengthError, Method
 
 
@@ -54,12 +54,13 @@ def encodings_at(trained: Config, scaling: Method, original_ctx: int, *, longest
 def diagnosis(manifest: Mapping[str, Any], evals: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What a run's configuration and its evaluations say together; needs neither its weights nor text.
 
-    {"run", "pos", "train_ctx", "trained_length": positions drawn in training, "pairs": rotary pairs | None,
-    "full_period": how many of them saw one | None, "evaluated": one object per (scaling, factor) of `evals`}, which
-    holds {"scaling", "factor", "trained": is it the scaling of training?, "ctx": the longest evaluated, "new_pairs":
-    pairs that are asked for new angles there | None, "predicted": as `diagnose.predict`, "observed": as
-    `diagnose.observe`, "losses": [[ctx, nll], ...] behind it, "by_position": a position curve that begins inside the
-    training length, with the protocol and ctx it belongs to | None}.
+    {"run", "pos", "pos_changed", "recipe", "train_ctx", "trained_length": positions drawn in training, "pairs": rotary
+    pairs | None, "full_period": how many of them saw one | None, "evaluated": one object per scaling, factor and
+    parameters of `evals`}, which holds {"scaling", "factor", "changed": parameters that are not the defaults,
+    "trained": is it the scaling of training?, "ctx": the longest evaluated, "new_pairs": pairs that are asked for new
+    angles there | None, "predicted": as `diagnose.predict`, "observed": as `diagnose.observe`, "losses": [[ctx, nll],
+    ...] behind it, "targets": the digest of what they are losses on, "by_position": a position curve that begins
+    inside the training length, with the protocol, targets and ctx it belongs to | None}.
     """
     trained = configs.from_dict(manifest["config"])
     original_ctx = manifest["original_ctx"]
@@ -76,10 +77,11 @@ def diagnosis(manifest: Mapping[str, Any], evals: Sequence[Mapping[str, Any]]) -
     as_trained = [item for item in own if _is_trained(item, trained) and item["window"] is None]
     # of `last` and `sliding` it is the end of a window only, which shows no bend
     reaching = [item for item in own if (curve := item.get("position_curve")) and curve["edges"][0] < trained.train.ctx]
-    positions = diagnose.by_method(reaching, ("nonoverlapping", "prefix", "sliding", "last"))
+    by_position = ("nonoverlapping", "prefix", "sliding", "last")
+    positions = diagnose.by_method(reaching, by_position, _targets(as_trained, by_position))
     evaluated = []
-    for key, item in diagnose.by_method(own, diagnose.PROTOCOLS).items():
-        scaling, factor = key
+    for key, item in diagnose.by_method(own, diagnose.PROTOCOLS, _targets(as_trained, diagnose.PROTOCOLS)).items():
+        scaling, factor, _ = key
         longest = max(row["ctx"] for row in item["rows"])
         at = _evaluated_with(item, trained, original_ctx)
         why = "an earlier version made this evaluation and stored no parameters: evaluate it again for a prediction"
@@ -94,27 +96,41 @@ def diagnosis(manifest: Mapping[str, Any], evals: Sequence[Mapping[str, Any]]) -
             {
                 "scaling": scaling,
                 "factor": factor,
+                "changed": item.get("scaling_changed") or {},
                 "trained": _is_trained(item, trained),
                 "ctx": longest,
                 "new_pairs": new_pairs,
                 "predicted": predicted,
                 "observed": diagnose.observe(item, as_trained),
+                "targets": item["protocol"].get("targets_digest"),
                 "losses": [[row["ctx"], row["nll"]] for row in item["rows"] if row["status"] == "ok"],
                 "by_position": None
                 if where is None
-                else {"protocol": where["protocol"]["name"], **where["position_curve"]},
+                else {
+                    "protocol": where["protocol"]["name"],
+                    "targets": where["protocol"].get("targets_digest"),
+                    **where["position_curve"],
+                },
             }
         )
-    evaluated.sort(key=lambda one: (not one["trained"], one["scaling"], one["factor"] or math.inf))
+    evaluated.sort(key=lambda one: (not one["trained"], one["scaling"], one["factor"] or math.inf, str(one["changed"])))
     return {
         "run": manifest["run"],
         "pos": trained.pos.name,
+        "pos_changed": configs.changed("pos", trained.pos),
+        "recipe": recipe(manifest),
         "train_ctx": trained.train.ctx,
         "trained_length": diagnose.trained_length(trained, original_ctx),
         "pairs": None if met is None else len(met.inv_freq),
         "full_period": None if met is None else int(met.full.sum()),
         "evaluated": evaluated,
     }
+
+
+def _targets(as_trained: Sequence[Mapping[str, Any]], protocols: Sequence[str]) -> str | None:
+    """The targets that the run as trained was scored on, which its scalings are compared with."""
+    best = next(iter(diagnose.by_method(as_trained, protocols, None).values()), None)
+    return None if best is None else best["protocol"].get("targets_digest")
 
 
 def _is_trained(item: Mapping[str, Any], trained: Config) -> bool:

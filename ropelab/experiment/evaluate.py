@@ -19,6 +19,7 @@ from ropelab import config as configs
 from ropelab import data, files, runs, stats
 from ropelab.evaluation import ladder, lay_out, position_curve, score, target_documents, target_tokens
 from ropelab.experiment.devices import DTYPE_NAMES, device_name, resolve_device
+from ropelab.experiment.stored import labels
 from ropelab.experiment.train import Progress, build_model, silent
 from ropelab.model import GPT
 from ropelab.positions import SCALINGS, Geometry, PositionEncoding, applied_parameters, build, resolve_factor
@@ -108,11 +109,13 @@ def evaluate(
     device: str = "auto",
     cache_dir: str,
     progress: Progress = silent,
+    folder: Path | None = None,
 ) -> Evaluated:
     """Perplexity of a finished run over a ladder of contexts, under one protocol and one scaling.
 
     `scaling` replaces the trained one (`none` removes it; None keeps it); `other_text` is scored instead of the run's
-    own test split, with the run's tokeniser. An evaluation that the run folder holds already is read, not repeated.
+    own test split, with the run's tokeniser. An evaluation that the run folder holds already is read, not repeated;
+    `folder` is another place for it than the run's results, for one that is a step of something else.
     `ValueError` for what cannot be evaluated; a length at which the encoding is undefined is a row that says so.
     """
     target = resolve_device(device)
@@ -143,15 +146,17 @@ def evaluate(
         **({} if config.baseline is None else {"baseline": config.baseline}),
     }
     name = files.digest_of(question)[:16]
-    result_path, losses_path = run.results / f"{name}.json", run.results / f"{name}.safetensors"
+    kept_in = folder or run.results
+    result_path, losses_path = kept_in / f"{name}.json", kept_in / f"{name}.safetensors"
+    described = {"scaling_parameters": dict(scaling.parameters), **labels(manifest, scaling)}
     stored = files.read_json(result_path)
     if stored is not None and losses_path.exists():
-        if "scaling_parameters" not in stored:  # made by the first version; the name says that they are these
-            stored["scaling_parameters"] = dict(scaling.parameters)
+        if "recipe" not in stored:  # made by an earlier version; the file's name says that they are these
+            stored = {**stored, **described}
             files.write_json(result_path, stored)
         return Evaluated(stored, losses_path)
 
-    _make_results_folder(run)
+    _make_results_folder(run, kept_in)
     model = load_model(run, weights, device=target)
     plain = model.encoding
     baseline = None if config.baseline is None else unigram_nll(own.train.tokens, tokenizer.n_vocab)  # (V,)
@@ -180,7 +185,7 @@ def evaluate(
         except ContextLengthError as error:
             rows.append(_undefined(ctx, factor, str(error)))
             continue
-        check_applied(methods[ctx], plain, original_ctx, ctx, spectrum)
+        idle = check_applied(methods[ctx], plain, original_ctx, ctx, spectrum)
         tokens = target_tokens(windows, documents)
         if baseline is not None:
             losses = baseline[tokens]
@@ -197,6 +202,7 @@ def evaluate(
             {
                 "ctx": ctx,
                 "factor": factor,
+                "idle": idle,
                 **_figures(losses, tokenizer.byte_lengths[tokens], owner, authors, max(contexts)),
                 "documents": len(documents),
                 "context_min": ctx - windows.scored + 1,
@@ -219,9 +225,10 @@ def evaluate(
     result = {
         "run": run.name,
         "pos": config.baseline or trained.pos.name,
+        "baseline": config.baseline,
         "scaling": scaling.name,
         "factor": None if per_row else methods[max(contexts)].parameters.get("factor"),
-        "scaling_parameters": dict(scaling.parameters),
+        **described,
         "kept_scaling": kept and scaling.name != "none",
         "train_ctx": trained.train.ctx,
         "seed": trained.seed,
@@ -260,15 +267,15 @@ def evaluate(
     return Evaluated(result, losses_path)
 
 
-def _make_results_folder(run: RunDir) -> None:
+def _make_results_folder(run: RunDir, folder: Path) -> None:
     """`RunError` where the numbers could not be kept: known before they are computed."""
     try:
-        run.results.mkdir(exist_ok=True)
-        with tempfile.TemporaryFile(dir=run.results):
+        folder.mkdir(exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise RunError(
-            f"{run.results} cannot be written ({error.strerror}); evaluate a copy of {run.path} in another folder"
+            f"{folder} cannot be written ({error.strerror}); evaluate a copy of {run.path} in another folder"
         ) from None
 
 
@@ -404,13 +411,14 @@ def spectrum_digest(encoding: PositionEncoding, ctx: int) -> str:
     return hasher.hexdigest()
 
 
-def check_applied(method: Method, plain: PositionEncoding, original_ctx: int, ctx: int, digest: str) -> None:
+def check_applied(method: Method, plain: PositionEncoding, original_ctx: int, ctx: int, digest: str) -> bool:
     """A scaling that was asked for must have changed what the encoding says, and must not where it is idle.
 
-    `plain` is the run's encoding without it, `digest` that of the scaled one. `ValueError` where it changed nothing.
+    `plain` is the run's encoding without it, `digest` that of the scaled one. Returns whether it is idle, by its
+    definition, at this ctx with these parameters. `ValueError` where it changed nothing and should have.
     """
     if method.name == "none":
-        return
+        return False
     idle = SCALINGS[method.name].idle(applied_parameters(method, original_ctx), ctx)
     try:
         unchanged = digest == spectrum_digest(plain, ctx)
@@ -422,3 +430,4 @@ def check_applied(method: Method, plain: PositionEncoding, original_ctx: int, ct
             "choose other parameters, or leave it out"
         )
     assert unchanged or not idle, f"scaling={method.name} is idle at {ctx}, and changed what the encoding says"
+    return idle

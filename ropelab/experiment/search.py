@@ -287,7 +287,13 @@ def longrope(
         rows, protocol = [], None
         for name, method in methods.items():
             evaluated = evaluate(
-                run, asked[ctx], scaling=method, device=config.device, cache_dir=config.cache_dir, progress=progress
+                run,
+                asked[ctx],
+                scaling=method,
+                device=config.device,
+                cache_dir=config.cache_dir,
+                progress=progress,
+                folder=folder / "results",
             ).result
             (row,) = evaluated["rows"]
             kept = ("ctx", "nll", "ppl", "bits_per_byte", "ci95", "tokens", "documents", "status")

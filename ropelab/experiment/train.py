@@ -246,7 +246,10 @@ def train(config: Config, *, progress: Progress = silent) -> dict[str, Any]:
         run.update_manifest(
             run=run.name, digest=digest, identity=identity, config=configs.to_dict(resolved), status="running",
             error=None, failed_step=None, train_ctx=config.train.ctx, original_ctx=original_ctx, first_step=first,
-            parent=None if parent is None else {"run": parent.run.name, "digest": parent.run.manifest()["digest"]},
+            parent=None if parent is None else {
+                "run": parent.run.name, "digest": parent.run.manifest()["digest"],
+                "recipe": runs.recipe(parent.run.manifest()),
+            },
             corpus={
                 "name": corpus.name, "digest": corpus.digest, "joined_share": batches.joined_share, **corpus.details,
             },

@@ -30,8 +30,11 @@ def diagnosis_parts(shown: Mapping[str, Any]) -> list[Part]:
         for one, colour in zip(evaluated, colours, strict=True)
         if one["by_position"] and len(one["by_position"]["nll"]) > 1
     ]
-    for protocol in dict.fromkeys(one["by_position"]["protocol"] for one, _ in by_position):
-        chosen = [each for each in by_position if each[0]["by_position"]["protocol"] == protocol]
+    axes_of: dict[tuple[Any, ...], list[tuple[Mapping[str, Any], str]]] = {}  # one panel for what has the same targets
+    for one, colour in by_position:
+        curve = one["by_position"]
+        axes_of.setdefault((curve["protocol"], curve["targets"], curve["ctx"]), []).append((one, colour))
+    for (protocol, _, _), chosen in axes_of.items():
         parts.append(_position_part(chosen, shown["train_ctx"], protocol))
     if shown.get("attention"):
         parts.append(_attention_part(shown["attention"], shown["train_ctx"]))
@@ -53,7 +56,11 @@ def bucket_labels(edges: Sequence[int]) -> list[str]:
 
 
 def _length_part(evaluated: Sequence[Mapping[str, Any]], colours: Sequence[str], train_ctx: int) -> Part:
-    protocols = sorted({one["observed"]["protocol"] for one in evaluated})
+    # losses on other targets do not belong on this axis; the run as trained comes first, and decides
+    main = next((one["targets"] for one in evaluated if one["losses"]), None)
+    drawn = [(one, colours[i]) for i, one in enumerate(evaluated) if one["losses"] and one["targets"] == main]
+    others = sum(bool(one["losses"]) for one in evaluated) - len(drawn)
+    protocols = sorted({one["observed"]["protocol"] for one, _ in drawn})
     threshold = evaluated[0]["observed"]["threshold"]
     caption = (
         f"Loss against context length, by the protocol {' or '.join(protocols)}, one line a scaling. Filled: no more "
@@ -62,20 +69,19 @@ def _length_part(evaluated: Sequence[Mapping[str, Any]], colours: Sequence[str],
         "for an angle which training did not show. A line without a tick has no such length on this axis. Losses that "
         "rise only later than predicted, or already before, tell what else is at work."
     )
+    if others:
+        caption += f" Not drawn, because scored on other targets: {others} more, in the table."
 
     def draw(axes: Axes) -> None:
-        points = [one["losses"] for one in evaluated if one["losses"]]
+        points = [one["losses"] for one, _ in drawn]
         losses = [nll for line in points for _, nll in line]
         low = min(losses, default=0.0)
         high = min(max(losses, default=1.0), low + TALLEST)
         ctxs = sorted({ctx for line in points for ctx, _ in line})
         axes.set_xscale("log", base=2)
         ends = []
-        for index, one in enumerate(evaluated):
-            colour = colours[index]
+        for index, (one, colour) in enumerate(drawn):
             x, y = [ctx for ctx, _ in one["losses"]], [min(nll, high) for _, nll in one["losses"]]
-            if not x:
-                continue
             dash = DASHES[0 if one["trained"] else 1 + index % (len(DASHES) - 1)] or (None, None)
             axes.plot(x, y, color=colour, linewidth=1.5, dashes=dash, zorder=2)
             bad = one["observed"]["bad"]
@@ -86,7 +92,7 @@ def _length_part(evaluated: Sequence[Mapping[str, Any]], colours: Sequence[str],
             if breaks is not None and x[0] <= breaks <= x[-1]:
                 at = float(np.interp(np.log(breaks), np.log(x), y))
                 axes.plot([breaks], [at], "|", color=colour, markersize=17, markeredgewidth=2.2, zorder=4)
-            ends.append((y[-1], scaling_name(one["scaling"], one["factor"]), colour))
+            ends.append((y[-1], scaling_name(one["scaling"], one["factor"], one["changed"]), colour))
         axes.set_ylim(low - 0.06 * (high - low + 0.1), high + 0.06 * (high - low + 0.1))
         axes.set_xlim(ctxs[0] / 1.08 if ctxs else 1, ctxs[-1] * 1.08 if ctxs else 2)
         _token_axis(axes, ctxs, "context length at evaluation (tokens)")
@@ -112,7 +118,7 @@ def _position_part(evaluated: Sequence[tuple[Mapping[str, Any], str]], train_ctx
             edges = one["by_position"]["edges"]
             y = [np.nan if nll is None else min(nll, high) for nll in one["by_position"]["nll"]]
             axes.stairs(y, edges, baseline=None, color=colour, linewidth=1.6)
-            ends.append((float(y[-1]), scaling_name(one["scaling"], one["factor"]), colour))
+            ends.append((float(y[-1]), scaling_name(one["scaling"], one["factor"], one["changed"]), colour))
         axes.set_ylim(low - 0.06 * (high - low + 0.1), high + 0.06 * (high - low + 0.1))
         first = min(one["by_position"]["edges"][0] for one, _ in evaluated)
         last = max(one["by_position"]["edges"][-1] for one, _ in evaluated)

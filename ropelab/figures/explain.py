@@ -27,7 +27,8 @@ def explain(shown: Mapping[str, Any]) -> Figure:
     of a scaling shows both spectra. Of a run it shows where its curves bend too, and where it looks if that was
     measured.
     """
-    title = method_name(shown["pos"], shown["scaling"], shown["factor"], None)
+    changed = {key: shown.get(key) for key in ("pos_changed", "scaling_changed")}
+    title = method_name(shown["pos"], shown["scaling"], shown["factor"], None, **changed)
     title += f" at ctx {shown['ctx']}, trained at {shown['train_ctx']}"
     parts: list[Part] = []
     if shown.get("rotation"):

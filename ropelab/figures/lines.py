@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ropelab import files
+
 CAP = 1e4  # perplexities above are drawn at this height, with an arrow and the value beside it
 
 NAMES = {
@@ -52,6 +54,7 @@ NAMES = {
     "interpolate": "interpolated",
 }
 
+OF_FACTORS = ("long_factors", "short_factors", "start_tokens", "attention_factor", "original_ctx")  # of a factors file
 WITHOUT_FACTOR = ("rerope", "self_extend", "block_causal", "clamp")  # scalings that have none
 
 # Okabe and Ito's colours and two of Tol's, darkened until each has a contrast of at least 3 on white.
@@ -97,12 +100,13 @@ class Point:
 
 @dataclass(frozen=True)
 class Line:
-    """One method (encoding, scaling, factor, window) under one protocol, its seeds joined by the geometric mean."""
+    """One method (encoding, scaling, parameters, window) under one protocol, its seeds joined by the geometric mean."""
 
     name: str
     pos: str
     scaling: str
     factor: float | None
+    changed: str  # parameters that are not the defaults, in words
     window: int | None
     train_ctx: int
     runs: tuple[str, ...]
@@ -184,7 +188,7 @@ def panels(evals: Iterable[Mapping[str, Any]]) -> list[Panel]:
 def styles(drawn: Sequence[Panel]) -> dict[Line, Style]:
     """A style for each line, the same for a method in every panel."""
     lines = [line for panel in drawn for line in panel.lines]
-    colours = list(dict.fromkeys((line.pos, line.scaling) for line in lines))
+    colours = list(dict.fromkeys(map(_coloured, lines)))
     dashes = ["none", *dict.fromkeys(line.scaling for line in lines if line.scaling != "none")]
     factors = sorted({line.factor for line in lines if line.scaling != "none" and line.factor is not None})
     result = {}
@@ -192,7 +196,7 @@ def styles(drawn: Sequence[Panel]) -> dict[Line, Style]:
         scaled = line.factor if line.scaling != "none" else None
         marker = 0 if scaled is None else factors.index(scaled) % len(MARKERS)
         result[line] = Style(
-            colour=PALETTE[colours.index((line.pos, line.scaling)) % len(PALETTE)],
+            colour=PALETTE[colours.index(_coloured(line)) % len(PALETTE)],
             dash=dashes.index(line.scaling) % len(DASHES),
             marker=None if line.window is not None else marker,
             width=1.0 if line.window is not None else 1.9,
@@ -200,23 +204,50 @@ def styles(drawn: Sequence[Panel]) -> dict[Line, Style]:
     return result
 
 
-def method_name(pos: str, scaling: str, factor: float | None, window: int | None) -> str:
-    """A method as a reader knows it: "RoPE + YaRN ×8", "ALiBi, window 128"."""
+def _coloured(line: Line) -> tuple[str, str, str]:
+    """What a line's colour tells apart."""
+    return line.pos, line.scaling, line.changed
+
+
+def method_name(
+    pos: str,
+    scaling: str,
+    factor: float | None,
+    window: int | None,
+    *,
+    pos_changed: Mapping[str, Any] | None = None,
+    scaling_changed: Mapping[str, Any] | None = None,
+) -> str:
+    """A method as a reader knows it: "RoPE + YaRN ×8", "RoPE (base=500000)", "ALiBi, window 128"."""
     name = NAMES.get(pos, pos)
+    if pos_changed:
+        name += f" ({changed_words(pos_changed)})"
     if scaling != "none":
-        name += f" + {scaling_name(scaling, factor)}"
+        name += f" + {scaling_name(scaling, factor, scaling_changed)}"
     return name if window is None else f"{name}, window {window}"
 
 
-def scaling_name(scaling: str, factor: float | None) -> str:
-    """A scaling as a reader knows it: "YaRN ×8", "ReRoPE", "NTK-aware, factor per ctx"."""
+def scaling_name(scaling: str, factor: float | None, changed: Mapping[str, Any] | None = None) -> str:
+    """A scaling as a reader knows it: "YaRN ×8 (ramp=rotations)", "ReRoPE", "NTK-aware, factor per ctx"."""
     if scaling == "none":
         return "none"
     name = NAMES.get(scaling, scaling)
     if factor is None:
-        return name if scaling in WITHOUT_FACTOR else f"{name}, factor per ctx"
-    # dynamic methods find their own factor
-    return name if scaling.startswith("dynamic") and factor == 1 else f"{name} ×{factor:g}"
+        name = name if scaling in WITHOUT_FACTOR else f"{name}, factor per ctx"
+    elif not (scaling.startswith("dynamic") and factor == 1):  # dynamic methods find their own factor
+        name = f"{name} ×{factor:g}"
+    return f"{name} ({changed_words(changed)})" if changed else name
+
+
+def changed_words(changed: Mapping[str, Any]) -> str:
+    """Parameters that are not the defaults: "ramp=rotations"; searched factors by a digest: "factors 1f3a9c"."""
+    if "long_factors" in changed:
+        rest = {key: value for key, value in changed.items() if key not in OF_FACTORS}
+        own = {key: changed[key] for key in OF_FACTORS if key in changed}
+        return ", ".join([f"factors {files.digest_of(own)[:6]}", *([changed_words(rest)] if rest else [])])
+    return ", ".join(
+        f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in sorted(changed.items())
+    )
 
 
 def protocol_words(protocol: Mapping[str, Any]) -> str:
@@ -298,29 +329,36 @@ def _scoring(item: Mapping[str, Any]) -> str:
 def _panel(methods: Sequence[Sequence[Mapping[str, Any]]]) -> Panel:
     several_lengths = len({item["train_ctx"] for items in methods for item in items}) > 1
     lines: list[Line] = []
-    for items in methods:
+    names = [_name(items[0], several_lengths) for items in methods]
+    for items, name in zip(methods, names, strict=True):
         latest = {item["run"]: item for item in items}  # a run evaluated twice: the later one counts
         seeds = {item.get("seed") for item in latest.values()}
-        if len(seeds) == len(latest):
-            lines.append(_line(list(latest.values()), several_lengths, apart=False))
+        if len(seeds) == len(latest) and names.count(name) == 1:
+            lines.append(_line(list(latest.values()), name))
+        elif len(seeds) == len(latest):  # another recipe under the same name: its runs tell them apart
+            lines.append(_line(list(latest.values()), f"{name} ({', '.join(latest)})"))
         else:
-            lines.extend(_line([item], several_lengths, apart=True) for item in latest.values())
+            lines.extend(_line([item], f"{name} ({item['run']})") for item in latest.values())
     known = [item for items in methods for item in items if item["protocol"].get("targets_digest") is not None]
     first = known[0] if known else methods[0][0]
     return Panel({"data": first.get("data"), **first["protocol"]}, tuple(lines))
 
 
 def _method(item: Mapping[str, Any]) -> list[Any]:
-    return [item["pos"], item["scaling"], item.get("factor"), item.get("window"), item["train_ctx"]]
+    """What makes evaluations repetitions of one another: all but the seed."""
+    keys = ("pos", "scaling", "factor", "pos_changed", "scaling_changed", "window", "train_ctx", "recipe")
+    return [item.get(key) for key in keys]
 
 
-def _line(items: list[Mapping[str, Any]], several_lengths: bool, *, apart: bool) -> Line:
-    pos, scaling, factor, window, train_ctx = _method(items[0])
-    name = method_name(pos, scaling, factor, window)
-    if several_lengths:
-        name += f", trained at {train_ctx}"
-    if apart:
-        name += f" ({items[0]['run']})"
+def _name(item: Mapping[str, Any], several_lengths: bool) -> str:
+    changed = {key: item.get(key) for key in ("pos_changed", "scaling_changed")}
+    name = method_name(item["pos"], item["scaling"], item.get("factor"), item.get("window"), **changed)
+    return f"{name}, trained at {item['train_ctx']}" if several_lengths else name
+
+
+def _line(items: list[Mapping[str, Any]], name: str) -> Line:
+    first = items[0]
+    changed = " ".join(changed_words(first[key]) for key in ("pos_changed", "scaling_changed") if first.get(key))
     members = tuple(tuple(sorted(map(_point, item["rows"]), key=lambda point: point.ctx)) for item in items)
     by_ctx: dict[int, list[Point]] = {}
     for member in members:
@@ -328,7 +366,10 @@ def _line(items: list[Mapping[str, Any]], several_lengths: bool, *, apart: bool)
             by_ctx.setdefault(point.ctx, []).append(point)
     points = tuple(_joined(by_ctx[ctx]) for ctx in sorted(by_ctx))
     runs = tuple(item["run"] for item in items)
-    return Line(name, pos, scaling, factor, window, train_ctx, runs, points, members)
+    return Line(
+        name, first["pos"], first["scaling"], first.get("factor"), changed, first.get("window"), first["train_ctx"],
+        runs, points, members,
+    )  # fmt: skip
 
 
 def _point(row: Mapping[str, Any]) -> Point:

@@ -30,5 +30,8 @@ class Learned(PositionEncoding):
             return Positions(embedding=self.read(self.table, positions, ctx))
         rows = self.table.shape[0]
         if ctx > rows:
-            raise ContextLengthError(f"learned positions end at {rows}, the training length (policy: error)")
+            raise ContextLengthError(
+                f"learned positions end at {rows}, the training length: use a ctx up to it, or evaluate with "
+                "--scaling clamp or --scaling interpolate"
+            )
         return Positions(embedding=self.table[positions])

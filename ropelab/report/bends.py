@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,7 +22,9 @@ def bend_section(diagnoses: Sequence[Mapping[str, Any]]) -> str:
     methods: dict[tuple[Any, ...], list[Entry]] = {}
     for run in diagnoses:
         for one in run["evaluated"]:
-            key = (run["pos"], run["train_ctx"], run["trained_length"], one["scaling"], one["factor"], one["ctx"])
+            asked = json.dumps([run["pos_changed"], one["changed"], run["recipe"]], sort_keys=True)
+            lengths_of = (run["train_ctx"], run["trained_length"], one["ctx"])
+            key = (run["pos"], one["scaling"], one["factor"], asked, *lengths_of)
             methods.setdefault(key, []).append((run, one))
     if not methods:
         return ""
@@ -50,7 +53,8 @@ def bend_section(diagnoses: Sequence[Mapping[str, Any]]) -> str:
 
 def _name(entries: Sequence[Entry], *, several: bool) -> str:
     run, one = entries[0]
-    name = method_name(run["pos"], one["scaling"], one["factor"], None)
+    changed = {"pos_changed": run["pos_changed"], "scaling_changed": one["changed"]}
+    name = method_name(run["pos"], one["scaling"], one["factor"], None, **changed)
     return f"{name}, trained at {run['train_ctx']}" if several else name
 
 

@@ -283,7 +283,7 @@ def _context_table(panel: Panel) -> str:
 
 
 def _family(line: Line) -> tuple[object, ...]:
-    return line.pos, line.scaling, line.factor, line.train_ctx, line.runs
+    return line.pos, line.scaling, line.factor, line.changed, line.train_ctx, line.runs
 
 
 def _loss(line: Line, ctx: int) -> float | None:
@@ -323,14 +323,25 @@ def _commands(evals: Sequence[Mapping[str, Any]], verdicts: Sequence[Mapping[str
         lengths = [str(row["ctx"]) for row in item["rows"]]
         words = ["ropelab", "eval", item["run"], "--ctx", ",".join(lengths) + ("," if len(lengths) == 1 else "")]
         words += ["--protocol", protocol["name"], "--scaling", item["scaling"]]
+        changed = item.get("scaling_changed") or {}
+        words += [f"scaling.{key}={_setting(value)}" for key, value in changed.items()]
         if item["scaling"] not in ("none", *WITHOUT_FACTOR):
             words += ["--factor", "auto-row" if item.get("factor") is None else f"{item['factor']:g}"]
         own = [key for key in ("stride", "last") if OWNER[key] == protocol["name"]]
         words += [f"eval.{key}={protocol[key]}" for key in (*own, "max_ctx", "tokens") if protocol.get(key) is not None]
         if item.get("window") is not None:
             words.append(f"eval.window={item['window']}")
+        if item.get("baseline") is not None:
+            words.append(f"eval.baseline={item['baseline']}")
         commands.append(shlex.join(map(str, words)))
     return list(dict.fromkeys(commands))
+
+
+def _setting(value: object) -> str:
+    """A parameter as it is typed."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    return f"[{','.join(map(str, value))}]" if isinstance(value, list) else str(value)
 
 
 def _manifest_section(manifest: Mapping[str, Any]) -> str:

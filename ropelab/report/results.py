@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 CSV_COLUMNS = (
-    "run", "pos", "scaling", "train_ctx", "window", "seed", "data", "protocol", "stride", "last", "targets_digest",
+    "run", "pos", "pos_changed", "scaling", "scaling_changed", "recipe", "train_ctx", "window", "seed", "data",
+    "protocol", "stride", "last", "targets_digest",
     "ctx", "factor", "ppl", "ci95_low", "ci95_high", "nll", "bits_per_byte", "tokens", "documents", "unit", "status",
     "reason",
 )  # fmt: skip
@@ -34,9 +36,13 @@ def csv_text(evals: Iterable[Mapping[str, Any]]) -> str:
     for item in evals:
         protocol = item["protocol"]
         of_run = {key: item.get(key) for key in ("run", "pos", "scaling", "train_ctx", "window", "seed", "data")}
+        changed: dict[str, Any] = {
+            key: json.dumps(item[key], sort_keys=True) for key in ("pos_changed", "scaling_changed") if item.get(key)
+        }
+        changed["recipe"] = item.get("recipe")
         of_protocol = {key: protocol.get(key) for key in ("stride", "last", "targets_digest")}
         for row in item["rows"]:
             low, high = row.get("ci95") or (None, None)
             ends = {"ci95_low": low, "ci95_high": high, "protocol": protocol["name"]}
-            writer.writerow(finite({**of_run, **of_protocol, **ends, **row}))
+            writer.writerow(finite({**of_run, **changed, **of_protocol, **ends, **row}))
     return out.getvalue()
