@@ -128,6 +128,18 @@ def test_the_report_is_what_eval_says_of_the_known_scalings(lab: Path, searched:
     assert rows(searched["report"])[name]["nll"] == said["rows"][0]["nll"]
 
 
+def test_a_search_leaves_no_evaluations_in_the_run(lab: Path, searched: dict[str, Any]) -> None:
+    """Its candidates, the random one too, are steps of it: a report of the run does not show them as the user's."""
+    run = RunDir(lab / "runs" / searched["run"])
+    (folder,) = (run.path / "searches").glob(f"*{searched['search']['digest'][:16]}")
+    kept = [json.loads(path.read_text()) for path in (folder / "results").glob("*.json")]
+    at_ctx = {row["nll"] for item in kept for row in item["rows"]}
+    assert {row["nll"] for row in searched["report"]["rows"]} <= at_ctx
+    asked = [json.loads(path.read_text()) for path in run.results.glob("*.json")]
+    random = rows(searched["report"])["random"]["nll"]
+    assert all(row["nll"] != random for item in asked for row in item["rows"])
+
+
 def test_a_search_never_loses_to_the_known_scalings(searched: dict[str, Any]) -> None:
     """On its own search set, to the rounding of one division; and each known scaling scored as a candidate is it."""
     reported = rows(searched["report"])

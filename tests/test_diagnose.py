@@ -235,6 +235,7 @@ def manifest(settings: Config) -> dict[str, Any]:
         "original_ctx": L,
         "train_ctx": settings.train.ctx,
         "corpus": {"name": "stdlib"},
+        "identity": {"seed": 0},
     }
 
 
@@ -497,14 +498,23 @@ def diagnosed(run: str, pos: str, bad: int | None, nll: list[float]) -> dict[str
     one: dict[str, Any] = {
         "scaling": "none",
         "factor": None,
+        "changed": {},
+        "targets": "t",
         "trained": True,
         "ctx": 256,
         "new_pairs": 5,
         "observed": observed,
     }
     one |= {"predicted": {"breaks_from": 33, "pair": 3, "why": HOSTILE}, "losses": [[32, 2.0], [256, 3.0]]}
-    one["by_position"] = {"protocol": "nonoverlapping", "ctx": 256, "edges": [0.0, 128.0, 256.0], "nll": nll}
+    one["by_position"] = {
+        "protocol": "nonoverlapping",
+        "targets": "t",
+        "ctx": 256,
+        "edges": [0.0, 128.0, 256.0],
+        "nll": nll,
+    }
     facts = {"run": run, "pos": pos, "train_ctx": 32, "trained_length": 32, "pairs": 8, "full_period": 3}
+    facts |= {"pos_changed": {}, "recipe": "r"}
     return {**facts, "evaluated": [one]}
 
 

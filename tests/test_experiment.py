@@ -173,7 +173,7 @@ def test_learned_positions_end_in_an_undefined_row(runs: dict[str, RunDir], fold
     assert [row["status"] for row in result["rows"]] == ["ok", "undefined", "undefined"]
     assert result["rows"][1]["ppl"] is None
     assert "16" in result["rows"][1]["reason"]
-    assert "policy: error" in result["rows"][1]["reason"]
+    assert "--scaling clamp" in result["rows"][1]["reason"]
 
 
 def test_prefix_passes_are_shared_only_where_the_length_does_not_matter(

@@ -16,7 +16,7 @@ from scipy import stats as scipy_stats
 
 from ropelab import config, experiment
 from ropelab.positions.indices import drawn_positions
-from ropelab.runs import RunDir
+from ropelab.runs import RunDir, recipe
 from ropelab.schema import Config, ContextLengthError, Method
 from tests.test_experiment import evaluate, settings
 
@@ -55,7 +55,8 @@ def test_no_steps_of_training_change_nothing(folder: Path, parent: RunDir) -> No
     for name, tensor in theirs.items():
         torch.testing.assert_close(mine[name], tensor, rtol=0, atol=1e-12)
     manifest = run.manifest()
-    assert manifest["parent"] == {"run": parent.name, "digest": parent.manifest()["digest"]}
+    named = {"run": parent.name, "digest": parent.manifest()["digest"], "recipe": recipe(parent.manifest())}
+    assert manifest["parent"] == named
     assert (manifest["train_ctx"], manifest["original_ctx"], manifest["first_step"]) == (32, 16, 3)
 
 
