@@ -289,29 +289,28 @@ def _print_diagnosis(numbers: dict[str, Any]) -> None:
         print(f"\nnot evaluated: run `ropelab eval {numbers['run']} --protocol last{scaled}`")
     if not diagnosed["evaluated"]:
         return
-    table = Table(title="Predicted and observed breakdown, in tokens", title_justify="left")
-    for column in ("scaling", "at", "new angles", "predicted", "observed", "protocol"):
-        words = column in ("scaling", "protocol")
-        table.add_column(column, justify="left" if words else "right", no_wrap=column != "scaling", overflow="fold")
-    for one in diagnosed["evaluated"]:
-        table.add_row(
-            Text(
-                figures.scaling_name(one["scaling"], one["factor"], one["changed"])
-                + (" (trained)" if one["trained"] else "")
-            ),
-            str(one["ctx"]),
-            "-" if one["new_pairs"] is None else f"{one['new_pairs']} of {diagnosed['pairs']}",
-            str(one["predicted"]["breaks_from"] or "none"),
-            figures.observed_words(one["observed"]),
-            one["observed"]["protocol"],
-        )
-    console.print(table)
-    print(
-        "at: the longest length evaluated; new angles: pairs that are asked there for angles that training did not show"
-    )
+    named = [
+        (figures.scaling_name(one["scaling"], one["factor"], one["changed"]), one) for one in diagnosed["evaluated"]
+    ]
+    for protocol in dict.fromkeys(one["observed"]["protocol"] for _, one in named):
+        table = Table(title=f"Predicted and observed breakdown, in tokens (protocol {protocol})", title_justify="left")
+        table.add_column("scaling", min_width=26, overflow="fold")
+        for column in ("at", "new", "predicted", "observed"):
+            table.add_column(column, justify="right")
+        for name, one in named:
+            if one["observed"]["protocol"] == protocol:
+                table.add_row(
+                    Text(name + (" (trained)" if one["trained"] else "")),
+                    str(one["ctx"]),
+                    "-" if one["new_pairs"] is None else f"{one['new_pairs']} of {diagnosed['pairs']}",
+                    str(one["predicted"]["breaks_from"] or "none"),
+                    figures.observed_words(one["observed"]),
+                )
+        console.print(table)
+    print("at: the longest length evaluated; new: pairs asked there for angles that training did not show")
     print("predicted: the first length that asks for what training did not show")
-    for one in diagnosed["evaluated"]:
-        print(f"  {figures.scaling_name(one['scaling'], one['factor'], one['changed'])}: {one['predicted']['why']}")
+    for name, one in named:
+        print(f"  {name}: {one['predicted']['why']}")
     threshold = diagnosed["evaluated"][0]["observed"]["threshold"]
     print(
         f"observed: the loss is more than {threshold:g} nats above that of the model as trained at train_ctx, on the "

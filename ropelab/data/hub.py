@@ -56,7 +56,8 @@ def load_hub(path: str, subset: str | None) -> Any:
     from huggingface_hub.utils import logging as hub_logging
 
     datasets.disable_progress_bars()
-    hub_logging.set_verbosity_error()  # each retry would be a warning; what it comes to is said once
+    # each retry would be a warning; what it comes to is said once
+    hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     try:
         return datasets.load_dataset(path, subset)
     except Exception as error:  # whatever goes wrong in there comes from the dataset or the network
