@@ -33,7 +33,7 @@ def read_json(path: Path) -> Any:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write a file; a reader sees the old one or the whole new one."""
+    """Write a file; a reader sees the old one or the whole new one. `OSError` names the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     temporary = Path(name)
@@ -44,8 +44,10 @@ def write(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_umask())  # mkstemp is private; this is an ordinary file
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None:  # a full disk names no file
+            raise OSError(error.errno, error.strerror, str(path)) from None
         raise
     sync_folder(path.parent)
 

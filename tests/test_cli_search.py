@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -361,6 +362,28 @@ def test_a_killed_search_goes_on_to_the_same_result(
     (mine,), (theirs,) = (list(path.glob("searches/*/result.json")) for path in (cut, uninterrupted))
     assert mine.read_bytes() == theirs.read_bytes()
     assert not list(folder.glob("*/.*"))
+
+
+def test_a_full_disk_is_named_and_loses_nothing(lab: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    """No file may pass 2 kB: one line with the file, no half-written one; then the search as if nothing had been."""
+    run = run_of(lab, "rope")
+    full = tmp_path / run.name
+    copy_run(run, full)
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+    words = command(tmp_path, run)
+    failed = subprocess.run(words, capture_output=True, env=ONE_THREAD, text=True, preexec_fn=limit, check=False)
+    assert failed.returncode == 1
+    line = failed.stderr.splitlines()[-1]
+    assert "File too large" in line
+    assert str(full / "searches") in line
+    assert "Traceback" not in failed.stderr
+    assert not list(full.glob("searches/*/.*"))
+    subprocess.run(words, capture_output=True, env=ONE_THREAD, check=True)
+    (mine,), (theirs,) = (list(path.glob("searches/*/result.json")) for path in (full, uninterrupted))
+    assert mine.read_bytes() == theirs.read_bytes()
 
 
 def test_a_damaged_state_is_searched_again(lab: Path, searched: dict[str, Any], tmp_path: Path) -> None:

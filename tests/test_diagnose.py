@@ -479,7 +479,7 @@ def test_the_list_says_what_a_scaling_applies_to_as_the_table_does() -> None:
 
 
 def test_every_method_has_a_name() -> None:
-    from ropelab.figures.lines import NAMES, WITHOUT_FACTOR
+    from ropelab.figures.names import NAMES, WITHOUT_FACTOR
 
     assert {*config.choices("pos"), *config.choices("scaling")} <= set(NAMES)
     without = [name for name in SCALINGS if "factor" not in config.parse_scaling(name).parameters]

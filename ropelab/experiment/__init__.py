@@ -1,17 +1,9 @@
 """The composition root: from a configuration to a trained run, and from a run to perplexities."""
 
 from ropelab.experiment.devices import DTYPE_NAMES, device_name, environment, resolve_device
-from ropelab.experiment.evaluate import (
-    NO_SCALING,
-    Evaluated,
-    encoding_of,
-    evaluate,
-    load_model,
-    resolve_ladder,
-    scorer_of,
-    set_encoding,
-)
-from ropelab.experiment.train import Interrupted, build_model, train, training_scaling
+from ropelab.experiment.evaluate import Evaluated, evaluate, resolve_ladder, scorer_of
+from ropelab.experiment.models import NO_SCALING, build_model, encoding_of, load_model, set_encoding
+from ropelab.experiment.train import Interrupted, train, training_scaling
 
 __all__ = [
     "DTYPE_NAMES",

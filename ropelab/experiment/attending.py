@@ -12,7 +12,8 @@ from torch import Tensor
 from ropelab import config as configs
 from ropelab import data
 from ropelab.experiment.devices import resolve_device
-from ropelab.experiment.evaluate import encoding_of, evaluation_split, load_model, set_encoding
+from ropelab.experiment.evaluate import evaluation_split
+from ropelab.experiment.models import encoding_of, load_model, set_encoding
 from ropelab.experiment.train import Progress, silent
 from ropelab.model import GPT
 from ropelab.runs import RunDir

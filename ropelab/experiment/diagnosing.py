@@ -9,7 +9,7 @@ from typing import Any
 from ropelab import config as configs
 from ropelab import diagnose
 from ropelab.diagnose import At, Trained
-from ropelab.experiment.evaluate import encoding_of
+from ropelab.experiment.models import encoding_of
 from ropelab.positions import PositionEncoding, Rope, resolve_factor
 from ropelab.runs import RunDir, recipe
 from ropelab.schema import Config, ContextLengthError, Method

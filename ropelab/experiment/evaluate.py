@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 import tempfile
 from collections.abc import Callable
@@ -19,15 +18,14 @@ from ropelab import config as configs
 from ropelab import data, files, runs, stats
 from ropelab.evaluation import ladder, lay_out, position_curve, score, target_documents, target_tokens
 from ropelab.experiment.devices import DTYPE_NAMES, device_name, resolve_device
+from ropelab.experiment.models import check_applied, encoding_of, load_model, set_encoding, spectrum_digest
 from ropelab.experiment.stored import labels
-from ropelab.experiment.train import Progress, build_model, silent
+from ropelab.experiment.train import Progress, silent
 from ropelab.model import GPT
-from ropelab.positions import SCALINGS, Geometry, PositionEncoding, applied_parameters, build, resolve_factor
+from ropelab.positions import PositionEncoding, resolve_factor
 from ropelab.runs import RunDir, RunError
 from ropelab.schema import Config, ContextLengthError, DataConfig, EvalConfig, Method
 from ropelab.training import resolve_dtype
-
-NO_SCALING = Method("none", {})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,31 +71,6 @@ def resolve_ladder(run: RunDir, config: EvalConfig, *, scaling: Method | None) -
     }
     encodings = {ctx: encoding_of(trained, method, original_ctx) for ctx, method in methods.items()}
     return Ladder(trained, original_ctx, scaling, methods, encodings)
-
-
-def encoding_of(trained: Config, scaling: Method, original_ctx: int) -> PositionEncoding:
-    """The encoding of a finished run under a scaling, without its trained tensors. `ValueError` as `build`."""
-    encoding = build(trained.pos, scaling, Geometry.of(trained.model, original_ctx))
-    encoding.progress(1.0)
-    return encoding
-
-
-def load_model(run: RunDir, weights: dict[str, Tensor], *, device: torch.device) -> GPT:
-    """The model of a finished run with these weights of it, without a scaling, ready to be evaluated."""
-    manifest = run.manifest()
-    trained = configs.from_dict(manifest["config"])
-    model = build_model(
-        trained, manifest["tokenizer"]["n_vocab"], scaling=NO_SCALING, original_ctx=manifest["original_ctx"]
-    )
-    model.load_state_dict(weights, strict=True)
-    model.progress(1.0)
-    return model.to(device).eval()
-
-
-def set_encoding(model: GPT, encoding: PositionEncoding) -> None:
-    """Let a trained model see positions by another encoding of the same weights: the one that it has, scaled."""
-    encoding.load_state_dict(model.encoding.state_dict(), strict=True)
-    model.encoding = encoding.to(model.tokens.weight.device)
 
 
 def evaluate(
@@ -386,48 +359,3 @@ def _finite(value: float) -> float | None:
 def _undefined(ctx: int, factor: float | None, reason: str) -> dict[str, Any]:
     empty = dict.fromkeys(("ppl", "nll", "bits_per_byte", "ci95", "unit"))
     return {"ctx": ctx, "factor": factor, **empty, "tokens": 0, "documents": 0, "status": "undefined", "reason": reason}
-
-
-def spectrum_digest(encoding: PositionEncoding, ctx: int) -> str:
-    """sha256 of all that an encoding says at a length: two evaluations with equal digests had equal positions.
-
-    Of a bias by query it takes the last query's. `ContextLengthError` where the encoding is undefined.
-    """
-    device = next((p.device for p in encoding.parameters()), None)
-    with torch.no_grad():
-        record = encoding(torch.arange(ctx, device=device), ctx=ctx)
-        by_query = None
-        if record.query_bias is not None:
-            last = torch.full((1, 1), ctx - 1.0, device=device)
-            by_query = record.query_bias(last, torch.arange(ctx, device=device, dtype=torch.float32)[None])
-    hasher = hashlib.sha256()
-    far = (None, None) if record.far is None else record.far
-    parts = (record.embedding, record.qk_embedding, record.bias, by_query, record.logit_scale, *(record.rotation or ()))
-    for part in (*parts, *(far[0] or ()), far[1], record.block):
-        if isinstance(part, Tensor):
-            hasher.update(part.cpu().contiguous().numpy().tobytes())
-        elif isinstance(part, int):
-            hasher.update(f"{part};".encode())
-    return hasher.hexdigest()
-
-
-def check_applied(method: Method, plain: PositionEncoding, original_ctx: int, ctx: int, digest: str) -> bool:
-    """A scaling that was asked for must have changed what the encoding says, and must not where it is idle.
-
-    `plain` is the run's encoding without it, `digest` that of the scaled one. Returns whether it is idle, by its
-    definition, at this ctx with these parameters. `ValueError` where it changed nothing and should have.
-    """
-    if method.name == "none":
-        return False
-    idle = SCALINGS[method.name].idle(applied_parameters(method, original_ctx), ctx)
-    try:
-        unchanged = digest == spectrum_digest(plain, ctx)
-    except ContextLengthError:
-        unchanged = False  # undefined without the scaling
-    if unchanged and not idle:
-        raise ValueError(
-            f"scaling={method.name} changed nothing at {ctx} tokens, so its number would be that of the plain model; "
-            "choose other parameters, or leave it out"
-        )
-    assert unchanged or not idle, f"scaling={method.name} is idle at {ctx}, and changed what the encoding says"
-    return idle

@@ -19,39 +19,28 @@ import dataclasses
 import hashlib
 import json
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ropelab import config as configs
 from ropelab import data, files, runs
-from ropelab.evaluation import Layout, Windows, lay_out, score
+from ropelab.evaluation import Layout, lay_out
+from ropelab.experiment.candidates import Question, Scores, SearchSet, finite
 from ropelab.experiment.devices import DTYPE_NAMES, resolve_device
-from ropelab.experiment.evaluate import (
-    NO_SCALING,
-    batch_tokens,
-    encoding_of,
-    evaluate,
-    load_model,
-    scorer_of,
-    set_encoding,
-)
+from ropelab.experiment.evaluate import evaluate
+from ropelab.experiment.models import NO_SCALING, load_model
 from ropelab.experiment.train import Interrupted, Progress, interrupts, silent
-from ropelab.model import GPT
-from ropelab.positions import SCALINGS, PositionEncoding, Rope, resolve_factor
+from ropelab.positions import SCALINGS, Rope, resolve_factor
 from ropelab.runs import RunDir, RunError
 from ropelab.schema import Config, EvalConfig, Method
 from ropelab.search import Candidate, Found, SearchConfig, Space, evolve, planned, random_search
 from ropelab.training import resolve_dtype
 
 KNOWN = ("linear", "ntk", "yarn")  # the scalings that a search begins with
-SAVE_EVERY = 1.0  # seconds of work that a kill may lose
 
 
 def settings(overrides: Sequence[str] = ()) -> SearchConfig:
@@ -87,44 +76,6 @@ def _typed(key: str, text: str, default: Any) -> Any:
         raise ValueError(f"{key} takes {word}, not '{text}'") from None
 
 
-class Question(NamedTuple):
-    """What is searched: a run, and scalings of it to `ctx` by `factor`."""
-
-    trained: Config
-    original_ctx: int  # the root's
-    ctx: int
-    factor: float
-
-    def build(self, method: Method) -> PositionEncoding:
-        return encoding_of(self.trained, method, self.original_ctx)
-
-    def method(self, candidate: Candidate, short_factors: Sequence[float] = ()) -> Method:
-        """A candidate as `scaling=longrope`."""
-        return Method(
-            "longrope",
-            {
-                "factor": self.factor,
-                "original_ctx": self.original_ctx,
-                "long_factors": list(candidate.factors),
-                "short_factors": list(short_factors),
-                "start_tokens": candidate.start_tokens,
-                "attention_factor": candidate.attention_factor,
-            },
-        )
-
-    def candidate(self, method: Method) -> Candidate:
-        """A scaling of the spectrum as a candidate: its factors are the unscaled frequencies over its own at ctx."""
-        encoding = self.build(method)
-        assert isinstance(encoding, Rope)
-        plain, used = encoding.inv_freq(), encoding.spectrum(self.ctx)
-        factors: list[float] = []
-        for before, after in zip(plain.tolist(), used.inv_freq.tolist(), strict=True):
-            # a pair that does not turn has no factor of its own; rounding must neither fall nor go below 1
-            factor = before / after if after > 0 else self.factor
-            factors.append(max(factor, factors[-1] if factors else 1.0))
-        return Candidate(tuple(factors), used.start_tokens, used.attention_factor)
-
-
 def ask(run: RunDir, *, ctx: int, factor: float | None) -> Question:
     """The question of a search, checked before any text is read.
 
@@ -148,61 +99,6 @@ def ask(run: RunDir, *, ctx: int, factor: float | None) -> Question:
         allowed = ", ".join(f"pos={name}" for name in applies_to)
         raise ValueError(f"search longrope rescales the rotation of {allowed}; {run.name} has pos={trained.pos.name}")
     return Question(trained, original_ctx, ctx, factor)
-
-
-class SearchSet:
-    """Windows of the validation split at one ctx, and the mean loss on them under an encoding."""
-
-    def __init__(self, model: GPT, split: data.Split, layout: Layout, *, samples: int, dtype: torch.dtype) -> None:
-        (ctx,) = layout.contexts
-        everything = layout.windows(ctx)
-        self.windows = Windows(ctx, everything.scored, everything.document[:samples], everything.start[:samples])
-        self.digests = [split.digests[index] for index in layout.documents][: int(self.windows.document.max()) + 1]
-        self._documents: list[NDArray[np.unsignedinteger]] = [split.document(index) for index in layout.documents]
-        self._model = model
-        self._dtype = dtype
-
-    def nll(self, encoding: PositionEncoding) -> float:
-        """Mean loss in nats per token, summed in fp64."""
-        set_encoding(self._model, encoding)
-        scorer = scorer_of(self._model, window=None, dtype=self._dtype)
-        tokens = batch_tokens(self._model.tokens.weight.device)
-        losses = score(self.windows, self._documents, scorer, batch_tokens=tokens)
-        return float(losses.astype(np.float64).mean())
-
-
-class Scores:
-    """The scores of a search's candidates, kept in a file: what was scored before a kill is not scored again."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.new = 0  # scored by this process
-        self._saved = time.monotonic()
-        self._known: dict[tuple[str, Candidate], float] = {}
-        stored = files.read_json(path)
-        try:
-            for kind, entries in (stored or {}).items():
-                for factors, start_tokens, attention_factor, nll in entries:
-                    candidate = Candidate(tuple(factors), start_tokens, attention_factor)
-                    self._known[kind, candidate] = math.inf if nll is None else nll
-        except (TypeError, ValueError, AttributeError):  # not what was written: it is scored again
-            self._known = {}
-
-    def __call__(self, kind: str, candidate: Candidate, fitness: Callable[[Candidate], float]) -> float:
-        """The score of a candidate of the `kind` of search at hand."""
-        if (kind, candidate) not in self._known:
-            self._known[kind, candidate] = fitness(candidate)
-            self.new += 1
-            if time.monotonic() - self._saved > SAVE_EVERY:
-                self.save()
-        return self._known[kind, candidate]
-
-    def save(self) -> None:
-        tree: dict[str, list[Any]] = {}
-        for (kind, candidate), nll in self._known.items():
-            tree.setdefault(kind, []).append([list(candidate.factors), *candidate[1:], _finite(nll)])
-        files.write_json(self.path, tree)
-        self._saved = time.monotonic()
 
 
 def longrope(
@@ -297,7 +193,7 @@ def longrope(
             ).result
             (row,) = evaluated["rows"]
             kept = ("ctx", "nll", "ppl", "bits_per_byte", "ci95", "tokens", "documents", "status")
-            searched = _finite(sets[ctx].nll(question.build(method)))
+            searched = finite(sets[ctx].nll(question.build(method)))
             rows.append({"name": name, "search_nll": searched, **{key: row[key] for key in kept}})
             protocol = evaluated["protocol"]
         return {"protocol": protocol, "rows": rows}
@@ -318,11 +214,11 @@ def longrope(
         "search": {
             "digest": digest,
             "identity": identity,
-            "nll": _finite(outcome.evolved.score),
+            "nll": finite(outcome.evolved.score),
             "evaluations": outcome.evolved.evaluations,
             "history": _history(outcome.evolved),
             "seeds": {
-                name: {**_as_json(seed), "nll": _finite(outcome.seed_scores[name])} for name, seed in seeds.items()
+                name: {**_as_json(seed), "nll": finite(outcome.seed_scores[name])} for name, seed in seeds.items()
             },
             "random": _found_json(outcome.random),
             "documents": {
@@ -336,7 +232,7 @@ def longrope(
         short_names = {"longrope": names["longrope"], "long_factors": question.method(best), "none": NO_SCALING}
         result["search"]["short"] = {
             "ctx": question.original_ctx, **_found_json(recovered.evolved),
-            "seeds": {name: _finite(nll) for name, nll in recovered.seed_scores.items()},
+            "seeds": {name: finite(nll) for name, nll in recovered.seed_scores.items()},
             "documents": {
                 "split": "validation", "digests": sets[question.original_ctx].digests,
                 "windows": len(sets[question.original_ctx].windows.start),
@@ -516,10 +412,6 @@ def _digest(weights: Mapping[str, Tensor]) -> str:
     return hasher.hexdigest()
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
 def _as_json(candidate: Candidate) -> dict[str, Any]:
     return {
         "factors": list(candidate.factors),
@@ -529,11 +421,11 @@ def _as_json(candidate: Candidate) -> dict[str, Any]:
 
 
 def _history(found: Found) -> list[dict[str, Any]]:
-    return [{"evaluations": line["evaluations"], "nll": _finite(line["best"])} for line in found.history]
+    return [{"evaluations": line["evaluations"], "nll": finite(line["best"])} for line in found.history]
 
 
 def _found_json(found: Found) -> dict[str, Any]:
     return {
-        **_as_json(found.best), "nll": _finite(found.score), "evaluations": found.evaluations,
+        **_as_json(found.best), "nll": finite(found.score), "evaluations": found.evaluations,
         "history": _history(found),
     }  # fmt: skip

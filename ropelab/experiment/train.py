@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from ropelab import config as configs
 from ropelab import data, files, runs
 from ropelab.experiment.devices import DTYPE_NAMES, device_name, environment, resolve_device
+from ropelab.experiment.models import build_model
 from ropelab.model import GPT
 from ropelab.positions import (
     ENCODINGS,
@@ -100,12 +101,6 @@ def kept_steps(config: TrainConfig) -> dict[int, float]:
                 f"use at least {1 / config.steps:.4g}"
             )
     return {round(fraction * config.steps): fraction for fraction in config.keep}
-
-
-def build_model(config: Config, n_vocab: int, *, scaling: Method, original_ctx: int) -> GPT:
-    """The GPT of a configuration with freshly drawn weights, on the CPU."""
-    encoding = build(config.pos, scaling, Geometry.of(config.model, original_ctx))
-    return GPT(config.model, n_vocab, encoding, seed=config.seed)
 
 
 class Parent(NamedTuple):

@@ -8,24 +8,22 @@ from ropelab.figures.diagnose import bucket_labels, observed_words
 from ropelab.figures.explain import explain, mean_cosine
 from ropelab.figures.lines import (
     CAP,
-    WITHOUT_FACTOR,
     Line,
     Panel,
     Point,
     Style,
     around,
     ctx_label,
-    method_name,
     number,
     panels,
     ppl_limits,
     ppl_ticks,
     protocol_facts,
     protocol_words,
-    scaling_name,
     styles,
 )
 from ropelab.figures.look import png, save, spread
+from ropelab.figures.names import WITHOUT_FACTOR, method_name, scaling_name
 
 __all__ = [
     "CAP",

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ropelab.figures.lines import DASHES, PALETTE, ctx_label, scaling_name
+from ropelab.figures.lines import DASHES, PALETTE, ctx_label
 from ropelab.figures.look import FAINT, INK, spread
+from ropelab.figures.names import scaling_name
 from ropelab.figures.stacked import Part
 
 if TYPE_CHECKING:

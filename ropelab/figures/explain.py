@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ropelab.figures.diagnose import diagnosis_parts
-from ropelab.figures.lines import NAMES, PALETTE, method_name, scaling_name
+from ropelab.figures.lines import PALETTE
 from ropelab.figures.look import FAINT, INK, spread, text_figure, theme
+from ropelab.figures.names import NAMES, method_name, scaling_name
 from ropelab.figures.stacked import Part, stack
 
 if TYPE_CHECKING:
