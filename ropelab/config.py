@@ -26,7 +26,7 @@ from ropelab.schema import Config, DataConfig, EvalConfig, Method, ModelConfig, 
 GROUPS = ("pos", "scaling", "positions", "model", "data")
 ENVIRONMENT = {"runs_dir": "ROPELAB_RUNS", "cache_dir": "ROPELAB_CACHE"}
 LATER: dict[str, Any] = {"positions": {"name": "contiguous"}, "parent": None}  # keys newer than the first version
-LATER_IN_EVAL: dict[str, Any] = {"baseline": None}
+LATER_IN: dict[str, dict[str, Any]] = {"eval": {"baseline": None}, "train": {"activation_checkpointing": False}}
 METHODS = ("pos", "scaling", "positions")  # groups whose parameters are the method's own
 SECTIONS: dict[str, type] = {
     "model": ModelConfig,
@@ -149,8 +149,9 @@ def to_dict(config: Config) -> dict[str, Any]:
 def from_dict(tree: dict[str, Any]) -> Config:
     """Dataclasses from plain data, with every type and range checked. `ValueError` with the dotted key."""
     tree = {**LATER, **tree}  # what the runs of the first versions do not say
-    if isinstance(tree.get("eval"), dict):
-        tree["eval"] = {**LATER_IN_EVAL, **tree["eval"]}
+    for section, later in LATER_IN.items():
+        if isinstance(tree.get(section), dict):
+            tree[section] = {**later, **tree[section]}
     fields: dict[str, Any] = {}
     hints = typing.get_type_hints(Config)
     _no_strangers(tree, hints, "")
@@ -296,7 +297,7 @@ def _parse(key: str, text: str, kind: Any) -> Any:
     if kind is bool:
         if text.lower() in ("true", "false"):
             return text.lower() == "true"
-        raise ValueError(f"{key} takes true or false, not '{text}'")
+        raise ValueError(f"{key} takes true or false{' or null' if optional else ''}, not '{text}'")
     if "," in text:
         raise ValueError(f"{key} takes one value here, not '{text}'; several are a sweep: ropelab sweep {key}={text}")
     word = "a whole number" if kind is int else "a number"

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from ropelab.attention import Attend, Bias
 from ropelab.positions import Decay, PositionEncoding, Positions, Rotation
@@ -115,6 +116,7 @@ class GPT(nn.Module):
         self.encoding = encoding
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm_out = nn.LayerNorm(config.d_model, eps=NORM_EPS, bias=False)
+        self.activation_checkpointing = False  # keep each block's input alone for the backward pass
         self._prepared: tuple[object, Prepared] | None = None
         self.init_weights(seed)
 
@@ -161,7 +163,9 @@ class GPT(nn.Module):
         the encoding is undefined at this length.
         """
         device = self.tokens.weight.device
-        key = (length, window, device, self.training, self.encoding)
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else self.tokens.weight.dtype
+        key = (length, window, device, dtype, self.training, self.encoding)
         if positions is None and self._prepared is not None and self._prepared[0] == key:
             return self._prepared[1]
         # positions are never computed below fp32
@@ -170,16 +174,8 @@ class GPT(nn.Module):
                 record = self.encoding(torch.arange(length, device=device), ctx=length)
             else:
                 record = _by_sequence(self.encoding(positions.flatten(), ctx=length), positions)
-            bias = Bias(
-                by_distance=record.bias,
-                by_query=record.query_bias,
-                window=window,
-                block=record.block,
-                far=None if record.far is None else record.far.window,
-                decays=self.encoding.reads_content,
-                scale=record.logit_scale,
-            )
-            attend = Attend(length, bias=bias, device=device, training=self.training)
+            bias = bias_of(record, decays=self.encoding.reads_content, window=window)
+            attend = Attend(length, bias=bias, device=device, training=self.training, dtype=dtype)
         prepared = Prepared(record, attend)
         if positions is None and next(self.encoding.parameters(), None) is None:
             self._prepared = (key, prepared)
@@ -189,8 +185,13 @@ class GPT(nn.Module):
         """tokens (B, T) int64, positions (B, T) int64 or None -> hidden states after the last norm, (B, T, C)."""
         prepared = self.prepare(tokens.shape[1], window=window, positions=positions)
         x = self.embed(tokens, prepared)
+        recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for layer, block in enumerate(self.blocks):
-            x = block(x, prepared, self.content(layer))
+            if recompute:
+                content = self.content(layer)
+                x = checkpoint(block, x, prepared, content, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, prepared, self.content(layer))
         out: Tensor = self.norm_out(x)
         return out
 
@@ -208,16 +209,55 @@ class GPT(nn.Module):
         return F.linear(hidden, self.tokens.weight[:-1])
 
     def nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Loss of every target in nats, fp32: hidden (..., C), targets (...) -> (...); 0 where the separator is due."""
-        scores = self.logits(hidden).float().flatten(0, -2)  # (N, V - 1)
-        losses = F.cross_entropy(
-            scores, targets.flatten(), ignore_index=self.tokens.num_embeddings - 1, reduction="none"
-        )
-        return losses.view(targets.shape)
+        """Loss of every target in nats, fp32: hidden (..., C), targets (...) -> (...); 0 where the separator is due.
+
+        At most `logits_held` scores exist at a time, forward and backward.
+        """
+        rows = max(1, logits_held(hidden.device, training=torch.is_grad_enabled()) // self.tokens.num_embeddings)
+        flat, wanted = hidden.flatten(0, -2), targets.flatten()  # (N, C), (N,)
+        if len(wanted) <= rows:
+            return self._nll(flat, wanted).view(targets.shape)
+        parts = []
+        for low in range(0, len(wanted), rows):
+            part = flat[low : low + rows], wanted[low : low + rows]
+            if torch.is_grad_enabled():
+                parts.append(checkpoint(self._nll, *part, use_reentrant=False, preserve_rng_state=False))
+            else:
+                parts.append(self._nll(*part))
+        return torch.cat(parts).view(targets.shape)
+
+    def _nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """hidden (N, C), targets (N,) -> (N,), with all their scores (N, V - 1) at once."""
+        scores = self.logits(hidden).float()
+        return F.cross_entropy(scores, targets, ignore_index=self.tokens.num_embeddings - 1, reduction="none")
 
     def n_parameters(self) -> int:
         """Trained numbers, the tied table once."""
         return sum(p.numel() for p in self.parameters())
+
+
+def bias_of(record: Positions, *, decays: bool, window: int | None = None) -> Bias:
+    """What a record says of the scores. `decays`: does the encoding read the text?"""
+    return Bias(
+        by_distance=record.bias,
+        slopes=record.slopes,
+        by_query=record.query_bias,
+        window=window,
+        block=record.block,
+        far=None if record.far is None else record.far.window,
+        decays=decays,
+        scale=record.logit_scale,
+    )
+
+
+def logits_held(device: torch.device, *, training: bool) -> int:
+    """Scores of head and loss that exist at a time: what keeps a CPU's caches useful, or a share of a GPU's memory."""
+    if device.type == "cuda" and training:
+        # with their gradient 8 to 10 bytes each: a sixth of the memory
+        return int(torch.cuda.get_device_properties(device).total_memory) // 64
+    if device.type == "cpu":
+        return 2**27 if training else 2**24  # 512 MB, 64 MB in fp32
+    return 2**28  # 1 GB
 
 
 def _by_sequence(record: Positions, positions: Tensor) -> Positions:

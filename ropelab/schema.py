@@ -106,7 +106,8 @@ class TrainConfig:
     weight_decay: float
     grad_clip: float | None  # largest global gradient norm; null: no clipping
     dtype: str
-    compile: bool
+    compile: bool | None  # torch.compile of each block; null: on CUDA
+    activation_checkpointing: bool  # keep each block's input alone and compute the rest again in the backward pass
     eval_every: int  # steps between validation losses
     checkpoint_every: int  # steps between checkpoints
     keep: tuple[float, ...]  # fractions of the training at which weights are kept

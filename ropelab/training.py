@@ -19,6 +19,9 @@ from ropelab.model import GPT
 from ropelab.schema import TrainConfig
 
 BETAS = (0.9, 0.95)
+WIDE = 192  # width from which oneDNN's fp32 products are the faster ones on a CPU with AVX-512
+UNREAD = 16  # steps on a GPU between two readings of the losses: reading waits for all that was asked of the GPU
+FUSED = ("cpu", "cuda")  # devices whose fused AdamW leaves a step out when it is told to
 
 
 class NonFiniteLossError(RuntimeError):
@@ -37,6 +40,7 @@ class Step:
     loss: float
     lr: float
     grad_norm: float
+    settled: bool = True  # is the model as this step left it? Not where later steps were taken before this was read
 
 
 def lr_at(step: int, config: TrainConfig) -> float:
@@ -64,6 +68,17 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
+def matmul_precision(device: torch.device, width: int) -> str:
+    """What torch.set_float32_matmul_precision gets for fp32 products of a model `width` wide: a fixed rule.
+
+    `medium` lets a CPU multiply by oneDNN instead of MKL, which is still fp32 where the CPU has no AMX (with AMX it
+    would be bf16), faster with AVX-512 and slower on narrow models. Everywhere else `highest`.
+    """
+    if device.type != "cpu" or torch.cpu._is_amx_tile_supported():
+        return "highest"
+    return "medium" if torch.backends.cpu.get_cpu_capability() == "AVX512" and width >= WIDE else "highest"
+
+
 def build_optimizer(model: GPT, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW in two groups: weight decay for matrices and the token table; none for positions, norms and scalars."""
     decayed: list[nn.Parameter] = []
@@ -72,7 +87,7 @@ def build_optimizer(model: GPT, config: TrainConfig) -> torch.optim.AdamW:
         positional = name.startswith("encoding.")
         (plain if positional or parameter.dim() < 2 else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    fused = model.tokens.weight.device.type in ("cpu", "cuda")
+    fused = model.tokens.weight.device.type in FUSED
     return torch.optim.AdamW(groups, lr=config.lr, betas=BETAS, fused=fused)
 
 
@@ -112,16 +127,28 @@ def steps(
     start: int,
     dtype: torch.dtype,
     positions_at: Callable[[int], NDArray[np.int64]] | None = None,
+    settle_at: Callable[[int], bool] = lambda step: False,
+    unread: int | None = None,
 ) -> Iterator[Step]:
-    """Train from step `start` + 1 to config.steps, yielding after each optimizer step.
+    """Train from step `start` + 1 to config.steps, yielding every optimizer step.
 
     `batch_at(step)` returns the windows of a step, (batch_size, ctx + 1), and `positions_at(step)` the positions of
-    their inputs, (batch_size, ctx); None: 0 .. ctx - 1. `NonFiniteLossError` before the update that a non-finite loss
-    would make, so the weights stay those of the last good step.
+    their inputs, (batch_size, ctx); None: 0 .. ctx - 1. On a GPU up to `unread` steps are taken before their losses are
+    read and yielded; only after the last of them is the model as its step left it (`settled`). The steps of `settle_at`
+    are such. `NonFiniteLossError` instead of a step whose loss or gradient is not finite: the weights stay those of the
+    last good step.
     """
     device = model.tokens.weight.device
     separator = model.tokens.num_embeddings - 1
+    fused = device.type in FUSED
+    if unread is None:
+        unread = UNREAD if device.type == "cuda" else 1
+    assert unread == 1 or fused
+    model.activation_checkpointing = config.activation_checkpointing
     model.train()
+    # 1 from the first step on whose loss or gradient is not finite: no update is made any more
+    broken = torch.zeros((), device=device)
+    waiting: list[tuple[int, float, Tensor]] = []  # step, lr, (loss, norm of the gradient)
     for step in range(start + 1, config.steps + 1):
         model.progress((step - 1) / config.steps)
         windows = to_device(batch_at(step), device)  # (batch_size, ctx + 1)
@@ -140,16 +167,30 @@ def steps(
                 loss = model.nll(hidden, micro[:, 1:]).sum() / scored
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
-        value = float(total)
-        if not math.isfinite(value):
-            raise NonFiniteLossError(step, "loss", value)
         limit = config.grad_clip if config.grad_clip is not None else math.inf
-        norm = float(nn.utils.clip_grad_norm_(model.parameters(), limit))
-        if not math.isfinite(norm):
-            raise NonFiniteLossError(step, "norm of the gradient", norm)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), limit)
+        waiting.append((step, lr, torch.stack((total, norm))))
+        if fused:  # decided on the device, without waiting for it
+            broken = torch.maximum(broken, 1 - waiting[-1][2].isfinite().all().float())
+            optimizer.found_inf = broken  # type: ignore[attr-defined]
+        else:
+            list(_read(waiting))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        yield Step(step, value, lr, norm)
+        if len(waiting) >= unread or step == config.steps or settle_at(step):
+            yield from _read(waiting)
+            waiting.clear()
+
+
+def _read(waiting: list[tuple[int, float, Tensor]]) -> Iterator[Step]:
+    """The steps that wait, their figures copied to the host at once. `NonFiniteLossError` at the first that is bad."""
+    figures = torch.stack([both for _, _, both in waiting]).tolist()
+    for (step, lr, _), (loss, norm) in zip(waiting, figures, strict=True):
+        if not math.isfinite(loss):
+            raise NonFiniteLossError(step, "loss", loss)
+        if not math.isfinite(norm):
+            raise NonFiniteLossError(step, "norm of the gradient", norm)
+        yield Step(step, loss, lr, norm, settled=step == waiting[-1][0])
 
 
 @torch.no_grad()

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ropelab import attention
-from ropelab.attention import Attend, Bias
+from ropelab.attention import Attend, Bias, attend, by_distance, digits
 from ropelab.positions import Decay
+from ropelab.positions.alibi import slopes
 
 CPU = torch.device("cpu")
 
@@ -112,16 +112,18 @@ def check_against_the_loop(case: dict[str, Any], device: torch.device, *, rtol: 
     kernels = {chosen.kernel}
     if chosen.bias.far is None:
         kernels |= {"materialised", "blocks"}
-    before = attention.BLOCK
-    attention.BLOCK = case["rows"]
+        kernels |= set() if chosen.bias.pairwise else {"recomputed"}
+    before = attend.BLOCK, by_distance.ROWS, by_distance.HELD
+    attend.BLOCK, by_distance.ROWS = case["rows"], max(1, case["rows"] // 2)
+    by_distance.HELD = 1 if case["seed"] % 2 else before[2]  # one sequence at a time, or all
     try:
         for kernel in sorted(kernels):
-            attend = Attend(length, bias=bias, device=device, training=case["training"], kernel=kernel)
-            out = attend(q, k, v, far=far, decay=decay)
+            attending = Attend(length, bias=bias, device=device, training=case["training"], kernel=kernel)
+            out = attending(q, k, v, far=far, decay=decay)
             torch.testing.assert_close(out.double(), expected, rtol=rtol, atol=atol)
             with torch.no_grad():
-                torch.testing.assert_close(attend(q, k, v, far=far, decay=decay), out, rtol=0, atol=atol / 10)
-                shown = attend.weights(q, k, range(length // 2, length), far=far, decay=decay)
+                torch.testing.assert_close(attending(q, k, v, far=far, decay=decay), out, rtol=0, atol=atol / 10)
+                shown = attending.weights(q, k, range(length // 2, length), far=far, decay=decay)
                 torch.testing.assert_close(shown @ v, out[:, :, length // 2 :], rtol=rtol, atol=atol)
             mine = torch.autograd.grad((out * weights).sum(), tensors, allow_unused=True, retain_graph=True)
             for got, want in zip(mine, theirs, strict=True):
@@ -129,7 +131,7 @@ def check_against_the_loop(case: dict[str, Any], device: torch.device, *, rtol: 
                 got = torch.zeros_like(want) if got is None else got
                 torch.testing.assert_close(got, want.expand_as(got), rtol=10 * rtol, atol=2 * atol)
     finally:
-        attention.BLOCK = before
+        attend.BLOCK, by_distance.ROWS, by_distance.HELD = before
 
 
 def test_the_gradient_of_a_bias_is_the_same_every_time() -> None:
@@ -148,9 +150,9 @@ def test_a_learned_bias_is_added_in_fp32_to_bf16_scores() -> None:
     q, k = torch.zeros(2, 1, 1, 2, 8, dtype=torch.bfloat16).unbind(0)
     v = torch.eye(2, 8).bfloat16()[None, None]
     bias = torch.tensor([[100.0, 100.2]], requires_grad=True)
-    attend = Attend(2, bias=Bias(bias), device=CPU, training=True)
-    assert attend.kernel == "materialised"
-    out = attend(q, k, v)
+    attending = Attend(2, bias=Bias(bias), device=CPU, training=True, dtype=torch.bfloat16)
+    assert attending.kernel == "materialised"
+    out = attending(q, k, v)
     assert out.dtype == torch.bfloat16
     assert out[0, 0, 1, 0].item() == pytest.approx(1 / (1 + math.exp(-0.2)), abs=3e-3)
 
@@ -159,54 +161,148 @@ def test_decays_are_exact_late_in_a_long_text() -> None:
     """Steps of 1e-3 on a total of 1e5: an fp32 total would be off by 4e-3, more than a step."""
     steps = torch.full((1, 1, 64), 1e-3, dtype=torch.float64)
     steps[..., 0] = 1e5
-    attend = Attend(64, bias=Bias(decays=True), device=CPU, training=False)
-    mask = attend._mask(32, 64, 0, Decay(steps.cumsum(-1)))  # (1, 1, 32, 64)
+    attending = Attend(64, bias=Bias(decays=True), device=CPU, training=False)
+    mask = attending._mask(32, 64, 0, Decay(steps.cumsum(-1)))  # (1, 1, 32, 64)
     assert mask[0, 0, 8, 30].item() == pytest.approx(-1e-3 * (40 - 30), rel=1e-5)
     assert mask[0, 0, 31, 1].item() == pytest.approx(-1e-3 * (63 - 1), rel=1e-5)
 
 
 def test_a_block_mask_on_a_cpu_is_a_view_of_one_vector() -> None:
     """No (rows, keys) tensor is built for a bias: the mask of a block owns rows + keys - 1 numbers a head."""
-    attend = Attend(4096, bias=Bias(-torch.rand(2, 4096)), device=CPU, training=False, kernel="blocks")
-    mask = attend._backward_mask(2048, 4096, 0)
-    assert mask.shape == (1, 2, 2048, 4096)
+    mask = by_distance.mask(-torch.rand(2, 4096), 2048, 4096, 0)
+    assert mask.shape == (2, 2048, 4096)
     assert mask.untyped_storage().nbytes() == 2 * (2048 + 4096 - 1) * 4
 
 
 def test_dense_blocks_stay_within_their_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     """A bias by query is never asked for more than DENSE numbers at a time."""
-    monkeypatch.setattr(attention, "DENSE", 2**12)
+    monkeypatch.setattr(attend, "DENSE", 2**12)
     asked = []
 
     def by_query(i: Tensor, distance: Tensor) -> Tensor:
         asked.append(2 * distance.numel())
         return torch.zeros(2, *distance.shape)
 
-    attend = Attend(300, bias=Bias(by_query=by_query), device=CPU, training=False, kernel="blocks")
+    attending = Attend(300, bias=Bias(by_query=by_query), device=CPU, training=False, kernel="blocks")
     with torch.no_grad():
-        attend(*torch.randn(3, 1, 2, 300, 8).unbind(0))
+        attending(*torch.randn(3, 1, 2, 300, 8).unbind(0))
     assert len(asked) > 10
     assert max(asked) <= 2**12
 
 
+FP32, BF16 = torch.float32, torch.bfloat16
+DISTANCE = Bias(torch.zeros(1, 128))
+SLOPES = Bias(torch.zeros(1, 128), slopes=torch.ones(1))
+
+
 @pytest.mark.parametrize(
-    ("training", "length", "bias", "kernel"),
+    ("device", "training", "length", "dtype", "bias", "kernel"),
     [
-        (True, 128, Bias(), "materialised"),
-        (True, 128, Bias(torch.zeros(1, 128)), "materialised"),
-        (True, 513, Bias(), "sdpa"),
-        (True, 513, Bias(torch.zeros(1, 513)), "blocks"),
-        (False, 128, Bias(), "sdpa"),
-        (False, 128, Bias(window=12), "blocks"),
-        (False, 128, Bias(block=12), "blocks"),
-        (False, 128, Bias(decays=True), "blocks"),
-        (False, 128, Bias(far=12), "two_scores"),
+        ("cpu", True, 128, FP32, Bias(), "materialised"),
+        ("cpu", True, 128, FP32, DISTANCE, "materialised"),
+        ("cpu", True, 129, FP32, Bias(), "sdpa"),
+        ("cpu", True, 512, BF16, Bias(), "materialised"),
+        ("cpu", True, 129, FP32, DISTANCE, "recomputed"),
+        ("cpu", True, 512, BF16, SLOPES, "materialised"),
+        ("cpu", True, 513, BF16, SLOPES, "recomputed"),
+        ("cpu", True, 512, FP32, Bias(decays=True), "materialised"),
+        ("cpu", True, 513, FP32, Bias(decays=True), "blocks"),
+        ("cpu", False, 128, FP32, Bias(), "sdpa"),
+        ("cpu", False, 128, FP32, Bias(window=12), "blocks"),
+        ("cpu", False, 128, FP32, Bias(block=12), "blocks"),
+        ("cpu", False, 128, FP32, Bias(decays=True), "blocks"),
+        ("cpu", False, 128, FP32, Bias(far=12), "two_scores"),
+        ("mps", True, 128, FP32, DISTANCE, "recomputed"),
+        ("mps", False, 128, FP32, DISTANCE, "blocks"),
+        ("cuda", True, 128, BF16, Bias(), "sdpa"),
+        ("cuda", True, 128, BF16, DISTANCE, "triton"),
+        ("cuda", True, 128, BF16, SLOPES, "digits"),
+        ("cuda", True, 128, FP32, SLOPES, "triton"),
+        ("cuda", False, 128, BF16, SLOPES, "triton"),
+        ("cuda", False, 128, FP32, Bias(window=12), "triton"),
+        ("cuda", True, 128, BF16, Bias(decays=True), "blocks"),
     ],
 )
-def test_the_kernel_is_a_fixed_rule(training: bool, length: int, bias: Bias, kernel: str) -> None:
-    assert Attend(length, bias=bias, device=CPU, training=training).kernel == kernel
+def test_the_kernel_is_a_fixed_rule(
+    device: str, training: bool, length: int, dtype: torch.dtype, bias: Bias, kernel: str, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(attend, "has_triton", lambda: True)
+    assert attend.choose_kernel(torch.device(device), length, training=training, bias=bias, dtype=dtype) == kernel
+
+
+def test_a_gpu_without_triton_computes_the_scores_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attend, "has_triton", lambda: False)
+    chosen = [
+        attend.choose_kernel(torch.device("cuda"), 128, training=training, bias=DISTANCE, dtype=BF16)
+        for training in (True, False)
+    ]
+    assert chosen == ["recomputed", "blocks"]
+
+
+@pytest.mark.parametrize("kind", ["by distance", "learned", "by query", "decays"])
+def test_training_keeps_no_scores(kind: str) -> None:
+    """What the backward pass holds of a layer grows with T, not with T x T."""
+    length = 1024
+    q, k, v = (x.requires_grad_() for x in torch.randn(3, 1, 2, length, 8).unbind(0))
+    learned = torch.rand(2, length, requires_grad=kind == "learned")
+    bias = {
+        "by distance": Bias(-learned),
+        "learned": Bias(-learned),
+        "by query": Bias(by_query=lambda i, d: q.mean() * torch.log1p(d)[None].expand(2, -1, -1)),
+        "decays": Bias(decays=True),
+    }[kind]
+    decay = Decay(torch.rand(1, 2, length).cumsum(-1).requires_grad_()) if kind == "decays" else None
+    held: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        attending = Attend(length, bias=bias, device=CPU, training=True)
+        out = attending(q, k, v, decay=decay)
+    assert attending.kernel == ("recomputed" if decay is None and bias.by_query is None else "blocks")
+    out.sum().backward()
+    assert q.grad is not None
+    assert sum(held.values()) < length * length  # bytes: an eighth of one (H, T, T)
 
 
 @pytest.mark.parametrize("bias", [Bias(window=16), Bias(block=8), Bias(far=16)])
 def test_what_reaches_past_the_sequence_changes_nothing(bias: Bias) -> None:
     assert Attend(16, bias=bias, device=CPU, training=False).kernel == "sdpa"
+
+
+def alibi(length: int, heads: int = 12) -> tuple[Tensor, Tensor, Tensor]:
+    """Random q, k (1, H, T, 64) bf16 and ALiBi's slopes (H,)."""
+    q, k = torch.randn(2, 1, heads, length, 64, generator=torch.Generator().manual_seed(0)).bfloat16().unbind(0)
+    return q, k, slopes(heads)
+
+
+@pytest.mark.parametrize(("length", "bound"), [(300, 1e-4), (2048, 2e-4), (32768, 1e-3)])
+def test_digits_give_alibis_weights_in_bf16(length: int, bound: float) -> None:
+    """Total variation of the last queries' weights against ALiBi in fp64; a position in one bf16 number is far off."""
+    q, k, slope = alibi(length)
+    wide_q, wide_k = digits.augment(q, k, slope)
+    distance = torch.arange(length - 1, -1, -1).double()
+    plain = (q[:, :, -1:].double() @ k.double().transpose(-2, -1)) / 8  # (1, H, 1, T)
+    expected = torch.softmax(plain - slope.double()[None, :, None, None] * distance, dim=-1)
+    scores = (wide_q[:, :, -1:].float() @ wide_k.float().transpose(-2, -1)) / 8  # products of bf16, summed in fp32
+    off = (torch.softmax(scores, dim=-1).double() - expected).abs().sum(-1) / 2
+    assert off.max() < bound
+    naive = plain.float() + (slope.bfloat16()[None, :, None, None] * torch.arange(length).bfloat16()).float()
+    if length >= 2048:
+        assert ((torch.softmax(naive, dim=-1).double() - expected).abs().sum(-1) / 2).max() > 0.1
+
+
+def test_attention_with_digits_equals_the_plain_loop() -> None:
+    """In fp32, with gradients."""
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(2, 3, 37, 8, generator=generator).requires_grad_() for _ in range(3))
+    slope = torch.tensor([0.5, 0.1, 0.003])
+    expected = reference(q, k, v, Bias(-slope[:, None] * torch.arange(37)))
+    out = digits.attend_with_slopes(q, k, v, slope)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
+    weights = torch.randn(expected.shape, generator=generator)
+    theirs = torch.autograd.grad((expected * weights).sum(), (q, k, v))
+    for got, want in zip(torch.autograd.grad((out * weights).sum(), (q, k, v)), theirs, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=2e-5)

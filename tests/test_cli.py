@@ -24,6 +24,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from ropelab import cli
+from ropelab.positions import ENCODINGS
 
 SHAPE = (
     "model.n_layer=1", "model.d_model=16", "model.n_head=2", "train.ctx=32", "train.steps=3", "train.batch_size=2",
@@ -929,6 +930,23 @@ def test_show_of_a_run_has_its_trained_tensors(lab: Lab) -> None:
     assert stretched[:4:2] == table[:2].tolist()
 
 
+def test_show_prints_which_kernel_serves_an_encoding() -> None:
+    """Every encoding has a row; one encoding has its own lengths and dtype."""
+    rows = as_json("show", "--attention", "device=cpu", "train.dtype=fp32")["attention"]
+    assert {row["pos"] for row in rows} == set(ENCODINGS)
+    kernels = {(row["pos"], row["use"]): row["kernel"] for row in rows}
+    assert kernels["rope", "evaluation"] == "sdpa"
+    assert kernels["t5", "evaluation"] == "blocks"
+    assert kernels["learned", "evaluation"] is None  # past its table
+    settings = ("--pos", "t5", "train.ctx=1024", "train.dtype=bf16", "eval.window=100", "device=cpu")
+    one, other = as_json("show", "--attention", *settings, "--ctx", "2048")["attention"]
+    assert {key: one[key] for key in ("use", "ctx", "device", "dtype", "kernel")} == {
+        "use": "training", "ctx": 1024, "device": "cpu", "dtype": "bf16", "kernel": "recomputed",
+    }  # fmt: skip
+    assert (other["ctx"], other["dtype"], other["kernel"]) == (2048, "fp32", "blocks")
+    assert "t5                   recomputed" in good("show", "--attention", *settings).stdout
+
+
 BAD_SHOW: list[tuple[list[str], Sequence[str]]] = [
     (["ROPE", "ALIBI"], ["show takes one RUN"]),
     (["ROPE", "--pos", "rope"], ["show takes one RUN"]),
@@ -944,7 +962,9 @@ BAD_SHOW: list[tuple[list[str], Sequence[str]]] = [
     (["--pos", "rope", "--ctx", "4", "--ctx", "8"], ["--ctx takes one length"]),
     (["--pos", "learned", "--ctx", "1000"], ["end at 128"]),
     (["--ctx", "64"], ["add --pos NAME"]),
-    (["--pos", "rope", "--attention"], ["name a RUN"]),
+    (["--pos", "rope", "--attention", "-o", "x.png"], ["-o draws no table of kernels"]),
+    (["--attention", "--pos", "alibi", "--scaling", "yarn"], ["scaling=yarn applies to pos=rope"]),
+    (["--attention", "--ctx", "0"], ["--ctx takes one length from 1"]),
     (["ROPE", "--scaling", "clamp"], ["scaling=clamp", "pos=learned"]),
     (["ROPE", "--attention", "--ctx", "100000"], ["no test document holds 100000 tokens"]),
     (["-o", "x.png"], ["add --pos NAME"]),

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ropelab import model
 from ropelab.model import GPT, rotate
 from ropelab.positions import Geometry, build
 from ropelab.schema import Method, ModelConfig
@@ -213,6 +214,29 @@ def test_the_separator_is_never_predicted() -> None:
     wide = torch.log_softmax(model.logits(hidden).double(), dim=-1)
     assert wide.shape[-1] == VOCAB - 1
     assert losses[1, 5].item() == pytest.approx(-wide[1, 5, targets[1, 5]].item(), rel=1e-5)
+
+
+def test_a_loss_in_parts_is_the_whole_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values and gradients, against torch's own cross entropy over all scores at once; parts that do not divide N."""
+    net = gpt("rope")
+    hidden = torch.randn(3, 7, net.config.d_model, requires_grad=True)
+    targets = torch.randint(0, VOCAB - 1, (3, 7))
+    scored = hidden @ net.tokens.weight[:-1].T
+    whole = torch.nn.functional.cross_entropy(scored.flatten(0, 1), targets.flatten(), reduction="none").view(3, 7)
+    wanted = torch.autograd.grad(whole.square().sum(), (hidden, net.tokens.weight))
+    held: list[int] = []
+    plain = net.logits
+    monkeypatch.setattr(model, "logits_held", lambda device, training: 4 * VOCAB)
+    monkeypatch.setattr(net, "logits", lambda x: (held.append(len(x)), plain(x))[1])
+    parts = net.nll(hidden, targets)
+    torch.testing.assert_close(parts, whole)
+    found = torch.autograd.grad(parts.square().sum(), (hidden, net.tokens.weight))
+    for got, want in zip(found, wanted, strict=True):
+        torch.testing.assert_close(got, want)
+    assert len(held) == 2 * 6  # in the backward pass again
+    assert max(held) == 4
+    with torch.no_grad():
+        torch.testing.assert_close(net.nll(hidden, targets), whole)
 
 
 def test_qk_norm_changes_the_model() -> None:

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ropelab import experiment
+from ropelab.experiment.train import compiles
 from ropelab.model import GPT
 from ropelab.positions import Geometry, build
 from ropelab.schema import Method, ModelConfig, TrainConfig
@@ -24,6 +25,7 @@ from ropelab.training import (
     Step,
     build_optimizer,
     lr_at,
+    matmul_precision,
     optimizer_tensors,
     resolve_dtype,
     steps,
@@ -39,7 +41,8 @@ Windows = NDArray[np.int64]
 def recipe(**changes: object) -> TrainConfig:
     plain = TrainConfig(
         ctx=CTX, batch_size=4, micro_batch_size=None, steps=100, lr=1e-2, final_lr=0.1, warmup_steps=0,
-        weight_decay=0.1, grad_clip=1.0, dtype="fp32", compile=False, eval_every=10, checkpoint_every=10, keep=(),
+        weight_decay=0.1, grad_clip=1.0, dtype="fp32", compile=False, activation_checkpointing=False,
+        eval_every=10, checkpoint_every=10, keep=(),
     )  # fmt: skip
     return dataclasses.replace(plain, **changes)  # type: ignore[arg-type]
 
@@ -235,6 +238,63 @@ def test_a_non_finite_gradient_of_a_finite_loss_is_not_applied() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("bad", [None, 4])
+def test_steps_read_late_are_the_same_steps(bad: int | None) -> None:
+    """As on a GPU: losses are read every 5 steps and where the model is wanted; a bad step ends the training."""
+    config = recipe(steps=13)
+
+    def run(unread: int) -> tuple[list[Step], int | None, dict[str, torch.Tensor]]:
+        model = gpt("learned")
+        if bad is not None:  # the loss of this step is not finite, and those of later ones would be
+            calls = 0
+
+            def poison(module: torch.nn.Module, inputs: object, out: torch.Tensor) -> torch.Tensor:
+                nonlocal calls
+                calls += 1
+                return out * math.inf if calls == bad else out
+
+            model.norm_out.register_forward_hook(poison)
+        done, broken = [], None
+        try:
+            for step in steps(
+                model, build_optimizer(model, config), lambda step: windows(seed=step), config, start=0,
+                dtype=torch.float32, settle_at=lambda step: step == 7, unread=unread,
+            ):  # fmt: skip
+                done.append(step)
+        except NonFiniteLossError as error:
+            broken = error.step
+        return done, broken, model.state_dict()
+
+    (late, late_bad, late_weights), (one, one_bad, one_weights) = run(5), run(1)
+    assert late_bad == one_bad == bad
+    assert [dataclasses.replace(step, settled=True) for step in late] == one
+    assert all(torch.equal(value, one_weights[name]) for name, value in late_weights.items())
+    assert all(step.settled for step in one)
+    if bad is None:
+        assert [step.step for step in late if step.settled] == [5, 7, 12, 13]
+    else:
+        assert [step.step for step in late] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("pos", ["rope", "t5", "fire", "cable"])
+def test_activation_checkpointing_changes_no_bit(pos: str) -> None:
+    found = []
+    for again in (False, True):
+        config = recipe(steps=2, activation_checkpointing=again)
+        model = gpt(pos)
+        forwards: list[object] = []
+        model.blocks[0].mlp_in.register_forward_hook(lambda *_, seen=forwards: seen.append(None))
+        done = list(
+            steps(model, build_optimizer(model, config), lambda step: windows(seed=step), config, start=0,
+                  dtype=torch.float32)
+        )  # fmt: skip
+        found.append((done, model.state_dict(), len(forwards)))
+    (plain, plain_weights, once), (checkpointed, weights, twice) = found
+    assert (once, twice) == (2, 4)  # computed again in each backward pass
+    assert checkpointed == plain
+    assert all(torch.equal(value, plain_weights[name]) for name, value in weights.items())
+
+
 # --- precision and compilation --------------------------------------------------------------------------------------
 
 
@@ -284,6 +344,32 @@ def test_a_dtype_that_is_given_is_the_one_that_is_used() -> None:
         assert resolve_dtype("fp32", torch.device(device)) == torch.float32
         assert resolve_dtype("bf16", torch.device(device)) == torch.bfloat16
     assert resolve_dtype("auto", torch.device("mps")) == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "amx", "width", "expected"),
+    [
+        ("cpu", "AVX512", False, 192, "medium"),
+        ("cpu", "AVX512", False, 128, "highest"),
+        ("cpu", "AVX512", True, 512, "highest"),  # there it would be bf16
+        ("cpu", "AVX2", False, 512, "highest"),
+        ("cuda", "AVX512", False, 512, "highest"),  # there it would be TF32
+        ("mps", "DEFAULT", False, 512, "highest"),
+    ],
+)
+def test_the_matmul_path_is_a_fixed_rule(
+    device: str, capability: str, amx: bool, width: int, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert matmul_precision(torch.device(device), width) == expected
+
+
+def test_blocks_are_compiled_on_cuda_unless_it_is_said() -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert [compiles(recipe(compile=said), device) for said in (None, True, False) for device in (cpu, cuda)] == [
+        False, True, True, True, False, False,
+    ]  # fmt: skip
 
 
 @pytest.mark.slow

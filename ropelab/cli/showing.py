@@ -37,7 +37,11 @@ def show(
     factor: Factor = None,
     ctx: Ctx = None,
     attention: Annotated[
-        bool, typer.Option("--attention", help="Of a RUN: where it looks, measured on its own test text.")
+        bool,
+        typer.Option(
+            "--attention",
+            help="Of a RUN: where it looks, measured on its own test text. Else: which kernel serves an encoding.",
+        ),
     ] = False,
     as_json: Json = False,
     output: Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE.png", help="Draw it.")] = None,
@@ -51,12 +55,15 @@ def show(
         option(settings, "--pos", "pos", pos)
         option(settings, "--scaling", "scaling", scaling)
         option(settings, "--factor", "scaling.factor", factor)
+        if attention and not named:
+            if output is not None:
+                raise ValueError("-o draws no table of kernels; leave it out, or name a RUN")
+            _show_kernels(settings, ctx, as_json=as_json)
+            return
         if ctx and not (method or named):
             raise ValueError("--ctx belongs to a method or a run; add --pos NAME")
         if output is not None and not (method or named):
             raise ValueError("-o draws a method or a run; add --pos NAME")
-        if attention and not named:
-            raise ValueError("--attention is measured on a trained model; name a RUN")
         if output is not None:
             check_output(output, picture=True)
         if named:
@@ -112,6 +119,33 @@ def _list_methods(*, as_json: bool) -> None:
                 print(f"  {'':<20} {paper}")
         print()
     print("The numbers of one: ropelab show --pos rope --scaling yarn --factor 8 --ctx 1024; -o FILE.png draws them.")
+
+
+# --- kernels --------------------------------------------------------------------------------------------------------
+
+EVALUATED = 16384  # tokens at which the kernels of an evaluation are shown unless --ctx says otherwise
+
+
+def _show_kernels(settings: list[str], ctx: list[str] | None, *, as_json: bool) -> None:
+    from ropelab import config
+
+    resolved = config.load(settings)
+    named = any(item.startswith("pos=") for item in settings) or resolved.scaling.name != "none"
+    from ropelab.experiment.kernels import kernels
+
+    methods = [resolved.pos] if named else [config.load([f"pos={name}"]).pos for name in config.choices("pos")]
+    rows = kernels(resolved, methods, [_one_length(ctx) or EVALUATED])
+    if as_json:
+        print_json({"attention": rows})
+        return
+    trained, evaluated = rows[0::2], rows[1::2]
+    columns = [f"{row['use']}, {row['ctx']} tokens, {row['dtype']}" for row in rows[:2]]
+    print(f"{'on ' + rows[0]['device']:<20} {columns[0]:<30} {columns[1]}")
+    for one, other in zip(trained, evaluated, strict=True):
+        print(f"{one['pos']:<20} {one['kernel'] or 'undefined':<30} {other['kernel'] or 'undefined'}")
+    print()
+    for kernel, what in sorted({(row["kernel"], row["what"]) for row in rows if row["kernel"]}):
+        print(f"{kernel:<14} {what}")
 
 
 # --- a method, and a run --------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from ropelab.model import GPT
 from ropelab.positions import PositionEncoding, resolve_factor
 from ropelab.runs import RunDir, RunError
 from ropelab.schema import Config, ContextLengthError, DataConfig, EvalConfig, Method
-from ropelab.training import resolve_dtype
+from ropelab.training import matmul_precision, resolve_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +131,8 @@ def evaluate(
 
     _make_results_folder(run, kept_in)
     model = load_model(run, weights, device=target)
+    precision = matmul_precision(target, trained.model.d_model)
+    torch.set_float32_matmul_precision(precision)
     plain = model.encoding
     baseline = None if config.baseline is None else unigram_nll(own.train.tokens, tokenizer.n_vocab)  # (V,)
     digests = [split.digests[i] for i in layout.documents]
@@ -208,6 +210,7 @@ def evaluate(
         "data": corpus_name,
         "window": config.window,
         "device": device_name(target),
+        "matmul_precision": precision,
         "protocol": {
             "name": layout.protocol,
             "stride": config.stride if layout.protocol == "sliding" else None,
@@ -297,20 +300,14 @@ def batch_tokens(device: torch.device) -> int:
 
 def scorer_of(model: GPT, *, window: int | None, dtype: torch.dtype) -> Callable[..., NDArray[np.float32]]:
     device = model.tokens.weight.device
-    numbers = 2**24 if device.type == "cpu" else 2**28  # logits held at once: 64 MB, 1 GB
-    rows = max(1, numbers // model.tokens.num_embeddings)
 
     @torch.no_grad()
     def scorer(inputs: NDArray[np.int64], targets: NDArray[np.int64]) -> NDArray[np.float32]:
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
             hidden = model(torch.from_numpy(inputs).to(device), window=window)  # (B, ctx, C)
-            scored = hidden[:, -targets.shape[1] :].flatten(0, 1)  # (B x scored, C)
-            wanted = torch.from_numpy(targets).to(device).flatten()  # (B x scored,)
-            parts = [
-                model.nll(scored[low : low + rows], wanted[low : low + rows]) for low in range(0, len(wanted), rows)
-            ]
-        losses: NDArray[np.float32] = torch.cat(parts).float().cpu().numpy()
-        return losses.reshape(targets.shape)
+            scored = model.nll(hidden[:, -targets.shape[1] :], torch.from_numpy(targets).to(device))  # (B, scored)
+        losses: NDArray[np.float32] = scored.float().cpu().numpy()
+        return losses
 
     return scorer
 

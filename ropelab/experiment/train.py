@@ -40,6 +40,7 @@ from ropelab.training import (
     NonFiniteLossError,
     build_optimizer,
     load_optimizer_tensors,
+    matmul_precision,
     optimizer_tensors,
     resolve_dtype,
     steps,
@@ -227,6 +228,8 @@ def train(config: Config, *, progress: Progress = silent) -> dict[str, Any]:
     with run.locked(), interrupts() as caught:
         begun = run.manifest() if run.manifest_path.exists() else {}
         dtype = resolve_dtype(begun.get("dtype", config.train.dtype), device)
+        precision = begun.get("matmul_precision") or matmul_precision(device, config.model.d_model)
+        torch.set_float32_matmul_precision(precision)
         model = build_model(config, corpus.tokenizer.n_vocab, scaling=scaling, original_ctx=original_ctx)
         if parent is not None:
             model.load_state_dict(parent.run.load_weights(), strict=True)
@@ -252,16 +255,20 @@ def train(config: Config, *, progress: Progress = silent) -> dict[str, Any]:
                 "name": corpus.tokenizer.name, "digest": corpus.tokenizer.digest, "n_vocab": corpus.tokenizer.n_vocab,
             },
             params=model.n_parameters(), dtype=DTYPE_NAMES[dtype], device=device_name(device), device_type=device.type,
-            attention_backend=model.train().prepare(config.train.ctx).attend.kernel, environment=environment(),
+            matmul_precision=precision, attention_backend=training_kernel(model, config.train.ctx, dtype),
+            compiled=compiles(config.train, device), environment=environment(),
             started=begun.get("started", time.time()),
         )  # fmt: skip
         run.rewind(start)
-        if config.train.compile:
-            for block in model.blocks:
-                block.compile()  # in place: names of the parameters stay, identical blocks share one compilation
+        if compiles(config.train, device):
+            compile_blocks(model, cache_dir=config.cache_dir)
         tracker = Tracker(
             config.track, name=run.name, run_id=digest[:16], folder=run.path, facts=configs.to_dict(resolved)
         )
+
+        def stops(step: int) -> bool:
+            """Is the model wanted as this step leaves it?"""
+            return step in keep or 0 in (step % config.train.eval_every, step % config.train.checkpoint_every)
 
         def save(step: int) -> None:
             tensors = {"model": model.state_dict(), "optimizer": optimizer_tensors(model, optimizer)}
@@ -280,13 +287,17 @@ def train(config: Config, *, progress: Progress = silent) -> dict[str, Any]:
                 positions_at=None
                 if draw is None
                 else lambda step: draw(config.seed, first + step, config.train.batch_size),
+                settle_at=stops,
             ):
                 step = done.step
                 seen += config.train.batch_size * config.train.ctx
                 speed = seen / (time.perf_counter() - began)
-                line: dict[str, Any] = {**dataclasses.asdict(done), "tokens_per_s": round(speed, 1)}
+                line: dict[str, Any] = {
+                    "step": step, "loss": done.loss, "lr": done.lr, "grad_norm": done.grad_norm,
+                    "tokens_per_s": round(speed, 1),
+                }  # fmt: skip
                 last = step == config.train.steps
-                if last or step % config.train.eval_every == 0:
+                if done.settled and (last or step % config.train.eval_every == 0):
                     model.eval()
                     model.progress(step / config.train.steps)
                     line["val_nll"] = validation_nll(model, validation, dtype=dtype, batch=config.train.micro)
@@ -297,10 +308,10 @@ def train(config: Config, *, progress: Progress = silent) -> dict[str, Any]:
                 progress("train", step, config.train.steps, loss=done.loss, tokens_per_s=speed, run=run.name)
                 if step in keep:
                     run.save_kept(keep[step], step, model.state_dict())
-                if last or caught or step % config.train.checkpoint_every == 0:
+                if done.settled and (last or caught or step % config.train.checkpoint_every == 0):
                     save(step)
-                if caught and not last:
-                    raise Interrupted(caught[0], run.name, step)
+                    if caught and not last:
+                        raise Interrupted(caught[0], run.name, step)
         except NonFiniteLossError as error:
             if step > start:
                 save(step)  # the weights before the bad step
@@ -319,6 +330,28 @@ def train(config: Config, *, progress: Progress = silent) -> dict[str, Any]:
         run.update_manifest(status="done", finished=time.time(), **_summary(run, config, best, bytes_per_token))
         tracker.finish()
     return _train_result(run, skipped=False)
+
+
+def training_kernel(model: GPT, ctx: int, dtype: torch.dtype) -> str:
+    """The attention kernel of a training step."""
+    device = model.tokens.weight.device
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        return model.train().prepare(ctx).attend.kernel
+
+
+def compiles(config: TrainConfig, device: torch.device) -> bool:
+    """Are the blocks compiled: as `train.compile` says, else on CUDA."""
+    return device.type == "cuda" if config.compile is None else config.compile
+
+
+def compile_blocks(model: GPT, *, cache_dir: str) -> None:
+    """Compile each block in place: names of the parameters stay, and identical blocks share one compilation.
+
+    What is compiled is kept in the cache folder for the next run, unless TORCHINDUCTOR_CACHE_DIR names another place.
+    """
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(cache_dir).expanduser() / "inductor"))
+    for block in model.blocks:
+        block.compile(dynamic=False)
 
 
 def _restore(checkpoint: Path, model: GPT, optimizer: torch.optim.AdamW) -> tuple[int, float]:

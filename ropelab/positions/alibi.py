@@ -29,4 +29,5 @@ class Alibi(PositionEncoding):
         self.n_head = geometry.n_head
 
     def record(self, positions: Tensor, *, ctx: int) -> Positions:
-        return Positions(bias=-slopes(self.n_head).to(positions.device)[:, None] * distances(positions))  # (H, T)
+        slope = slopes(self.n_head).to(positions.device)
+        return Positions(bias=-slope[:, None] * distances(positions), slopes=slope)  # (H, T), (H,)

@@ -69,6 +69,7 @@ class Positions(NamedTuple):
     embedding: Tensor | None = None  # (N, C) fp32, added to the token embeddings
     rotation: Rotation | None = None  # applied to the queries and keys of every layer
     bias: Tensor | None = None  # (H, T) fp32: bias[h, i - j] is added to the score of query i and key j
+    slopes: Tensor | None = None  # (H,) fp32 where the bias is -slopes[h] (i - j): a kernel may compute it itself
     qk_embedding: Tensor | None = None  # (N, C) fp32, added before the query and key projections of every layer
     far: Far | None = None  # another score for distant keys
     logit_scale: Tensor | None = None  # (T,) fp32: scores of query i are multiplied by it, before any bias

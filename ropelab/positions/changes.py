@@ -131,7 +131,8 @@ def interpolated_slopes(encoding: PositionEncoding, *, original_ctx: int, factor
 
     def change(said: Positions, positions: Tensor, ctx: int) -> Positions:
         assert said.bias is not None
-        return said._replace(bias=said.bias / factor)
+        assert said.slopes is not None
+        return said._replace(bias=said.bias / factor, slopes=said.slopes / factor)
 
     encoding.change = change
 

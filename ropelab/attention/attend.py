@@ -1,0 +1,230 @@
+"""The one attention call of every layer, and the choice of the kernel behind it.
+
+Shapes: B sequences, H heads, T tokens, D head dimension. A position bias is a vector by distance, (H, T): no kernel
+for long sequences builds (T, T) from it. Biases that depend on the query's index or on the text are computed for one
+block of queries at a time.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
+
+from ropelab.attention import by_distance
+from ropelab.attention.bias import Bias
+
+KERNELS = {
+    "materialised": "scores in full: the fastest training step on a CPU at a short ctx",
+    "sdpa": "torch's fused causal attention: nothing is added to the scores",
+    "blocks": "torch's fused attention by blocks of queries, the bias of a block made when it is needed",
+    "recomputed": "blocks, and in the backward pass their scores again: a bias by distance in training",
+    "triton": "one fused kernel for biases by distance, forward and backward",
+    "digits": "torch's fused causal attention, ALiBi's bias as eight more dimensions of queries and keys",
+    "two_scores": "blocks of queries, near keys by one pair of queries and keys and far keys by another",
+}
+
+# Longest T at which scores in full make the fastest training step on a CPU: in bf16, and in fp32. Where the bias is not
+# by distance alone, the other way is slower, and the first holds for both.
+SHORT, SHORT_FP32 = 512, 128
+BLOCK = 1024  # query rows of a block: large enough for the kernel, small enough that few masked keys are visited
+# Numbers in a dense block of scores or masks: on a CPU 16 MB in fp32, which the heap hands out again without new pages,
+# elsewhere 128 MB.
+DENSE, DENSE_ELSEWHERE = 2**22, 2**25
+
+
+def choose_kernel(device: torch.device, length: int, *, training: bool, bias: Bias, dtype: torch.dtype) -> str:
+    """The kernel for sequences of `length` tokens whose products are in `dtype`: a fixed rule, never a timing."""
+    if bias.far is not None:
+        return "two_scores"
+    short = SHORT if dtype == torch.bfloat16 or bias.pairwise else SHORT_FP32
+    if training and device.type == "cpu" and length <= short:
+        return "materialised"
+    if bias.plain:
+        return "sdpa"
+    if bias.pairwise:
+        return "blocks"
+    if device.type == "cuda" and training and dtype == torch.bfloat16 and bias.slopes is not None and not bias.window:
+        return "digits"
+    if device.type == "cuda" and has_triton():
+        return "triton"
+    return "recomputed" if training else "blocks"
+
+
+def has_triton() -> bool:
+    """Is Triton installed, as it is with torch's CUDA builds?"""
+    return importlib.util.find_spec("triton") is not None
+
+
+class Attend:
+    """Causal attention over T tokens with the biases of one record, ready to be called by every layer.
+
+    `dtype` is that of the products: bf16 under autocast, fp32 without.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        *,
+        bias: Bias,
+        device: torch.device,
+        training: bool,
+        dtype: torch.dtype = torch.float32,
+        kernel: str | None = None,
+    ) -> None:
+        self.length = length
+        self.bias = bias.within(length)
+        self.kernel = kernel or choose_kernel(device, length, training=training, bias=self.bias, dtype=dtype)
+        assert self.bias.plain or self.kernel != "sdpa"
+        assert (self.bias.far is None) == (self.kernel != "two_scores")
+        assert not self.bias.pairwise or self.kernel in ("materialised", "blocks", "two_scores")
+        self.device = device
+        # what is added to a score by distance, the window included: (H, T) or (1, T)
+        vector = torch.zeros(1, length, device=device) if bias.by_distance is None else bias.by_distance
+        if self.bias.window is not None:
+            vector = vector.masked_fill(torch.arange(length, device=device) >= self.bias.window, -math.inf)
+        self.by_distance = vector
+        # (1, H or 1, T, T), once for all layers; what the text decides is added by each
+        self.mask = self._mask(0, length, 0, None) if self.kernel == "materialised" else None
+        if self.mask is not None and not self.mask.requires_grad and not self.bias.decays:
+            self.mask = self.mask.to(dtype)  # a learned bias stays fp32, or its gradient would be summed in bf16
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, far: tuple[Tensor, Tensor] | None = None, decay: Any = None
+    ) -> Tensor:
+        """q, k, v (B, H, T, D) -> (B, H, T, D).
+
+        far: the queries and keys of the second score. decay: `total` (B, H, T) and `gain` (B, H, T) or None.
+        """
+        assert (decay is not None) == self.bias.decays
+        if self.bias.scale is not None:
+            scale = self.bias.scale[:, None]  # (T, 1)
+            q = (q * scale).to(v.dtype)
+            far = None if far is None else ((far[0] * scale).to(v.dtype), far[1])
+        if self.kernel == "sdpa":
+            return scaled_dot_product_attention(q, k, v, is_causal=True)
+        if self.kernel == "materialised":
+            assert self.mask is not None
+            # a total over the text outgrows what bf16 can tell apart
+            mask = self.mask if decay is None else self.mask - _decays(decay, slice(None), slice(None))
+            return _materialised(q, k, v, mask)
+        if self.kernel == "digits":
+            from ropelab.attention.digits import attend_with_slopes
+
+            assert self.bias.slopes is not None
+            return attend_with_slopes(q, k, v, self.bias.slopes)
+        if self.kernel == "triton":
+            from ropelab.attention.triton_kernels import attend_by_distance
+
+            vector = self.by_distance.expand(q.shape[1], -1)  # (H, T)
+            return attend_by_distance(q, k, v, vector, window=self.bias.window)
+        if not self.bias.pairwise:
+            kernel = by_distance.recomputed if torch.is_grad_enabled() else by_distance.blocks
+            return kernel(q, k, v, self.by_distance, window=self.bias.window, rows=BLOCK)
+        return self._dense_blocks(q, k, v, far, decay)
+
+    def weights(
+        self, q: Tensor, k: Tensor, rows: range, *, far: tuple[Tensor, Tensor] | None = None, decay: Any = None
+    ) -> Tensor:
+        """The attention weights of a block of queries, (B, H, rows, rows.stop) fp32: q, k (B, H, T, D).
+
+        They are those of the other calls, whatever the kernel, for who wants to look at them.
+        """
+        if self.bias.scale is not None:
+            scale = self.bias.scale[:, None]  # (T, 1)
+            q, far = q * scale, None if far is None else (far[0] * scale, far[1])
+        return torch.softmax(self._scores(q, k, rows.start, rows.stop, 0, far, decay), dim=-1)
+
+    def _scores(
+        self, q: Tensor, k: Tensor, start: int, stop: int, first: int, far: tuple[Tensor, Tensor] | None, decay: Any
+    ) -> Tensor:
+        """Scores of queries start..stop-1 and keys first..stop-1 with all biases: (B, H, rows, keys) fp32."""
+        scores = q[:, :, start:stop].float() @ k[:, :, first:stop].float().transpose(-2, -1)
+        if far is not None and self.bias.far is not None:
+            distance = self._distances(start, stop, first)  # (rows, keys)
+            distant = far[0][:, :, start:stop].float() @ far[1][:, :, first:stop].float().transpose(-2, -1)
+            scores = torch.where(distance < self.bias.far, scores, distant)
+        biased: Tensor = scores * q.shape[-1] ** -0.5 + self._mask(start, stop, first, decay)
+        return biased
+
+    def _dense_blocks(self, q: Tensor, k: Tensor, v: Tensor, far: tuple[Tensor, Tensor] | None, decay: Any) -> Tensor:
+        def attended(start: int, stop: int) -> Tensor:
+            first = self._oldest(start)
+            if self.bias.far is not None:
+                weights = torch.softmax(self._scores(q, k, start, stop, first, far, decay), dim=-1)
+                return weights.to(v.dtype) @ v[:, :, first:stop]
+            mask = self._mask(start, stop, first, decay)
+            return by_distance.fused(q[:, :, start:stop], k[:, :, first:stop], v[:, :, first:stop], mask)
+
+        dense = DENSE if self.device.type == "cpu" else DENSE_ELSEWHERE
+        out = torch.empty_like(q) if not torch.is_grad_enabled() else None
+        parts: list[Tensor] = []
+        start = 0
+        while start < self.length:
+            keys = min(start + BLOCK, self.length)
+            stop = min(start + max(1, min(BLOCK, dense // (q.shape[0] * q.shape[1] * keys))), self.length)
+            if out is None:
+                # kept for the backward pass, the blocks would be (B, H, T, T)
+                parts.append(checkpoint(attended, start, stop, use_reentrant=False, preserve_rng_state=False))
+            else:
+                out[:, :, start:stop] = attended(start, stop)
+            start = stop
+        return torch.cat(parts, dim=2) if out is None else out
+
+    def _oldest(self, start: int) -> int:
+        """The oldest key that any query from `start` on can see."""
+        first = 0 if self.bias.window is None else max(0, start - self.bias.window + 1)
+        return first if self.bias.block is None else max(first, (start // self.bias.block - 1) * self.bias.block)
+
+    def _distances(self, start: int, stop: int, first: int) -> Tensor:
+        """i - j of queries start..stop-1 and keys first..stop-1, (rows, keys) int64; negative in the future."""
+        i = torch.arange(start, stop, device=self.device)
+        return i[:, None] - torch.arange(first, stop, device=self.device)
+
+    def _mask(self, start: int, stop: int, first: int, decay: Any) -> Tensor:
+        """Biases of queries start..stop-1 and keys first..stop-1, (B or 1, H or 1, rows, keys) fp32; -inf: unseen."""
+        by_query = None
+        if self.bias.by_query is not None:
+            index = torch.arange(start, stop, device=self.device, dtype=torch.float32)[:, None]  # (rows, 1)
+            distance = index - torch.arange(first, stop, device=self.device, dtype=torch.float32)  # (rows, keys)
+            by_query = self.bias.by_query(index, distance.clamp_(min=0))[None]  # (1, H, rows, keys)
+        if by_query is not None and self.bias.by_distance is None and self.bias.window is None:
+            # a bias by query alone: of its block the future is left, the triangle of the newest keys
+            future = torch.ones(stop - start, stop - start, dtype=torch.bool, device=self.device).triu_(1)
+            newest = by_query[..., start - first :]
+            if by_query.requires_grad:
+                mask = torch.cat((by_query[..., : start - first], newest.masked_fill(future, -math.inf)), dim=-1)
+            else:
+                newest.masked_fill_(future, -math.inf)
+                mask = by_query
+        else:
+            mask = by_distance.mask(self.by_distance, start, stop, first).flip(1)[None]  # (1, H or 1, rows, keys)
+            mask = mask if by_query is None else mask + by_query
+        if decay is not None:
+            mask = mask - _decays(decay, slice(start, stop), slice(first, stop))
+        if self.bias.block is not None:
+            i = torch.arange(start, stop, device=self.device) // self.bias.block  # (rows,)
+            j = torch.arange(first, stop, device=self.device) // self.bias.block  # (keys,)
+            mask = mask.masked_fill(i[:, None] - j > 1, -math.inf)
+        return mask
+
+
+def _decays(decay: Any, rows: slice, keys: slice) -> Tensor:
+    """gain_i (total_i - total_j), (B, H, rows, keys) fp32."""
+    # from the block's first query on: the totals of a long text are large, those of near tokens hardly differ
+    centre = decay.total[..., rows.start or 0, None]
+    total = (decay.total - centre).float()
+    fallen = total[..., rows, None] - total[..., None, keys]
+    faded: Tensor = fallen if decay.gain is None else decay.gain.float()[..., rows, None] * fallen
+    return faded
+
+
+def _materialised(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(D) + mask) v with the scores in full; q, k, v (B, H, T, D), mask (B or 1, H or 1, T, T)."""
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, H, T, T)
+    return torch.softmax(scores + mask, dim=-1).to(v.dtype) @ v
