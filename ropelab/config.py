@@ -26,7 +26,10 @@ from ropelab.schema import Config, DataConfig, EvalConfig, Method, ModelConfig, 
 GROUPS = ("pos", "scaling", "positions", "model", "data")
 ENVIRONMENT = {"runs_dir": "ROPELAB_RUNS", "cache_dir": "ROPELAB_CACHE"}
 LATER: dict[str, Any] = {"positions": {"name": "contiguous"}, "parent": None}  # keys newer than the first version
-LATER_IN: dict[str, dict[str, Any]] = {"eval": {"baseline": None}, "train": {"activation_checkpointing": False}}
+LATER_IN: dict[str, dict[str, Any]] = {
+    "eval": {"baseline": None, "memory_gb": None},
+    "train": {"activation_checkpointing": False},
+}
 METHODS = ("pos", "scaling", "positions")  # groups whose parameters are the method's own
 SECTIONS: dict[str, type] = {
     "model": ModelConfig,

@@ -190,16 +190,15 @@ def score(
     documents: Sequence[NDArray[np.unsignedinteger]],
     scorer: Scorer,
     *,
-    batch_tokens: int,
+    rows: int,
     progress: Callable[[int], None] | None = None,
 ) -> NDArray[np.float32]:
     """Losses of all scored targets in nats, (N x scored,), document by document in the order of the targets.
 
-    `batch_tokens` bounds the tokens of one forward pass; `progress` is told how many were done.
+    `rows` windows are scored in one forward pass; `progress` is told how many tokens were done.
     """
     count, ctx, scored = len(windows.start), windows.ctx, windows.scored
     losses = np.empty((count, scored), np.float32)
-    rows = max(1, batch_tokens // ctx)
     for low in range(0, count, rows):
         high = min(low + rows, count)
         batch = np.stack(

@@ -94,13 +94,41 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, prepared: Prepared, content: Callable[[Tensor], Decay | None] | None) -> Tensor:
         """x (B, T, C) -> (B, T, C). `content` is what the encoding reads off this layer's input, if it does."""
+        if not torch.is_grad_enabled() and x.shape[1] > pieces_of(x.device):
+            return self._in_pieces(x, prepared, content)
         normed = self.norm_attention(x)
         q, k, v, far = self.heads(normed, prepared.record)
         attended = prepared.attend(q, k, v, far=far, decay=None if content is None else content(normed))
+        return self._after_attention(x, attended)
+
+    def _after_attention(self, x: Tensor, attended: Tensor) -> Tensor:
+        """x (B, T, C), attended (B, H, T, D) -> (B, T, C): the rest of the layer."""
         # (B, H, T, D) -> (B, T, C)
         x = x + self.attention_out(attended.transpose(1, 2).reshape(x.shape))
         out: Tensor = x + self.mlp_out(F.gelu(self.mlp_in(self.norm_mlp(x))))
         return out
+
+    def _in_pieces(self, x: Tensor, prepared: Prepared, content: Callable[[Tensor], Decay | None] | None) -> Tensor:
+        """The same in place and without a gradient; all but the attention for one piece of the sequence at a time.
+
+        Of a long sequence only x, q, k, v and what attention makes of them exist in full.
+        """
+        length = x.shape[1]
+        step = pieces_of(x.device)
+        pieces = [slice(low, min(low + step, length)) for low in range(0, length, step)]
+        whole: list[Tensor] = []  # q, k, v and, with scores of their own for far keys, two more: (B, H, T, D)
+        for rows in pieces:
+            q, k, v, far = self.heads(self.norm_attention(x[:, rows]), prepared.record.at(rows))
+            parts = (q, k, v, *(far or ()))  # (B, H, rows, D)
+            whole = whole or [part.new_empty(*part.shape[:2], length, part.shape[3]) for part in parts]
+            for full, part in zip(whole, parts, strict=True):
+                full[:, :, rows] = part
+        decay = None if content is None else content(self.norm_attention(x))
+        attended = prepared.attend(*whole[:3], far=(whole[3], whole[4]) if whole[3:] else None, decay=decay)
+        del whole, q, k, v, far, parts
+        for rows in pieces:
+            x[:, rows] = self._after_attention(x[:, rows], attended[:, :, rows])
+        return x
 
 
 class GPT(nn.Module):
@@ -248,6 +276,25 @@ def bias_of(record: Positions, *, decays: bool, window: int | None = None) -> Bi
         decays=decays,
         scale=record.logit_scale,
     )
+
+
+def pieces_of(device: torch.device) -> int:
+    """Tokens of a piece in a pass without gradients: few enough for a CPU's caches, enough to fill a GPU."""
+    return 4096 if device.type == "cpu" else 32768
+
+
+def pass_bytes(config: ModelConfig, n_vocab: int, tokens: int, device: torch.device, *, far: bool = False) -> int:
+    """Memory that one pass over `tokens` tokens without gradients takes beside the weights, in bytes; an upper bound.
+
+    In full exist x, q, k, v, the attention's output, one more such tensor while they are made, and q and k again where
+    far keys have scores of their own: each tokens x C in fp32. Beside them a piece of the MLP, the scores of a part of
+    the vocabulary's head, and the blocks of an attention kernel.
+    """
+    full = (6 + 2 * far) * tokens * config.d_model
+    piece = 16 * min(tokens, pieces_of(device)) * config.d_model
+    head = 3 * min(tokens * n_vocab, logits_held(device, training=False))
+    blocks = 2**25 if device.type == "cpu" else 2**28
+    return 4 * (full + piece + head + blocks)
 
 
 def logits_held(device: torch.device, *, training: bool) -> int:

@@ -156,6 +156,7 @@ class EvalConfig:
     baseline: str | None  # unigram: score the targets by the training text's token frequencies instead of the model
     scalings: tuple[str, ...]  # `name` or `name:factor`; empty: --scaling, or the trained one
     dtype: str
+    memory_gb: float | None  # memory that a pass may take beside the weights, in 10**9 bytes; null: what is free
     split: str  # test | validation (for choices that must not see the test text)
 
     def __post_init__(self) -> None:
@@ -170,6 +171,8 @@ class EvalConfig:
             if value is not None:
                 _at_least(f"eval.{key}", value, 1)
         _one_of("eval.dtype", self.dtype, DTYPES)
+        if self.memory_gb is not None:
+            _positive("eval.memory_gb", self.memory_gb)
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ ALLOWED: dict[str, set[str]] = {
     "reproduce": {"claims", "config", "experiment", "launcher", "schema"},
     "worker": {"config", "experiment", "runs"},
     "launcher": set(),
-    "experiment": {"attention", "__init__", "config", "data", "diagnose", "evaluation", "files", "model", "positions", "runs",
-                   "schema", "search", "stats", "tracking", "training"},
+    "experiment": {"__init__", "attention", "config", "data", "diagnose", "evaluation", "files", "model", "positions",
+                   "runs", "schema", "search", "stats", "tracking", "training"},
     "show": {"diagnose", "positions", "schema"},
     "diagnose": {"positions", "schema"},
     "search": set(),
@@ -56,6 +56,7 @@ ONLY = {
     "plotly": {"report"},
     "matplotlib": {"figures"},
     "transformers": {"bench"},
+    "triton": {"attention"},
     "pickle": set[str](),
 }
 

@@ -272,6 +272,7 @@ BAD_VALUES: dict[str, list[tuple[str, str]]] = {
                       ("[yarn:0.5]", ">= 1"), ("[yarn:inf]", ">= 1"), ("[yarn:nan]", ">= 1"), ("[yarn:]", ">= 1"),
                       ("[none:2]", "none takes no factor")],
     "eval.dtype": [("fp64", "auto, fp32, bf16")],
+    "eval.memory_gb": [("0", "> 0"), ("-1", "> 0"), ("much", "a number or null")],
     "eval.split": [("train", "test, validation")],
     "track.wandb": [("on", "disabled, offline, online")],
     "track.project": [("", "empty")],

@@ -72,7 +72,7 @@ def scored_pairs(layout: Layout, ctx: int) -> list[tuple[int, int, int]]:
             seen.extend((t, row[0]) for t in wanted)
         return np.zeros(targets.shape, np.float32)
 
-    losses = score(windows, documents, scorer, batch_tokens=3 * ctx)
+    losses = score(windows, documents, scorer, rows=3)
     assert len(losses) == len(seen)
     owner = target_documents(windows)
     assert target_tokens(windows, documents).tolist() == [t for t, _ in seen]
@@ -177,7 +177,7 @@ def test_a_bigram_model_costs_the_same_at_every_ctx(name: str) -> None:
 
     totals = {}
     for ctx in contexts:
-        losses = score(layout.windows(ctx), used, scorer, batch_tokens=40)
+        losses = score(layout.windows(ctx), used, scorer, rows=max(1, 40 // ctx))
         direct: list[float] = []
         for document, units in zip(used, layout.units, strict=True):
             pairs = by_definition(name, len(document), ctx, 32, units, stride=8, last=4)

@@ -75,7 +75,7 @@ def evaluate(
             for run, scaled, text in questions:
                 done = experiment.evaluate(
                     run, base.eval, scaling=scaled, other_text=text, device=base.device, cache_dir=base.cache_dir,
-                    progress=bar,
+                    progress=bar, notice=say,
                 )  # fmt: skip
                 results.append(done.result)
         for result in results:

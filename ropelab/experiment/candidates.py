@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from ropelab import data, files
 from ropelab.evaluation import Layout, Windows, score
-from ropelab.experiment.evaluate import batch_tokens, scorer_of
+from ropelab.experiment.evaluate import scorer_of
+from ropelab.experiment.memory import pass_tokens
 from ropelab.experiment.models import encoding_of, set_encoding
 from ropelab.model import GPT
 from ropelab.positions import PositionEncoding, Rope
@@ -78,8 +79,8 @@ class SearchSet:
         """Mean loss in nats per token, summed in fp64."""
         set_encoding(self._model, encoding)
         scorer = scorer_of(self._model, window=None, dtype=self._dtype)
-        tokens = batch_tokens(self._model.tokens.weight.device)
-        losses = score(self.windows, self._documents, scorer, batch_tokens=tokens)
+        rows = max(1, pass_tokens(self._model.tokens.weight.device) // self.windows.ctx)
+        losses = score(self.windows, self._documents, scorer, rows=rows)
         return float(losses.astype(np.float64).mean())
 
 

@@ -18,6 +18,7 @@ from ropelab import config as configs
 from ropelab import data, files, runs, stats
 from ropelab.evaluation import ladder, lay_out, position_curve, score, target_documents, target_tokens
 from ropelab.experiment.devices import DTYPE_NAMES, device_name, resolve_device
+from ropelab.experiment.memory import plan
 from ropelab.experiment.models import check_applied, encoding_of, load_model, set_encoding, spectrum_digest
 from ropelab.experiment.stored import labels
 from ropelab.experiment.train import Progress, silent
@@ -83,12 +84,14 @@ def evaluate(
     cache_dir: str,
     progress: Progress = silent,
     folder: Path | None = None,
+    notice: Callable[[str], None] = lambda line: None,
 ) -> Evaluated:
     """Perplexity of a finished run over a ladder of contexts, under one protocol and one scaling.
 
     `scaling` replaces the trained one (`none` removes it; None keeps it); `other_text` is scored instead of the run's
     own test split, with the run's tokeniser. An evaluation that the run folder holds already is read, not repeated;
-    `folder` is another place for it than the run's results, for one that is a step of something else.
+    `folder` is another place for it than the run's results, for one that is a step of something else. `notice` is told
+    what it will take, before it starts.
     `ValueError` for what cannot be evaluated; a length at which the encoding is undefined is a row that says so.
     """
     target = resolve_device(device)
@@ -129,6 +132,9 @@ def evaluate(
             files.write_json(result_path, stored)
         return Evaluated(stored, losses_path)
 
+    passes = plan(trained.model, tokenizer.n_vocab, encodings, target, limit_gb=config.memory_gb)
+    if config.baseline is None:
+        notice(str(passes))
     _make_results_folder(run, kept_in)
     model = load_model(run, weights, device=target)
     precision = matmul_precision(target, trained.model.d_model)
@@ -170,7 +176,7 @@ def evaluate(
             advance(len(windows.start) * ctx)
         else:
             scorer = scorer_of(model, window=config.window, dtype=dtype)
-            losses = score(windows, documents, scorer, batch_tokens=batch_tokens(target), progress=advance)
+            losses = score(windows, documents, scorer, rows=passes.windows[ctx], progress=advance)
             shared = losses if shared is None else shared
         owner = target_documents(windows)
         rows.append(
@@ -211,6 +217,7 @@ def evaluate(
         "window": config.window,
         "device": device_name(target),
         "matmul_precision": precision,
+        "memory_planned_mb": round(passes.needed / 10**6),
         "protocol": {
             "name": layout.protocol,
             "stride": config.stride if layout.protocol == "sliding" else None,
@@ -291,11 +298,6 @@ def _same_text(one: DataConfig, other: DataConfig) -> bool:
         return text.name, text.subset, text.text_field, path
 
     return place(one) == place(other)
-
-
-def batch_tokens(device: torch.device) -> int:
-    """Tokens of one forward pass: enough to fill the device, little enough to stay in cache on a CPU."""
-    return 4096 if device.type == "cpu" else 131072
 
 
 def scorer_of(model: GPT, *, window: int | None, dtype: torch.dtype) -> Callable[..., NDArray[np.float32]]:

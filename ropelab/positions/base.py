@@ -44,6 +44,10 @@ class Rotation(NamedTuple):
     sin_k: Tensor
     interleaved: bool = False  # pairs (2i, 2i+1) instead of (i, i + R/2)
 
+    def at(self, rows: slice) -> Rotation:
+        """The angles of some positions."""
+        return Rotation(self.cos_q[rows], self.sin_q[rows], self.cos_k[rows], self.sin_k[rows], self.interleaved)
+
 
 class Far(NamedTuple):
     """A second rotation, whose scores replace the first one's where a key is `window` or more tokens back."""
@@ -77,6 +81,14 @@ class Positions(NamedTuple):
     block: int | None = (
         None  # block-causal: a query sees the keys of its own block of so many tokens and the one before
     )
+
+    def at(self, rows: slice) -> Positions:
+        """What of this queries and keys at `rows` see before their scores; the rest is as it was."""
+        return self._replace(
+            qk_embedding=None if self.qk_embedding is None else self.qk_embedding[rows],
+            rotation=None if self.rotation is None else self.rotation.at(rows),
+            far=None if self.far is None else Far(self.far.rotation.at(rows), self.far.window),
+        )
 
 
 class PositionEncoding(nn.Module):

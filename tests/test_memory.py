@@ -1,0 +1,120 @@
+"""The memory of an evaluation: what is planned, what is taken, and what is refused."""
+
+from __future__ import annotations
+
+import multiprocessing
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ropelab import config, experiment, model
+from ropelab.experiment import memory
+from ropelab.experiment.memory import plan
+from ropelab.model import GPT, pass_bytes
+from ropelab.positions import ENCODINGS, Geometry, PositionEncoding, build
+from ropelab.schema import Method, ModelConfig
+from tests.test_positions import method
+
+CPU = torch.device("cpu")
+SHAPE = ModelConfig("test", n_layer=2, d_model=16, n_head=2, qk_norm=False)
+
+
+def encodings(
+    *contexts: int, pos: str = "rope", scaling: Method = experiment.NO_SCALING
+) -> dict[int, PositionEncoding]:
+    return {ctx: build(method("pos", pos), scaling, Geometry.of(SHAPE, 64)) for ctx in contexts}
+
+
+SCALED = [("rope", "rerope"), ("rope", "self_extend"), ("none", "temperature"), ("alibi", "block_causal")]
+
+
+@pytest.mark.parametrize(("pos", "scaling"), [*((name, "none") for name in ENCODINGS), *SCALED])
+def test_a_sequence_in_pieces_is_the_whole_sequence(pos: str, scaling: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hidden states of 30 tokens, 7 at a time, against the pass that keeps a gradient, which knows no pieces."""
+    scaled = method("scaling", scaling)
+    if "factor" in scaled.parameters:
+        scaled = Method(scaled.name, {**scaled.parameters, "factor": 4.0})
+    net = GPT(SHAPE, 12, build(method("pos", pos), scaled, Geometry(16, 2, 16 if pos != "learned" else 30, 2)), seed=0)
+    net.progress(1.0)
+    net.eval()
+    tokens = torch.randint(0, 11, (2, 30), generator=torch.Generator().manual_seed(0))
+    whole = net(tokens)
+    assert whole.requires_grad
+    seen: list[int] = []
+    for block in net.blocks:
+        block.mlp_in.register_forward_hook(lambda _, inputs, out: seen.append(inputs[0].shape[1]))  # type: ignore[union-attr]
+    monkeypatch.setattr(model, "pieces_of", lambda device: 7)
+    with torch.no_grad():
+        torch.testing.assert_close(net(tokens), whole)
+    assert seen == 2 * [7, 7, 7, 7, 2]
+
+
+def _taken(pos: str, ctx: int) -> tuple[int, int]:
+    """(bytes planned, bytes taken) of a pass in this fresh process."""
+    torch.set_num_threads(1)
+
+    def field(name: str) -> int:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return 1024 * int(next(line.split()[1] for line in lines if line.startswith(name)))
+
+    resolved = config.load([f"pos={pos}", "model.n_layer=1", "model.d_model=256"])
+    net = experiment.build_model(resolved, 257, scaling=experiment.NO_SCALING, original_ctx=128).eval()
+    net.progress(1.0)
+    scorer = experiment.scorer_of(net, window=None, dtype=torch.float32)
+    tokens = np.random.default_rng(0).integers(0, 256, (1, ctx + 1))
+    scorer(tokens[:, :65], tokens[:, 2:66])  # libraries load their kernels on the first call
+    before = field("VmRSS")
+    scorer(tokens[:, :-1], tokens[:, 1:])
+    return pass_bytes(resolved.model, 257, ctx, CPU), field("VmHWM") - before
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+@pytest.mark.parametrize("pos", ["rope", "alibi", "fire", "xpos", "cable"])
+def test_a_pass_takes_no_more_than_was_planned(pos: str) -> None:
+    """And the plan is no more than four times what is taken: a bound that says nothing would be none."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        planned, taken = pool.apply(_taken, (pos, 16384))
+    assert taken <= planned <= 4 * taken
+
+
+def test_windows_of_a_pass_shrink_to_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 10**12)
+    full = plan(SHAPE, 257, encodings(64, 128, 8192), CPU, limit_gb=None)
+    assert full.windows == {64: 64, 128: 32, 8192: 1}
+    assert full.longest == 8192
+    narrow = pass_bytes(SHAPE, 257, 1024, CPU) / 10**9
+    fewer = plan(SHAPE, 257, encodings(64, 128), CPU, limit_gb=narrow)
+    assert fewer.windows == {64: 16, 128: 8}
+    assert fewer.needed <= narrow * 10**9
+    assert "1024 tokens at a time" in str(fewer)
+
+
+def test_what_does_not_fit_is_refused_with_what_would() -> None:
+    limit = pass_bytes(SHAPE, 257, 4096, CPU) / 10**9
+    with pytest.raises(ValueError, match=r"over 16384 tokens takes .* use --ctx 4096 or less, or more eval.memory_gb"):
+        plan(SHAPE, 257, encodings(64, 16384), CPU, limit_gb=limit)
+    with pytest.raises(ValueError, match=r"use more eval\.memory_gb"):
+        plan(SHAPE, 257, encodings(64), CPU, limit_gb=1e-6)
+    # a length at which nothing is computed needs no memory
+    assert plan(SHAPE, 257, encodings(64, 16384, pos="learned"), CPU, limit_gb=limit).windows.keys() == {64}
+
+
+def test_scores_of_far_keys_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 10**12)
+    far = plan(SHAPE, 257, encodings(8192, scaling=method("scaling", "rerope")), CPU, limit_gb=None)
+    plain = plan(SHAPE, 257, encodings(8192), CPU, limit_gb=None)
+    assert far.needed - plain.needed == 4 * 2 * 8192 * 16
+
+
+def test_the_limit_of_a_job_counts_as_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Version 2 of Linux' control groups: what is left of memory.max; `max` is no limit."""
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    (tmp_path / "memory.max").write_text("3000000\n")
+    (tmp_path / "memory.current").write_text("1000000\n")
+    assert memory.free_bytes(CPU) == 2000000
+    (tmp_path / "memory.max").write_text("max\n")
+    free = memory.free_bytes(CPU)
+    assert free is None or free > 3000000
