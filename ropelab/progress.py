@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
+Progress = Callable[..., None]
+"""progress(description, done, total, **facts): told of work as it goes; draws nothing itself."""
+
 LINE_EVERY = 20.0  # seconds between lines where there is no terminal
+
+
+def silent(description: str, done: int, total: int, **facts: Any) -> None:
+    """The progress of whoever does not want any."""
 
 
 class Bar:

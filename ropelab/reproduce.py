@@ -67,12 +67,22 @@ def _over_the_ladder(required: Sequence[Evaluation], of: Sequence[Claim]) -> lis
 
 
 def run_plan(
-    plan: Plan, *, seeds: Sequence[int], overrides: Sequence[str], alpha: float, split: str, progress: Progress
+    plan: Plan,
+    *,
+    seeds: Sequence[int],
+    overrides: Sequence[str],
+    alpha: float,
+    split: str,
+    progress: Progress,
+    stack: int = 1,
 ) -> Outcome:
     """Train the runs of a plan for every seed where they are missing, evaluate them, and judge the claims.
 
     `overrides` apply to every run (device, runs_dir, cache_dir, track). `split` is the one that is scored: `test`, or
-    `validation` for calibration. `ValueError` for an override that a claim fixes, before anything starts.
+    `validation` for calibration.
+
+    `stack`: so many runs of one shape and recipe are trained in one batched step, those that can be. `ValueError` for
+    an override that a claim fixes, before anything starts.
     """
     for override in overrides:
         head = override.partition("=")[0].partition(".")[0]
@@ -91,7 +101,15 @@ def run_plan(
         questions = [{"eval": _eval_tree(item, split), "scaling": _scaling_text(item)} for item in items]
         tasks.append({"config": config.to_dict(resolved), "evaluations": questions})
     slots = launcher.cores() if config.load(list(overrides)).device in ("auto", "cpu") and not _has_gpu() else 1
-    results, interrupted = launcher.run_side_by_side(tasks, slots=slots, progress=progress)
+    batches = _stacks(tasks, stack)
+    told, interrupted = launcher.run_side_by_side(
+        [tasks[batch[0]] if len(batch) == 1 else {"stack": [tasks[index] for index in batch]} for batch in batches],
+        slots=slots, progress=progress,
+    )  # fmt: skip
+    results: list[dict[str, Any]] = [{}] * len(tasks)
+    for batch, answer in zip(batches, told, strict=True):
+        for index, result in zip(batch, answer.get("stack", [answer] * len(batch)), strict=True):
+            results[index] = result
 
     measurements, trainings, evals, manifests, failures, trained = [], [], [], [], [], 0
     for (seed, run, items), result in zip(jobs, results, strict=True):
@@ -107,6 +125,19 @@ def run_plan(
     verdicts = [] if failures or interrupted else claims.judge(plan.claims, measurements, trainings, seeds, alpha=alpha)
     evals.sort(key=lambda item: (item["seed"], item["protocol"]["name"]))
     return Outcome(verdicts, evals, manifests, measurements, failures, interrupted, trained)
+
+
+def _stacks(tasks: Sequence[dict[str, Any]], size: int) -> list[list[int]]:
+    """The tasks in batches of at most `size` that share model, text and recipe, by their numbers, in their order."""
+    alike: dict[str, list[list[int]]] = {}
+    for index, task in enumerate(tasks):
+        tree = task["config"]
+        key = repr([tree[part] for part in ("model", "data", "train", "device", "runs_dir", "cache_dir")])
+        batches = alike.setdefault(key, [[]])
+        if len(batches[-1]) == size:
+            batches.append([])
+        batches[-1].append(index)
+    return sorted(batch for batches in alike.values() for batch in batches)
 
 
 def _has_gpu() -> bool:

@@ -1,7 +1,7 @@
-"""A process that trains one run and evaluates it: one JSON task on stdin, JSON lines on stdout.
+"""A process that trains one run and evaluates it, or a stack of them: one JSON task on stdin, JSON lines on stdout.
 
 Lines `{"progress": {...}}` come as the work goes, then one `{"train": ..., "evaluations": [...]}` or
-`{"error": message}`. Started by `launcher`, one for each run.
+`{"error": message}`; of a stack, {"stack": [one of these for each run]}. Started by `launcher`.
 """
 
 from __future__ import annotations
@@ -41,11 +41,48 @@ def work(task: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     torch.set_num_threads(task["threads"])
+    from ropelab import experiment
+
+    reporter = _Reporter()
+    if "stack" in task:
+        return {"stack": _stacked(task["stack"], reporter)}
+    return _evaluated(task, experiment.train(_configuration(task), progress=reporter), reporter)
+
+
+def _stacked(tasks: list[dict[str, Any]], reporter: _Reporter) -> list[dict[str, Any]]:
+    """The tasks' runs trained in one stack, or one after another where that cannot be; then each evaluated."""
+    from ropelab import experiment
+
+    try:
+        trained = experiment.train_together([_configuration(task) for task in tasks], progress=reporter)
+    except ValueError:  # other shapes than each other's, or an encoding that reads the text
+        trained = [_trained_alone(task, reporter) for task in tasks]
+    return [
+        {"error": str(one)} if isinstance(one, Exception) else _evaluated(task, one, reporter)
+        for task, one in zip(tasks, trained, strict=True)
+    ]
+
+
+def _trained_alone(task: dict[str, Any], reporter: _Reporter) -> Any:
+    from ropelab import experiment
+    from ropelab.training import NonFiniteLossError
+
+    try:
+        return experiment.train(_configuration(task), progress=reporter)
+    except (ValueError, OSError, NonFiniteLossError) as error:
+        return error
+
+
+def _configuration(task: dict[str, Any]) -> Any:
+    from ropelab import config
+
+    return config.from_dict(task["config"])
+
+
+def _evaluated(task: dict[str, Any], trained: dict[str, Any], reporter: _Reporter) -> dict[str, Any]:
     from ropelab import config, experiment, runs
 
-    resolved = config.from_dict(task["config"])
-    reporter = _Reporter()
-    trained = experiment.train(resolved, progress=reporter)
+    resolved = _configuration(task)
     run = runs.RunDir(Path(trained["run_dir"]))
     evaluations = []
     for question in task["evaluations"]:

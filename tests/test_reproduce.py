@@ -83,6 +83,23 @@ def test_a_claim_file_is_trained_evaluated_and_judged_once(place: Path, monkeypa
     assert "0 of 6 runs trained" in again.stderr
 
 
+def test_runs_in_a_stack_give_the_same_numbers(place: Path) -> None:
+    """The six runs in two batched steps of three: the losses of runs that were trained alone."""
+    alone = json.loads(run(place, "my claim.yaml", "--seeds", "2", "--json").stdout)
+    arguments = ["reproduce", str(place / "my claim.yaml"), "--seeds", "2", "--stack", "3", "--json"]
+    result = CliRunner().invoke(app, [*arguments, f"runs_dir={place / 'stacked'}", f"cache_dir={place / 'cache'}"])
+    assert result.exit_code == 0, result.output
+    stacked = json.loads(result.stdout)
+    manifests = [json.loads(path.read_text()) for path in (place / "stacked").glob("*/manifest.json")]
+    assert [manifest["stacked"] for manifest in manifests] == [3] * 6
+    losses = [
+        {(item["run"], item["scaling"], row["ctx"]): row["nll"] for item in found["evals"] for row in item["rows"]}
+        for found in (alone, stacked)
+    ]
+    assert losses[0].keys() == losses[1].keys()
+    assert [losses[1][key] for key in losses[0]] == pytest.approx([losses[0][key] for key in losses[0]], abs=2e-4)
+
+
 def contrast_by_hand(evals: list[dict[str, Any]]) -> float:
     """ALiBi minus RoPE at 2L from the rows: every document has the same number of targets."""
     nll: dict[tuple[str, int], float] = {}

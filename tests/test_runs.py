@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from ropelab import config as configs
 from ropelab import data, experiment, files, runs
 from ropelab.cli import app
-from ropelab.experiment.train import kept_steps
+from ropelab.experiment.session import kept_steps
 from ropelab.runs import RunDir, RunError
 from ropelab.schema import Config, Method
 from ropelab.training import NonFiniteLossError
@@ -157,7 +157,8 @@ CHANGING = (
     "positions=pose", "positions=randomized",
 )  # fmt: skip
 KEEPING = (
-    "train.micro_batch_size=4", "train.compile=true", "train.eval_every=7", "train.checkpoint_every=7",
+    "train.micro_batch_size=4", "train.compile=true", "train.activation_checkpointing=true",
+    "eval.memory_gb=4", "train.eval_every=7", "train.checkpoint_every=7",
     "train.keep=[0.5]", "eval.ctx=64", "eval.protocol=last", "eval.stride=8", "eval.last=8", "eval.tokens=99",
     "eval.max_ctx=4096", "eval.window=64", "eval.scalings=[none]", "eval.dtype=bf16", "eval.split=validation",
     "eval.baseline=unigram",

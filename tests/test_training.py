@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ropelab import experiment
-from ropelab.experiment.train import compiles
+from ropelab.experiment.session import compiles
 from ropelab.model import GPT
 from ropelab.positions import Geometry, build
 from ropelab.schema import Method, ModelConfig, TrainConfig

@@ -9,6 +9,10 @@ import typer
 
 from ropelab.cli.options import Json, Overrides, app, check_output, check_writable, fail, print_json, reported, say
 
+Stack = Annotated[
+    int, typer.Option(help="Runs of one shape trained in one batched step: for a GPU that one small model leaves idle.")
+]
+
 
 @app.command()
 def reproduce(
@@ -24,6 +28,7 @@ def reproduce(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Folder of report.html, curves.png, results.json.")
     ] = None,
+    stack: Stack = 1,
     as_json: Json = False,
 ) -> None:
     """From nothing to verdicts: train the runs that are missing, evaluate them, judge the claims."""
@@ -42,7 +47,7 @@ def reproduce(
         in_sets = [name for name in names if name in config.choices("set")]
         if in_sets and len(names) > 1:
             raise ValueError(f"{in_sets[0]} is a set of claims of its own; name it alone")
-        _reproduce(names, settings, seeds, more=more, output=output, as_json=as_json)
+        _reproduce(names, settings, seeds, stack, more=more, output=output, as_json=as_json)
 
 
 @app.command()
@@ -50,13 +55,14 @@ def demo(
     overrides: Overrides = None,
     seeds: Annotated[int, typer.Option(help="Seeds 0 .. N-1 of every run.")] = 1,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the report.")] = Path("demo"),
+    stack: Stack = 1,
     as_json: Json = False,
 ) -> None:
     """The main job on the embedded text: five encodings trained, evaluated to 8 times their length, judged."""
     with reported():
         if seeds < 1:
             raise ValueError(f"--seeds must be at least 1, not {seeds}")
-        _reproduce(["demo"], list(overrides or []), seeds, more=False, output=output, as_json=as_json)
+        _reproduce(["demo"], list(overrides or []), seeds, stack, more=False, output=output, as_json=as_json)
 
 
 def _list_claims(*, as_json: bool) -> None:
@@ -74,8 +80,10 @@ def _list_claims(*, as_json: bool) -> None:
 
 
 def _reproduce(
-    names: list[str], settings: list[str], seeds: int, *, more: bool, output: Path | None, as_json: bool
+    names: list[str], settings: list[str], seeds: int, stack: int, *, more: bool, output: Path | None, as_json: bool
 ) -> None:
+    if stack < 1:
+        raise ValueError(f"--stack must be at least 1, not {stack}")
     import time
 
     from ropelab import config, experiment, reproduce
@@ -92,7 +100,7 @@ def _reproduce(
     for count, alpha in looks:
         with Bar() as bar:
             outcome = reproduce.run_plan(
-                plan, seeds=range(count), overrides=settings, alpha=alpha, split="test", progress=bar
+                plan, seeds=range(count), overrides=settings, alpha=alpha, split="test", stack=stack, progress=bar
             )
         if all(verdict.verdict != "INCONCLUSIVE" for verdict in outcome.verdicts):
             break

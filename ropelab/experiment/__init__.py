@@ -3,7 +3,8 @@
 from ropelab.experiment.devices import DTYPE_NAMES, device_name, environment, resolve_device
 from ropelab.experiment.evaluate import Evaluated, evaluate, resolve_ladder, scorer_of
 from ropelab.experiment.models import NO_SCALING, build_model, encoding_of, load_model, set_encoding
-from ropelab.experiment.train import Interrupted, train, training_scaling
+from ropelab.experiment.session import compile_blocks, compiles, training_kernel, training_scaling
+from ropelab.experiment.train import Interrupted, train, train_together
 
 __all__ = [
     "DTYPE_NAMES",
@@ -11,6 +12,8 @@ __all__ = [
     "Evaluated",
     "Interrupted",
     "build_model",
+    "compile_blocks",
+    "compiles",
     "device_name",
     "encoding_of",
     "environment",
@@ -21,5 +24,7 @@ __all__ = [
     "scorer_of",
     "set_encoding",
     "train",
+    "train_together",
+    "training_kernel",
     "training_scaling",
 ]

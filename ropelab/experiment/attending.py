@@ -14,8 +14,8 @@ from ropelab import data
 from ropelab.experiment.devices import resolve_device
 from ropelab.experiment.evaluate import evaluation_split
 from ropelab.experiment.models import encoding_of, load_model, set_encoding
-from ropelab.experiment.train import Progress, silent
 from ropelab.model import GPT
+from ropelab.progress import Progress, silent
 from ropelab.runs import RunDir
 from ropelab.schema import Method
 

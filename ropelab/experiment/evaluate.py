@@ -21,9 +21,9 @@ from ropelab.experiment.devices import DTYPE_NAMES, device_name, resolve_device
 from ropelab.experiment.memory import plan
 from ropelab.experiment.models import check_applied, encoding_of, load_model, set_encoding, spectrum_digest
 from ropelab.experiment.stored import labels
-from ropelab.experiment.train import Progress, silent
 from ropelab.model import GPT
 from ropelab.positions import PositionEncoding, resolve_factor
+from ropelab.progress import Progress, silent
 from ropelab.runs import RunDir, RunError
 from ropelab.schema import Config, ContextLengthError, DataConfig, EvalConfig, Method
 from ropelab.training import matmul_precision, resolve_dtype

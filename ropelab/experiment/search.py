@@ -33,8 +33,9 @@ from ropelab.experiment.candidates import Question, Scores, SearchSet, finite
 from ropelab.experiment.devices import DTYPE_NAMES, resolve_device
 from ropelab.experiment.evaluate import evaluate
 from ropelab.experiment.models import NO_SCALING, load_model
-from ropelab.experiment.train import Interrupted, Progress, interrupts, silent
+from ropelab.experiment.train import Interrupted, interrupts
 from ropelab.positions import SCALINGS, Rope, resolve_factor
+from ropelab.progress import Progress, silent
 from ropelab.runs import RunDir, RunError
 from ropelab.schema import Config, EvalConfig, Method
 from ropelab.search import Candidate, Found, SearchConfig, Space, evolve, planned, random_search
