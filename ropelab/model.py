@@ -23,6 +23,7 @@ from ropelab.positions.base import STD
 from ropelab.schema import ModelConfig
 
 NORM_EPS = 1e-5
+ALIGNED = {"cuda": 64}  # what the rows of the head must be a multiple of for the fast matrix products of a device
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
@@ -234,7 +235,12 @@ class GPT(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (..., C) -> scores of the V - 1 tokens that can be predicted; the separator has none."""
-        return F.linear(hidden, self.tokens.weight[:-1])
+        weight = self.tokens.weight[:-1]  # (V - 1, C)
+        missing = -len(weight) % ALIGNED.get(weight.device.type, 1)
+        if not missing:
+            return F.linear(hidden, weight)
+        # rows of zeros whose scores are cut off before any softmax
+        return F.linear(hidden, F.pad(weight, (0, 0, 0, missing)))[..., : len(weight)]
 
     def nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Loss of every target in nats, fp32: hidden (..., C), targets (...) -> (...); 0 where the separator is due.

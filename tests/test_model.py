@@ -216,6 +216,22 @@ def test_the_separator_is_never_predicted() -> None:
     assert losses[1, 5].item() == pytest.approx(-wide[1, 5, targets[1, 5]].item(), rel=1e-5)
 
 
+def test_a_padded_head_gives_the_same_losses_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on CUDA, where the vocabulary is padded for the product: the padding is in no softmax and has no gradient."""
+    net = gpt("rope")
+    hidden = torch.randn(3, 7, net.config.d_model, requires_grad=True)
+    targets = torch.randint(0, VOCAB - 1, (3, 7))
+    plain = net.nll(hidden, targets)
+    wanted = torch.autograd.grad(plain.sum(), (hidden, net.tokens.weight))
+    monkeypatch.setitem(model.ALIGNED, "cpu", 7)
+    assert (VOCAB - 1) % 7
+    assert net.logits(hidden).shape[-1] == VOCAB - 1
+    padded = net.nll(hidden, targets)
+    torch.testing.assert_close(padded, plain)
+    for got, want in zip(torch.autograd.grad(padded.sum(), (hidden, net.tokens.weight)), wanted, strict=True):
+        torch.testing.assert_close(got, want)
+
+
 def test_a_loss_in_parts_is_the_whole_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     """Values and gradients, against torch's own cross entropy over all scores at once; parts that do not divide N."""
     net = gpt("rope")
