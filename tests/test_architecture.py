@@ -15,7 +15,7 @@ ALLOWED: dict[str, set[str]] = {
     "__main__": {"cli"},
     "cli": {"__init__", "bench", "claims", "config", "data", "evaluation", "experiment", "figures", "files",
             "progress", "report", "reproduce", "runs", "show"},
-    "bench": {"attention", "config", "experiment", "schema", "training"},
+    "bench": {"attention", "config", "experiment", "model", "positions", "schema", "stacking", "training"},
     "reproduce": {"claims", "config", "experiment", "launcher", "schema"},
     "worker": {"config", "experiment", "runs", "training"},
     "launcher": set(),
@@ -56,6 +56,7 @@ ONLY = {
     "plotly": {"report"},
     "matplotlib": {"figures"},
     "transformers": {"bench"},
+    "x_transformers": {"bench"},
     "triton": {"attention"},
     "pickle": set[str](),
 }

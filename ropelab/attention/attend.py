@@ -32,6 +32,7 @@ KERNELS = {
 # Longest T at which scores in full make the fastest training step on a CPU: in bf16, and in fp32. Where the bias is not
 # by distance alone, the other way is slower, and the first holds for both.
 SHORT, SHORT_FP32 = 512, 128
+SHORT_BY_QUERY = 1024  # the same for a bias by query: in full it is made once for all layers, else again in each
 BLOCK = 1024  # query rows of a block: large enough for the kernel, small enough that few masked keys are visited
 # Numbers in a dense block of scores or masks: on a CPU 16 MB in fp32, which the heap hands out again without new pages,
 # elsewhere 128 MB.
@@ -43,6 +44,8 @@ def choose_kernel(device: torch.device, length: int, *, training: bool, bias: Bi
     if bias.far is not None:
         return "two_scores"
     short = SHORT if dtype == torch.bfloat16 or bias.pairwise else SHORT_FP32
+    if bias.by_query is not None and not bias.decays:
+        short = SHORT_BY_QUERY
     if training and device.type == "cpu" and length <= short:
         return "materialised"
     if bias.plain:

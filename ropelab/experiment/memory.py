@@ -64,8 +64,8 @@ def plan(
             if needed(rows * ctx) > free:
                 fits = next((n for n in (2**k for k in range(ctx.bit_length(), 0, -1)) if needed(n) <= free), None)
                 raise ValueError(
-                    f"a pass over {ctx} tokens takes {needed(ctx) / GB:.1f} GB beside the weights, and "
-                    f"{free / GB:.1f} GB are free; use "
+                    f"a pass over {ctx} tokens takes {needed(ctx) / GB:.3g} GB beside the weights, and "
+                    f"{free / GB:.3g} GB may be taken; use "
                     + (f"--ctx {fits} or less, or " if fits else "")
                     + ("more eval.memory_gb" if limit_gb is not None else "a machine with more memory")
                 )

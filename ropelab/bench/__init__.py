@@ -1,0 +1,13 @@
+"""Speed, measured where it is claimed: training steps, long evaluations, attention kernels, many small runs, the start.
+
+Rivals are timed in the same process, turn by turn, and the best round of each counts: on a shared machine only ratios
+are worth reporting. Text is random bytes; nothing is kept.
+"""
+
+from ropelab.bench.attention import attention
+from ropelab.bench.evaluation import evaluation
+from ropelab.bench.many import many
+from ropelab.bench.start import start
+from ropelab.bench.train import train
+
+__all__ = ["attention", "evaluation", "many", "start", "train"]
