@@ -23,16 +23,16 @@ KERNELS = {
     "materialised": "scores in full: the fastest training step on a CPU at a short ctx",
     "sdpa": "torch's fused causal attention: nothing is added to the scores",
     "blocks": "torch's fused attention by blocks of queries, the bias of a block made when it is needed",
-    "recomputed": "blocks, and in the backward pass their scores again: a bias by distance in training",
+    "recomputed": "blocks, and in the backward pass their scores again: a learned or fixed bias in training",
     "triton": "one fused kernel for biases by distance, forward and backward",
     "digits": "torch's fused causal attention, ALiBi's bias as eight more dimensions of queries and keys",
     "two_scores": "blocks of queries, near keys by one pair of queries and keys and far keys by another",
 }
 
-# Longest T at which scores in full make the fastest training step on a CPU: in bf16, and in fp32. Where the bias is not
-# by distance alone, the other way is slower, and the first holds for both.
+# Longest T at which scores in full make the fastest training step on a CPU: in bf16, and in fp32. Where the text
+# decides the bias, the other way is slower, and the first holds for both.
 SHORT, SHORT_FP32 = 512, 128
-SHORT_BY_QUERY = 1024  # the same for a bias by query: in full it is made once for all layers, else again in each
+SHORT_BY_QUERY = 1024  # longest T at which a bias by query is made in full, once for all layers, and not in each
 BLOCK = 1024  # query rows of a block: large enough for the kernel, small enough that few masked keys are visited
 # Numbers in a dense block of scores or masks: on a CPU 16 MB in fp32, which the heap hands out again without new pages,
 # elsewhere 128 MB.
@@ -43,15 +43,15 @@ def choose_kernel(device: torch.device, length: int, *, training: bool, bias: Bi
     """The kernel for sequences of `length` tokens whose products are in `dtype`: a fixed rule, never a timing."""
     if bias.far is not None:
         return "two_scores"
-    short = SHORT if dtype == torch.bfloat16 or bias.pairwise else SHORT_FP32
-    if bias.by_query is not None and not bias.decays:
-        short = SHORT_BY_QUERY
+    shared = bias.by_query is not None and not bias.decays  # one mask for all sequences and layers
+    short = SHORT if dtype == torch.bfloat16 or (bias.pairwise and not shared) else SHORT_FP32
     if training and device.type == "cpu" and length <= short:
         return "materialised"
     if bias.plain:
         return "sdpa"
     if bias.pairwise:
-        return "blocks"
+        in_full = shared and training and device.type == "cpu" and length <= SHORT_BY_QUERY
+        return "recomputed" if in_full else "blocks"
     if device.type == "cuda" and training and dtype == torch.bfloat16 and bias.slopes is not None and not bias.window:
         return "digits"
     if device.type == "cuda" and has_triton():
@@ -85,7 +85,8 @@ class Attend:
         self.kernel = kernel or choose_kernel(device, length, training=training, bias=self.bias, dtype=dtype)
         assert self.bias.plain or self.kernel != "sdpa"
         assert (self.bias.far is None) == (self.kernel != "two_scores")
-        assert not self.bias.pairwise or self.kernel in ("materialised", "blocks", "two_scores")
+        assert not self.bias.pairwise or self.kernel in ("materialised", "recomputed", "blocks", "two_scores")
+        assert not self.bias.decays or self.kernel != "recomputed"
         self.device = device
         # what is added to a score by distance, the window included: (H, T) or (1, T)
         vector = torch.zeros(1, length, device=device) if bias.by_distance is None else bias.by_distance
@@ -93,8 +94,9 @@ class Attend:
             vector = vector.masked_fill(torch.arange(length, device=device) >= self.bias.window, -math.inf)
         self.by_distance = vector
         # (1, H or 1, T, T), once for all layers; what the text decides is added by each
-        self.mask = self._mask(0, length, 0, None) if self.kernel == "materialised" else None
-        if self.mask is not None and not self.mask.requires_grad and not self.bias.decays:
+        in_full = self.kernel == "materialised" or (self.kernel == "recomputed" and self.bias.pairwise)
+        self.mask = self._mask(0, length, 0, None) if in_full else None
+        if self.kernel == "materialised" and self.mask is not None and not (self.mask.requires_grad or bias.decays):
             self.mask = self.mask.to(dtype)  # a learned bias stays fp32, or its gradient would be summed in bf16
 
     def __call__(
@@ -126,6 +128,8 @@ class Attend:
 
             vector = self.by_distance.expand(q.shape[1], -1)  # (H, T)
             return attend_by_distance(q, k, v, vector, window=self.bias.window)
+        if self.mask is not None:
+            return by_distance.recomputed(q, k, v, self.mask[0], window=None, rows=BLOCK)
         if not self.bias.pairwise:
             kernel = by_distance.recomputed if torch.is_grad_enabled() else by_distance.blocks
             return kernel(q, k, v, self.by_distance, window=self.bias.window, rows=BLOCK)
