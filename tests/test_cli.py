@@ -1017,7 +1017,7 @@ OTHERS: list[tuple[list[str], Sequence[str]]] = [
     (["reproduce", "c-order", "runs_dir="], ["runs_dir is empty"]),
     (["demo", "--seeds", "0"], ["--seeds must be at least 1"]),
     (["demo", "pos=rope"], ["pos=rope is fixed"]),
-    (["bench", "speed"], ["train, eval or attention, not 'speed'"]),
+    (["bench", "speed"], ["train, eval, attention, many or start, not 'speed'"]),
     (["bench", "train", "--rounds", "0"], ["--rounds must be at least 1"]),
     (["bench", "train", "--ctx", "64"], ["use train.ctx=64"]),
     (["bench", "train", "--pos", "ropee"], ["did you mean rope?"]),

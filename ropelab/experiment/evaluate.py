@@ -133,9 +133,9 @@ def evaluate(
         return Evaluated(stored, losses_path)
 
     passes = plan(trained.model, tokenizer.n_vocab, encodings, target, limit_gb=config.memory_gb)
+    _make_results_folder(run, kept_in)
     if config.baseline is None:
         notice(str(passes))
-    _make_results_folder(run, kept_in)
     model = load_model(run, weights, device=target)
     precision = matmul_precision(target, trained.model.d_model)
     torch.set_float32_matmul_precision(precision)
