@@ -1,7 +1,7 @@
 """Speed, measured where it is claimed: training steps, long evaluations, attention kernels, many small runs, the start.
 
-Rivals are timed in the same process, turn by turn, and the best round of each counts: on a shared machine only ratios
-are worth reporting. Text is random bytes; nothing is kept.
+Rivals are timed in one process, turn by turn, and the best turn of each counts: on a shared machine only ratios are
+worth reporting. Texts are random tokens; nothing is kept.
 """
 
 from ropelab.bench.attention import attention

@@ -1,170 +1,211 @@
-"""`ropelab bench attention`: the kernels beside torch's causal attention, and how exact ALiBi's bias is in each."""
+"""`ropelab bench attention`: the kernels beside torch's causal attention, and on CUDA beside FlexAttention."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ropelab import config as configs
 from ropelab import experiment
 from ropelab.attention import Attend, Bias, choose_kernel
+from ropelab.attention.digits import augment
+from ropelab.bench.accuracy import accuracy
 from ropelab.bench.timing import best, machine, synchroniser
 from ropelab.positions import Geometry, build
 from ropelab.positions.alibi import slopes
 from ropelab.schema import Config
 from ropelab.training import resolve_dtype
 
-IN_FULL = 2048  # longest ctx at which scores in full are timed
-BACKWARD = {"cpu": 4096}  # longest ctx at which gradients are timed; elsewhere 16384
-EXACT_AT = {"cpu": (2048, 16384)}  # lengths of the accuracy table; elsewhere to 131072
+IN_FULL = 2048  # longest ctx at which scores or masks in full are timed
+BACKWARD, BACKWARD_CPU = 16384, 4096  # longest ctx at which gradients are timed
+TOKENS, TOKENS_CPU = 32768, 4096  # of a call, at least one sequence: as many as a training step has
+USES = ("forward", "with gradients")
+FORCED = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+
+
+class Key(NamedTuple):
+    """One kernel in one use."""
+
+    bias: str
+    use: str
+    kernel: str
+
+
+class Inputs(NamedTuple):
+    """Queries, keys, values and the gradient of the output, (B, H, T, D) in the dtype of the products."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    due: Tensor
 
 
 def attention(config: Config, *, contexts: Sequence[int], rounds: int) -> dict[str, Any]:
-    """Seconds of each kernel at each length, forward and with gradients; batch 1, heads and dtype as configured.
+    """Seconds of each kernel at each length, forward and with gradients, heads and dtype as configured.
 
-    The ratios are to torch's fused causal attention without a bias in the same rounds. `accuracy`: the error of ALiBi's
-    attention in each kernel against fp64.
+    Biases: none; `fixed` by distance (ALiBi's), with its gradients for q, k, v; `learned` by distance, (H, T), with its
+    own too; `FIRE`, by query, with those of its network. What all layers of a model share (a mask in full, a bias by
+    distance) is made before; its gradients are in every call, although a model computes their last part once. `ratio`
+    is to torch's fused causal attention without a bias in the same rounds, `tflops` counts the causal half of the
+    products, and 2.5 times as much backward. A kernel that fails has its `error`. `accuracy`: how far ALiBi's attention
+    is from fp64 in each kernel.
     """
     device = experiment.resolve_device(config.device)
     dtype = resolve_dtype(config.train.dtype, device)
-    rows = [row for ctx in contexts for row in _kernels(config, ctx, device, dtype, rounds)]
-    lengths = EXACT_AT.get(device.type, (2048, 32768, 131072))
     return {
         **machine(device),
         "dtype": experiment.DTYPE_NAMES[dtype],
         "n_head": config.model.n_head,
         "d_head": config.model.d_head,
-        "rows": rows,
-        "accuracy": [row for length in lengths for row in _accuracy(length, device)],
+        "rows": [row for ctx in contexts for row in _at(config, ctx, device, dtype, rounds)],
+        "accuracy": accuracy(device, max(contexts)),
     }
 
 
-def _kernels(config: Config, ctx: int, device: torch.device, dtype: torch.dtype, rounds: int) -> list[dict[str, Any]]:
+def _at(config: Config, ctx: int, device: torch.device, dtype: torch.dtype, rounds: int) -> list[dict[str, Any]]:
+    """The rows of one length."""
+    cpu = device.type == "cpu"
     heads, d_head = config.model.n_head, config.model.d_head
-    q, k, v = (torch.randn(1, heads, ctx, d_head, device=device, dtype=dtype).requires_grad_() for _ in range(3))
-    slope = slopes(heads).to(device)
-    fixed = -slope[:, None] * torch.arange(ctx, device=device)
+    batch = max(1, (TOKENS_CPU if cpu else TOKENS) // ctx)
+    draw = functools.partial(torch.randn, batch, heads, ctx, d_head, device=device, dtype=dtype)
+    inputs = Inputs(draw().requires_grad_(), draw().requires_grad_(), draw().requires_grad_(), draw())
+    uses = [use for use in USES if use == "forward" or ctx <= (BACKWARD_CPU if cpu else BACKWARD)]
+    calls: dict[Key, Callable[[], object]] = {}
+    chosen: set[Key] = set()
+    for label, bias, wanted in _biases(config, ctx, device):
+        for use in uses:
+            grads = use == "with gradients"
+            choice = choose_kernel(device, ctx, training=grads, bias=bias, dtype=dtype)
+            chosen.add(Key(label, use, choice))
+            for kernel in dict.fromkeys([choice, *_kernels(bias, ctx, device, grads=grads)]):
+                with torch.set_grad_enabled(grads):
+                    attend = Attend(ctx, bias=bias, device=device, training=grads, dtype=dtype, kernel=kernel)
+                of = (*inputs[:3], *wanted)
+                calls[Key(label, use, kernel)] = functools.partial(_call, attend, inputs, of if grads else ())
+    if device.type == "cuda":
+        calls.update(_rivals(inputs, calls, uses, slopes(heads).to(device)))
+    errors = {key: text for key, call in calls.items() if (text := _error(call))}
+    good = {key: call for key, call in calls.items() if key not in errors}
+    seconds = best({"/".join(key): call for key, call in good.items()}, rounds=rounds, synchronise=synchroniser(device))
+    rows = []
+    for key in calls:
+        row: dict[str, Any] = {"ctx": ctx, "batch": batch, **key._asdict(), "chosen": key in chosen}
+        if key in errors:
+            row["error"] = errors[key]
+        else:
+            row["seconds"] = seconds["/".join(key)]
+            floor = seconds.get("/".join(Key("none", key.use, "sdpa")))
+            row["ratio"] = None if floor is None else row["seconds"] / floor
+            work = (1 if key.use == "forward" else 3.5) * 2 * batch * heads * ctx**2 * d_head
+            row["tflops"] = work / row["seconds"] / 1e12
+            row["backend"] = _backend(key.kernel, inputs, slopes(heads).to(device))
+        rows.append(row)
+    return rows
+
+
+def _biases(config: Config, ctx: int, device: torch.device) -> Iterator[tuple[str, Bias, tuple[Tensor, ...]]]:
+    """(name, bias, what of it needs gradients)."""
+    heads, d_head = config.model.n_head, config.model.d_head
+    slope = slopes(heads).to(device)  # (H,)
+    fixed = -slope[:, None] * torch.arange(ctx, device=device)  # (H, T)
     learned = fixed.clone().requires_grad_()
     fire = build(configs.load(["pos=fire"]).pos, experiment.NO_SCALING, Geometry(heads * d_head, heads, ctx)).to(device)
+    yield "none", Bias(), ()
+    yield "fixed", Bias(fixed, slopes=slope), ()
+    yield "learned", Bias(learned), (learned,)
     by_query = fire(torch.arange(ctx, device=device), ctx=ctx).query_bias
-    kinds = {
-        "none": Bias(), "fixed": Bias(fixed, slopes=slope), "learned": Bias(learned), "FIRE": Bias(by_query=by_query),
-    }  # fmt: skip
-    calls: dict[tuple[str, str, str], Callable[[], None]] = {}
-    for label, bias in kinds.items():
-        for use in ("forward", "with gradients"):
-            if use == "with gradients" and ctx > BACKWARD.get(device.type, 16384):
-                continue
-            grads = use == "with gradients"
-            chosen = choose_kernel(device, ctx, training=grads, bias=bias, dtype=dtype)
-            names = {chosen, *(("materialised",) if ctx <= IN_FULL else ())}
-            if bias.plain:
-                names |= {"sdpa"}
-            elif not bias.pairwise:
-                names |= {"recomputed"} if grads else {"blocks"}
-                names |= {"triton"} if device.type == "cuda" else set()
-            for name in sorted(names):
-                attend = Attend(ctx, bias=bias, device=device, training=grads, dtype=dtype, kernel=name)
-                wanted = [q, k, v, *([learned] if label == "learned" else [])]
-                timed = _with_gradients if grads else _forward
-                calls[label, use, name] = functools.partial(timed, attend, q, k, v, wanted)
-    if device.type == "cuda":
-        for label, vector in (("fixed", fixed), ("learned", learned)):
-            for use in ("forward", "with gradients"):
-                calls[label, use, "flex"] = _flex(q, k, v, vector, grads=use == "with gradients")
-    errors: dict[tuple[str, str, str], str] = {}
-    for key, call in list(calls.items()):
-        try:
-            call()
-        except Exception as error:  # a rival that a version of torch lacks must not end the bench
-            errors[key] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
-            del calls[key]
-    named = {" / ".join(key): call for key, call in calls.items()}
-    seconds = best(named, rounds=rounds, synchronise=synchroniser(device))
-    rows = []
-    for label, use, kernel in calls:
-        value = seconds[f"{label} / {use} / {kernel}"]
-        floor = seconds[f"none / {use} / sdpa"]
-        # the causal half of two products; a backward pass is 2.5 times a forward one
-        work = (3.5 if use == "with gradients" else 1) * 2 * heads * ctx**2 * d_head
-        rows.append({
-            "ctx": ctx, "bias": label, "use": use, "kernel": kernel, "seconds": value,
-            "ratio": value / floor, "flops_per_s": work / value,
-        })  # fmt: skip
-    return rows + [
-        {"ctx": ctx, "bias": label, "use": use, "kernel": kernel, "error": text}
-        for (label, use, kernel), text in errors.items()
-    ]
+    yield "FIRE", Bias(by_query=by_query), tuple(fire.parameters())
 
 
-def _forward(attend: Attend, q: Tensor, k: Tensor, v: Tensor, wanted: list[Tensor]) -> None:
-    with torch.no_grad():
-        attend(q, k, v)
+def _kernels(bias: Bias, ctx: int, device: torch.device, *, grads: bool) -> list[str]:
+    """The kernels of `Attend` that this device can run for a bias."""
+    if bias.plain:
+        names = ["sdpa"]
+    elif bias.pairwise:
+        names = ["blocks", *(["recomputed"] if grads and ctx <= IN_FULL else [])]
+    else:
+        names = ["recomputed" if grads else "blocks"]
+        names += ["digits"] if bias.slopes is not None else []
+        names += ["triton"] if device.type == "cuda" else []
+    return [*names, *(["materialised"] if ctx <= IN_FULL else [])]
 
 
-def _with_gradients(attend: Attend, q: Tensor, k: Tensor, v: Tensor, wanted: list[Tensor]) -> None:
-    # the mask of scores in full hangs on the bias's graph, which the next round needs again
-    torch.autograd.grad(attend(q, k, v).sum(), wanted, retain_graph=True)
+def _call(attend: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: Inputs, wanted: Sequence[Tensor]) -> None:
+    """One attention; with the gradients of `wanted`, where there are such."""
+    if not wanted:
+        with torch.no_grad():
+            attend(*inputs[:3])
+        return
+    # the mask of scores in full hangs on the graph of the bias, which the next round needs again
+    torch.autograd.grad(attend(*inputs[:3]), wanted, inputs.due, retain_graph=True)
 
 
-def _flex(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, *, grads: bool) -> Callable[[], None]:
-    """torch's FlexAttention reading the same bias by distance: a rival, compiled."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    length = q.shape[2]
-    causal = create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length, device=str(q.device))
-    compiled = torch.compile(flex_attention, dynamic=False)
-
-    def score(scores: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return scores + bias[h, (i - j).clamp(min=0)]
-
-    def call() -> None:
-        wanted = [q, k, v, *([bias] if bias.requires_grad else [])]
-        if grads:
-            torch.autograd.grad(compiled(q, k, v, score_mod=score, block_mask=causal).sum(), wanted)
-        else:
-            with torch.no_grad():
-                compiled(q, k, v, score_mod=score, block_mask=causal)
-
-    return call
-
-
-def _accuracy(length: int, device: torch.device) -> list[dict[str, Any]]:
-    """Largest error of the last 64 queries' output, values +-1, against ALiBi in fp64: 12 heads of 64 dimensions."""
-    heads, d_head, rows = 12, 64, 64
-    generator = torch.Generator().manual_seed(0)
-    plain = torch.randn(3, 1, heads, length, d_head, generator=generator)
-    slope = slopes(heads)
-    found = []
-    for dtype in (torch.float32, torch.bfloat16):
-        q, k = plain[0].to(dtype), plain[1].to(dtype)
-        v = plain[2].sign().to(dtype)
-        i = torch.arange(length - rows, length)[:, None]
-        distance = i - torch.arange(length)  # (rows, T)
-        expected = torch.empty(heads, rows, d_head, dtype=torch.float64)
-        naive = torch.empty_like(expected)
-        for h in range(heads):
-            scores = q[0, h, -rows:].double() @ k[0, h].double().T / math.sqrt(d_head)
-            future = distance < 0
-            value = v[0, h].double()
-            expected[h] = (scores - slope[h].double() * distance).masked_fill(future, -math.inf).softmax(-1) @ value
-            added = (slope[h].to(dtype) * torch.arange(length).to(dtype)).double()  # the position in one number
-            naive[h] = (scores + added).masked_fill(future, -math.inf).softmax(-1) @ value
-        name = experiment.DTYPE_NAMES[dtype]
-        outputs = {"one number": naive}
-        vector = -slope[:, None] * torch.arange(length)
-        bias = Bias(vector.to(device), slopes=slope.to(device))
-        kernels = ["blocks", "digits", *(["triton"] if device.type == "cuda" else [])]
-        for kernel in kernels:
-            attend = Attend(length, bias=bias, device=device, training=False, dtype=dtype, kernel=kernel)
-            with torch.no_grad():
-                outputs[kernel] = attend(q.to(device), k.to(device), v.to(device))[0, :, -rows:].cpu().double()
-        for kernel, out in outputs.items():
-            error = float((out - expected).abs().max())
-            found.append({"ctx": length, "dtype": name, "kernel": kernel, "max_error": error})
+def _rivals(
+    inputs: Inputs, calls: dict[Key, Callable[[], object]], uses: Sequence[str], slope: Tensor
+) -> dict[Key, Callable[[], object]]:
+    """On CUDA: torch's causal attention by each of its kernels, and FlexAttention that reads a bias by distance."""
+    found: dict[Key, Callable[[], object]] = {}
+    for use in uses:
+        plain = calls[Key("none", use, "sdpa")]
+        for name, backend in FORCED.items():
+            found[Key("none", use, f"sdpa {name}")] = functools.partial(_forced, backend, plain)
+        label = "fixed" if use == "forward" else "learned"  # both would be compiled anew for what is the same
+        bias = -slope[:, None] * torch.arange(inputs.q.shape[2], device=slope.device)  # (H, T)
+        wanted = () if use == "forward" else (*inputs[:3], bias.requires_grad_())
+        found[Key(label, use, "flex")] = functools.partial(_call, _Flex(bias), inputs, wanted)
     return found
+
+
+def _forced(backend: SDPBackend, call: Callable[[], object]) -> None:
+    with sdpa_kernel(backend):
+        call()
+
+
+class _Flex:
+    """torch's compiled FlexAttention with bias[h, i - j] added, (H, T); compiled at the first call."""
+
+    def __init__(self, bias: Tensor) -> None:
+        self.bias = bias
+        self.compiled: Callable[..., Tensor] | None = None
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.compiled is None:
+            from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+            length = q.shape[2]
+            make = torch.compile(create_block_mask)  # otherwise it builds (T, T)
+            self.causal = make(lambda b, h, i, j: i >= j, None, None, length, length, device=str(q.device))
+            self.compiled = torch.compile(flex_attention, dynamic=False)
+        return self.compiled(q, k, v, score_mod=self._score, block_mask=self.causal)
+
+    def _score(self, scores: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return scores + self.bias[h, (i - j).clamp(min=0)]
+
+
+def _error(call: Callable[[], object]) -> str | None:
+    """What a first call fails with: a kernel that this device or this torch lacks must not take the others along."""
+    try:
+        call()
+    except Exception as error:
+        lines = str(error).splitlines() or [""]
+        return f"{type(error).__name__}: {lines[0]}"
+    return None
+
+
+def _backend(kernel: str, inputs: Inputs, slope: Tensor) -> str | None:
+    """Which of torch's kernels a call of its fused attention comes to, where torch says so."""
+    if kernel not in ("sdpa", "digits"):
+        return None
+    q, k, v = (x.detach().requires_grad_() for x in inputs[:3])
+    if kernel == "digits":
+        q, k = augment(q, k, slope)
+        v = torch.nn.functional.pad(v, (0, q.shape[-1] - v.shape[-1]))
+    with contextlib.suppress(AttributeError, RuntimeError, ValueError):
+        return SDPBackend(torch._fused_sdp_choice(q, k, v, is_causal=True)).name.removesuffix("_ATTENTION").lower()
+    return None

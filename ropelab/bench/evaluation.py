@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import multiprocessing
 import time
 from collections.abc import Callable, Sequence
@@ -10,90 +9,131 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from ropelab import config as configs
 from ropelab import experiment
-from ropelab.bench.timing import VOCAB, best, machine, peak_mb, synchroniser
+from ropelab.bench.ours import VOCAB, model_of, with_encodings
+from ropelab.bench.timing import best, machine, peak_mb, reset_peak, synchroniser
 from ropelab.model import GPT
+from ropelab.positions import Geometry, build
 from ropelab.schema import Config
 from ropelab.training import matmul_precision, resolve_dtype
+
+SHORTEST = 512  # the first length of the prefix curve
+
+
+def undefined(config: Config, names: Sequence[str], ctx: int) -> dict[str, str]:
+    """Why encodings are undefined at `ctx` tokens, by name; those that are defined are not in it."""
+    found = {}
+    for other in with_encodings(config, names):
+        try:
+            encoding = build(other.pos, experiment.NO_SCALING, Geometry.of(config.model, config.train.ctx))
+            with torch.no_grad():
+                encoding(torch.arange(ctx), ctx=ctx)
+        except ValueError as error:
+            found[other.pos.name] = str(error)
+    return found
 
 
 def evaluation(config: Config, *, contexts: Sequence[int], methods: Sequence[str], rounds: int) -> dict[str, Any]:
     """Time and extra peak memory of one forward pass with losses, each method and ctx in a fresh process.
 
-    `prefix`: the losses at every doubling from 512 to the longest ctx, by one pass and by a pass for each.
+    Ratios are to the first method. `prefix`: the losses at every doubling from 512 on, by one pass and by a pass for
+    each; None where the longest ctx is below 1024. `ValueError` for an encoding that is undefined at a ctx.
     """
+    for reason in undefined(config, methods, max(contexts)).values():
+        raise ValueError(f"{reason}; leave it out of --methods")
+    device = experiment.resolve_device(config.device)
     rows: list[dict[str, Any]] = []
     for ctx in contexts:
-        for name in methods:
+        of_ctx: list[dict[str, Any]] = []
+        for other in with_encodings(config, methods):
             with multiprocessing.get_context("spawn").Pool(1) as pool:
-                seconds, extra = pool.apply(_cost, (config, name, ctx, rounds))
-            rows.append({"pos": name, "ctx": ctx, "seconds": seconds, "extra_mb": extra})
-    first = {row["ctx"]: row for row in rows if row["pos"] == methods[0]}
-    for row in rows:
-        row["seconds_ratio"] = row["seconds"] / first[row["ctx"]]["seconds"]
-        row["memory_ratio"] = row["extra_mb"] / first[row["ctx"]]["extra_mb"]
-    device = experiment.resolve_device(config.device)
-    dtype = resolve_dtype(config.eval.dtype, device)
+                seconds, extra = pool.apply(_cost, (other, ctx, rounds, torch.get_num_threads()))
+            of_ctx.append({"pos": other.pos.name, "ctx": ctx, "seconds": seconds, "extra_mb": extra})
+        for row in of_ctx:
+            row["seconds_ratio"] = row["seconds"] / of_ctx[0]["seconds"]
+            row["memory_ratio"] = row["extra_mb"] / of_ctx[0]["extra_mb"] if of_ctx[0]["extra_mb"] > 0 else None
+        rows += of_ctx
     return {
         **machine(device),
-        "dtype": experiment.DTYPE_NAMES[dtype],
+        "dtype": experiment.DTYPE_NAMES[resolve_dtype(config.eval.dtype, device)],
+        "params": model_of(with_encodings(config, methods)[0]).n_parameters(),
+        "peak_of": "the device's" if device.type == "cuda" else "this process's",
         "rows": rows,
-        "prefix": _prefix(config, methods[0], max(contexts), rounds) if max(contexts) >= 1024 else None,
+        "prefix": _prefix(with_encodings(config, methods), max(contexts), rounds),
     }
 
 
-def _scorer(config: Config, name: str) -> tuple[GPT, Callable[..., Any]]:
+def _scorer(config: Config) -> tuple[GPT, Callable[..., NDArray[np.float32]]]:
+    """A model and what scores with it: (inputs (B, ctx), targets (B, ctx)) -> losses (B, ctx)."""
     device = experiment.resolve_device(config.device)
     torch.set_float32_matmul_precision(matmul_precision(device, config.model.d_model))
-    other = dataclasses.replace(config, pos=configs.load([f"pos={name}"]).pos)
-    model = experiment.build_model(other, VOCAB, scaling=experiment.NO_SCALING, original_ctx=config.train.ctx)
-    model.to(device).eval()
+    model = model_of(config).eval()
     model.progress(1.0)
     return model, experiment.scorer_of(model, window=None, dtype=resolve_dtype(config.eval.dtype, device))
 
 
-def _cost(config: Config, name: str, ctx: int, rounds: int) -> tuple[float, float]:
+def _text(ctx: int) -> NDArray[np.int64]:
+    return np.random.default_rng(0).integers(0, VOCAB - 1, (1, ctx + 1))
+
+
+def _cost(config: Config, ctx: int, rounds: int, threads: int) -> tuple[float, float]:
     """(least seconds, MB above the model at rest) of a forward pass at ctx."""
+    torch.set_num_threads(threads)
     device = experiment.resolve_device(config.device)
-    _, scorer = _scorer(config, name)
-    tokens = np.random.default_rng(0).integers(0, 256, (1, ctx + 1))
-    scorer(tokens[:, :65], tokens[:, 2:66])  # libraries load their kernels on the first call
-    before = peak_mb(device)
-    seconds, extra = [], 0.0
+    _, scorer = _scorer(config)
+    tokens = _text(ctx)
+    scorer(tokens[:, :64], tokens[:, 1:65])  # libraries load their kernels on the first call
+    at_rest = reset_peak(device)
+    seconds, extra = [], None
     for _ in range(rounds):
         began = time.perf_counter()
         scorer(tokens[:, :-1], tokens[:, 1:])  # its losses come to the host: the device has done its work
         seconds.append(time.perf_counter() - began)
-        extra = extra or peak_mb(device) - before  # of the first pass: later ones find a heap in pieces
+        if extra is None:  # of the first pass: later ones find a heap in pieces
+            extra = peak_mb(device) - at_rest
+    assert extra is not None
     return min(seconds), extra
 
 
-def _prefix(config: Config, name: str, longest: int, rounds: int) -> dict[str, Any]:
-    """The prefix curve of a length-independent method: from one pass, against a pass for each ctx."""
-    model, scorer = _scorer(config, name)
-    assert not model.encoding.length_dependent
-    contexts = [512 * 2**k for k in range(64) if 512 * 2**k <= longest]
-    tokens = np.random.default_rng(0).integers(0, 256, (1, contexts[-1] + 1))
-    found: dict[str, dict[int, float]] = {"one": {}, "each": {}}
+def _prefix(configs: Sequence[Config], longest: int, rounds: int) -> dict[str, Any] | None:
+    """The prefix curve of the first method whose scores do not depend on the length: one pass, and one for each ctx."""
+    contexts = [SHORTEST * 2**k for k in range(64) if SHORTEST * 2**k <= longest]
+    if len(contexts) < 2:
+        return None
+    for config in configs:
+        model, scorer = _scorer(config)
+        if not model.encoding.length_dependent:
+            break
+    else:
+        return None
+    with torch.no_grad():  # freshly drawn, a model says nearly the same of every token, and no difference would show
+        for parameter in model.parameters():
+            parameter.mul_(5 if parameter.dim() > 1 else 1)
+    tokens = _text(contexts[-1])
+    one: dict[int, float] = {}
+    each: dict[int, float] = {}
 
-    def one() -> None:
-        losses = scorer(tokens[:, :-1], tokens[:, 1:]).astype(np.float64)[0]
-        found["one"] = {ctx: float(losses[:ctx].mean()) for ctx in contexts}
+    def one_pass() -> None:
+        losses = scorer(tokens[:, :-1], tokens[:, 1:])[0].astype(np.float64)  # (longest,)
+        one.update({ctx: float(losses[:ctx].mean()) for ctx in contexts})
 
-    def each() -> None:
+    def pass_for_each() -> None:
         for ctx in contexts:
-            losses = scorer(tokens[:, :ctx], tokens[:, 1 : ctx + 1]).astype(np.float64)[0]
-            found["each"][ctx] = float(losses.mean())
+            each[ctx] = float(scorer(tokens[:, :ctx], tokens[:, 1 : ctx + 1])[0].astype(np.float64).mean())
 
     device = experiment.resolve_device(config.device)
-    seconds = best({"one": one, "each": each}, rounds=rounds, synchronise=synchroniser(device))
+    scorer(tokens[:, :SHORTEST], tokens[:, 1 : SHORTEST + 1])
+    contestants = {"one": one_pass, "each": pass_for_each}
+    # on a CPU a first round would cost as much as one that counts, and change little
+    seconds = best(contestants, rounds=rounds, synchronise=synchroniser(device), warm=device.type == "cpu")
     return {
-        "pos": name,
+        "pos": config.pos.name,
         "contexts": contexts,
         "one_pass_s": seconds["one"],
         "pass_per_ctx_s": seconds["each"],
         "ratio": seconds["each"] / seconds["one"],
-        "largest_difference_nats": max(abs(found["one"][ctx] - found["each"][ctx]) for ctx in contexts),
+        "largest_difference_nats": max(abs(one[ctx] - each[ctx]) for ctx in contexts),
+        "spread_nats": max(one.values()) - min(one.values()),
     }

@@ -1,66 +1,70 @@
-"""`ropelab bench many`: several small models on one device, one after another, side by side, and in one stack."""
+"""`ropelab bench many`: many small models on one device, one after another, in one stack, and side by side."""
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from multiprocessing.connection import Connection
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from ropelab import experiment
-from ropelab.bench.timing import VOCAB, best, machine, synchroniser
-from ropelab.bench.train import endless
-from ropelab.model import GPT
+from ropelab.bench.ours import compile_many, endless, model_of, same_batch, training, turn_of
+from ropelab.bench.timing import best, machine, synchroniser
 from ropelab.schema import Config
 from ropelab.stacking import stacked_steps
-from ropelab.training import build_optimizer, resolve_dtype, steps
+from ropelab.training import build_optimizer, matmul_precision, resolve_dtype
 
-STEPS = 4  # of each model in one round
+TURNS = {"cuda": 1}  # of each model in a round; on a CPU 4 steps, so that what starts and ends a round counts little
 
 
 def many(config: Config, *, models: int, rounds: int) -> dict[str, Any]:
-    """Tokens per second of all models together: `models` runs of one method that differ in their seed.
+    """Tokens per second of `models` runs that differ in their seed, all together.
 
-    one after another: all threads for one model at a time. one stack: a batched step for all. side by side: processes
-    of one thread each, as many as there are threads, their start not counted; on a CPU only.
+    `one after another`: all threads for one model at a time. `one stack`: a batched step for all. `side by side`, on a
+    CPU: as many processes as threads, one thread each, which share the models; their start is not in it, but in
+    `start_s`. `ValueError` for models that cannot be stacked.
     """
     device = experiment.resolve_device(config.device)
     dtype = resolve_dtype(config.train.dtype, device)
+    torch.set_float32_matmul_precision(matmul_precision(device, config.model.d_model))
+    seeded = [dataclasses.replace(config, seed=config.seed + n) for n in range(models)]
+    stacked = [model_of(one) for one in seeded]
     compiled = experiment.compiles(config.train, device)
-    batches = [_windows(config, seed) for seed in range(models)]
-    alone = []
-    for seed in range(models):
-        model = _model(config, seed, device)
-        if compiled:
-            experiment.compile_blocks(model, cache_dir=config.cache_dir)
-        optimizer = build_optimizer(model, config.train)
-        at = batches[seed]
-        alone.append(steps(model, optimizer, _always(at), endless(config), start=0, dtype=dtype))
-    stacked = [_model(config, seed, device) for seed in range(models)]
-    stack = stacked_steps(
-        stacked, [build_optimizer(model, config.train) for model in stacked],
-        [_always(batch) for batch in batches], endless(config), start=0, dtype=dtype, compiled=compiled,
+    if compiled:
+        compile_many()
+    together = stacked_steps(
+        stacked, [build_optimizer(model, config.train) for model in stacked], [same_batch(one) for one in seeded],
+        endless(config), start=0, dtype=dtype, unread=turn_of(device), compiled=compiled,
     )  # fmt: skip
+    alone = [training(one, dtype) for one in seeded]
+    turns = TURNS.get(device.type, 4)
+    taken = turns * turn_of(device)  # steps of each model in a round
 
     def one_after_another() -> None:
-        for training in alone:
-            for _ in range(STEPS):
-                next(training)
+        for one in alone:
+            for _ in range(turns):
+                one.turn()
 
     def in_one_stack() -> None:
-        for _ in range(STEPS):
-            next(stack)
+        for _ in range(taken):
+            next(together)
 
-    contestants: dict[str, Callable[[], None]] = {"one after another": one_after_another, "one stack": in_one_stack}
-    seconds = best(contestants, rounds=rounds, synchronise=synchroniser(device))
-    tokens = models * STEPS * config.train.batch_size * config.train.ctx
+    contestants: dict[str, Callable[[], object]] = {"one after another": one_after_another, "one stack": in_one_stack}
+    beside = _SideBySide(seeded, dtype, turns) if device.type == "cpu" else None
+    try:
+        if beside is not None:
+            contestants["side by side"] = beside.turn
+        seconds = best(contestants, rounds=rounds, synchronise=synchroniser(device))
+    finally:
+        if beside is not None:
+            beside.close()
+    tokens = models * taken * config.train.batch_size * config.train.ctx
     speed = {name: tokens / value for name, value in seconds.items()}
-    if device.type == "cpu":
-        speed["side by side"] = _side_by_side(config, models, dtype, rounds)
     return {
         **machine(device),
         "dtype": experiment.DTYPE_NAMES[dtype],
@@ -68,6 +72,9 @@ def many(config: Config, *, models: int, rounds: int) -> dict[str, Any]:
         "models": models,
         "params": stacked[0].n_parameters(),
         "pos": config.pos.name,
+        "steps": taken,
+        "processes": 0 if beside is None else len(beside.ends),
+        "start_s": None if beside is None else beside.start_s,
         "rows": [
             {"how": name, "tokens_per_s": value, "ratio": value / speed["one after another"]}
             for name, value in speed.items()
@@ -75,42 +82,49 @@ def many(config: Config, *, models: int, rounds: int) -> dict[str, Any]:
     }
 
 
-def _model(config: Config, seed: int, device: torch.device) -> GPT:
-    model = experiment.build_model(
-        config, VOCAB, scaling=experiment.training_scaling(config, config.train.ctx), original_ctx=config.train.ctx
-    )
-    model.init_weights(seed)
-    return model.to(device)
+class _SideBySide:
+    """Processes of one thread that hold the models and wait between rounds: they can take turns with this one."""
+
+    def __init__(self, seeded: Sequence[Config], dtype: torch.dtype, turns: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        began = time.perf_counter()
+        slots = min(len(seeded), torch.get_num_threads())
+        self.ends: list[Connection] = []
+        for slot in range(slots):
+            ours, theirs = context.Pipe()
+            task = (theirs, seeded[slot::slots], dtype, turns)
+            context.Process(target=_work, args=task, daemon=True).start()
+            theirs.close()  # theirs alone holds it now: if they die, we are told
+            self.ends.append(ours)
+        self._wait()
+        self.start_s = time.perf_counter() - began
+
+    def turn(self) -> None:
+        for end in self.ends:
+            end.send("go")
+        self._wait()
+
+    def _wait(self) -> None:
+        try:
+            for end in self.ends:
+                end.recv()
+        except EOFError:
+            raise RuntimeError("a process side by side died; what it said stands above") from None
+
+    def close(self) -> None:
+        for end in self.ends:
+            end.close()
 
 
-def _always(batch: NDArray[np.int64]) -> Callable[[int], NDArray[np.int64]]:
-    return lambda step: batch
-
-
-def _windows(config: Config, seed: int) -> NDArray[np.int64]:
-    return np.random.default_rng(seed).integers(0, 256, (config.train.batch_size, config.train.ctx + 1))
-
-
-def _side_by_side(config: Config, models: int, dtype: torch.dtype, rounds: int) -> float:
-    """Tokens per second of all processes together, from the steps of those that run at one time."""
-    slots = min(models, torch.get_num_threads())
-    with multiprocessing.get_context("spawn").Pool(slots, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        rates = pool.map(_rate, [(config, seed, dtype, rounds) for seed in range(slots)], chunksize=1)
-    return sum(rates)
-
-
-def _rate(task: tuple[Config, int, torch.dtype, int]) -> float:
-    """Tokens per second of one model for a while, after a first round."""
-    config, seed, dtype, rounds = task
-    device = torch.device("cpu")
-    model, windows = _model(config, seed, device), _windows(config, seed)
-    training = steps(
-        model, build_optimizer(model, config.train), lambda step: windows, endless(config), start=0, dtype=dtype
-    )
-    for _ in range(STEPS):
-        next(training)
-    time.sleep(1)  # until the others have started too
-    began = time.perf_counter()
-    for _ in range(rounds * STEPS):
-        next(training)
-    return rounds * STEPS * config.train.batch_size * config.train.ctx / (time.perf_counter() - began)
+def _work(end: Connection, configs: Sequence[Config], dtype: torch.dtype, turns: int) -> None:
+    """Hold models, say so, and train each for some turns whenever told to."""
+    torch.set_num_threads(1)
+    torch.set_float32_matmul_precision(matmul_precision(torch.device("cpu"), configs[0].model.d_model))
+    mine = [training(config, dtype) for config in configs]
+    with suppress(EOFError, BrokenPipeError, KeyboardInterrupt):
+        while True:
+            end.send("ready")
+            end.recv()
+            for one in mine:
+                for _ in range(turns):
+                    one.turn()

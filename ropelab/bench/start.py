@@ -1,4 +1,4 @@
-"""`ropelab bench start`: seconds from nothing to the first training step, in a fresh process."""
+"""`ropelab bench start`: seconds from the start of a process to the end of its first training step."""
 
 from __future__ import annotations
 
@@ -10,45 +10,63 @@ import tempfile
 import time
 from typing import Any
 
-import numpy as np
+import torch
 
 from ropelab import config as configs
 from ropelab import experiment
-from ropelab.bench.timing import VOCAB, machine
+from ropelab.bench.ours import VOCAB, model_of, training
+from ropelab.bench.timing import machine
 from ropelab.schema import Config
-from ropelab.training import build_optimizer, resolve_dtype, steps
+from ropelab.training import matmul_precision, resolve_dtype
+
+CODE = "from ropelab.bench.start import first_step; first_step()"
 
 
-def start(config: Config) -> dict[str, Any]:
-    """`cold`: with an empty folder of compiled code; `warm`: with what the first process left there."""
-    seconds = {}
+def start(config: Config, *, vocab: int = VOCAB) -> dict[str, Any]:
+    """`cold`: with empty caches of compiled code; `warm`: with what the first process left there.
+
+    Each: `seconds` in all, of which `import_s` until ropelab and torch are loaded, `build_s` until there is a model on
+    the device, and `step_s` for the step, compiling included. Reading a corpus is not in it.
+    """
+    model_of(config, vocab)  # what cannot be built is refused here
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for name in ("cold", "warm"):
-            began = time.perf_counter()
-            subprocess.run(
-                [sys.executable, "-c", "from ropelab.bench.start import first_step; first_step()"],
-                check=True,
-                text=True,
-                input=json.dumps(configs.to_dict(config)),
-                env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": folder},
-            )
-            seconds[name] = time.perf_counter() - began
+        caches = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "TRITON_CACHE_DIR": f"{folder}/triton"}
+        for cache in ("cold", "warm"):
+            task = {"config": configs.to_dict(config), "vocab": vocab, "began": time.time()}
+            done = subprocess.run(
+                [sys.executable, "-c", CODE],
+                input=json.dumps(task), env={**os.environ, **caches}, stdout=subprocess.PIPE, text=True, check=False,
+            )  # fmt: skip
+            if done.returncode:
+                raise OSError(f"the process with a {cache} cache ended with status {done.returncode}")
+            rows.append({"cache": cache, **json.loads(done.stdout.splitlines()[-1])})
     device = experiment.resolve_device(config.device)
     return {
-        **machine(device), "compiled": experiment.compiles(config.train, device), "pos": config.pos.name,
-        "cold_s": seconds["cold"], "warm_s": seconds["warm"],
-    }  # fmt: skip
+        **machine(device),
+        "dtype": experiment.DTYPE_NAMES[resolve_dtype(config.train.dtype, device)],
+        "compiled": experiment.compiles(config.train, device),
+        "pos": config.pos.name,
+        "cold_s": rows[0]["seconds"],
+        "warm_s": rows[1]["seconds"],
+        "rows": rows,
+    }
 
 
 def first_step() -> None:
-    """One training step of the configuration on stdin, and nothing more."""
-    config = configs.from_dict(json.load(sys.stdin))
+    """Take the first training step of the task on stdin, and print the seconds until each part was done."""
+    loaded = time.time()
+    task = json.load(sys.stdin)
+    config = configs.from_dict(task["config"])
     device = experiment.resolve_device(config.device)
-    scaling = experiment.training_scaling(config, config.train.ctx)
-    model = experiment.build_model(config, VOCAB, scaling=scaling, original_ctx=config.train.ctx).to(device)
-    if experiment.compiles(config.train, device):
-        experiment.compile_blocks(model, cache_dir=config.cache_dir)
-    windows = np.random.default_rng(0).integers(0, 256, (config.train.batch_size, config.train.ctx + 1))
-    dtype = resolve_dtype(config.train.dtype, device)
-    optimizer = build_optimizer(model, config.train)
-    next(steps(model, optimizer, lambda step: windows, config.train, start=0, dtype=dtype, unread=1))
+    torch.set_float32_matmul_precision(matmul_precision(device, config.model.d_model))
+    ours = training(config, resolve_dtype(config.train.dtype, device), task["vocab"], unread=1)
+    built = time.time()
+    next(ours.going)
+    ended = time.time()
+    print(
+        json.dumps({
+            "seconds": ended - task["began"], "import_s": loaded - task["began"], "build_s": built - loaded,
+            "step_s": ended - built,
+        })
+    )  # fmt: skip
