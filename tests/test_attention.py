@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ropelab.attention import Attend, Bias, attend, by_distance, digits
+from ropelab.attention import Attend, Bias, attend, by_distance, digits, recomputed
 from ropelab.positions import Decay
 from ropelab.positions.alibi import slopes
 
@@ -113,9 +113,9 @@ def check_against_the_loop(case: dict[str, Any], device: torch.device, *, rtol: 
     if chosen.bias.far is None:
         kernels |= {"materialised", "blocks"}
         kernels |= set() if chosen.bias.decays else {"recomputed"}
-    before = attend.BLOCK, by_distance.ROWS, by_distance.HELD
-    attend.BLOCK, by_distance.ROWS = case["rows"], max(1, case["rows"] // 2)
-    by_distance.HELD = 1 if case["seed"] % 2 else before[2]  # one sequence at a time, or all
+    before = attend.BLOCK, recomputed.ROWS, recomputed.HELD
+    attend.BLOCK, recomputed.ROWS = case["rows"], max(1, case["rows"] // 2)
+    recomputed.HELD = 1 if case["seed"] % 2 else before[2]  # one sequence at a time, or all
     try:
         for kernel in sorted(kernels):
             attending = Attend(length, bias=bias, device=device, training=case["training"], kernel=kernel)
@@ -131,7 +131,7 @@ def check_against_the_loop(case: dict[str, Any], device: torch.device, *, rtol: 
                 got = torch.zeros_like(want) if got is None else got
                 torch.testing.assert_close(got, want.expand_as(got), rtol=10 * rtol, atol=2 * atol)
     finally:
-        attend.BLOCK, by_distance.ROWS, by_distance.HELD = before
+        attend.BLOCK, recomputed.ROWS, recomputed.HELD = before
 
 
 def test_the_gradient_of_a_bias_is_the_same_every_time() -> None:

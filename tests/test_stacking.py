@@ -14,11 +14,12 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ropelab import stacking
 from ropelab.model import GPT
 from ropelab.positions import Geometry, Positions, build
 from ropelab.schema import Method, ModelConfig, TrainConfig
-from ropelab.stacking import At, check_stackable, stacked_steps
+from ropelab.stacking import check_stackable, stack, stacked_steps
+from ropelab.stacking import steps as stack_steps
+from ropelab.stacking.steps import At
 from ropelab.training import (
     NonFiniteLossError,
     Step,
@@ -248,14 +249,14 @@ def test_the_first_step_is_the_mean_loss_and_gradient_of_each_models_own_batch(p
 
 def test_blocks_computed_again_in_the_backward_pass_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = 0
-    block = stacking._block
+    block = stack_steps.block_of_all
 
     def counted(*arguments: Any) -> Tensor:
         nonlocal calls
         calls += 1
         return block(*arguments)
 
-    monkeypatch.setattr(stacking, "_block", counted)
+    monkeypatch.setattr(stack_steps, "block_of_all", counted)
     plain = stacked(gpts(["t5"] * 2))
     once, calls = calls, 0
     again = stacked(gpts(["t5"] * 2), replace(RECIPE, activation_checkpointing=True))
@@ -273,13 +274,13 @@ def test_the_loss_of_a_few_rows_at_a_time_is_the_same(monkeypatch: pytest.Monkey
         held.append(5 * 3 * VOCAB)  # five targets of each of three models, of 64
         return held[-1]
 
-    monkeypatch.setattr(stacking, "logits_held", few)
+    monkeypatch.setattr(stack, "logits_held", few)
     assert_same(stacked(gpts(["rope"] * 3)), whole)
     assert held
 
 
 def test_every_field_of_the_record_is_known() -> None:
-    """A new field of `Positions` has to be joined or refused in `stacking._join`, then named here."""
+    """A new field of `Positions` has to be joined or refused in `stacking.joined.join`, then named here."""
     joined = {"embedding", "qk_embedding", "rotation", "logit_scale", "bias", "slopes", "query_bias"}
     assert set(Positions._fields) == joined | {"far", "block"}
 

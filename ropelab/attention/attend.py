@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ropelab.attention import by_distance
 from ropelab.attention.bias import Bias
+from ropelab.attention.recomputed import recomputed
 
 KERNELS = {
     "materialised": "scores in full: the fastest training step on a CPU at a short ctx",
@@ -129,9 +130,9 @@ class Attend:
             vector = self.by_distance.expand(q.shape[1], -1)  # (H, T)
             return attend_by_distance(q, k, v, vector, window=self.bias.window)
         if self.mask is not None:
-            return by_distance.recomputed(q, k, v, self.mask[0], window=None, rows=BLOCK)
+            return recomputed(q, k, v, self.mask[0], window=None, rows=BLOCK)
         if not self.bias.pairwise:
-            kernel = by_distance.recomputed if torch.is_grad_enabled() else by_distance.blocks
+            kernel = recomputed if torch.is_grad_enabled() else by_distance.blocks
             return kernel(q, k, v, self.by_distance, window=self.bias.window, rows=BLOCK)
         return self._dense_blocks(q, k, v, far, decay)
 
