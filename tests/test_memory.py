@@ -110,11 +110,12 @@ def test_scores_of_far_keys_count(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_limit_of_a_job_counts_as_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Version 2 of Linux' control groups: what is left of memory.max; `max` is no limit."""
+    """Version 2 of Linux' control groups: what is left of memory.max, cached files not counted; `max` is no limit."""
     monkeypatch.setattr(memory, "CGROUP", tmp_path)
     (tmp_path / "memory.max").write_text("3000000\n")
     (tmp_path / "memory.current").write_text("1000000\n")
-    assert memory.free_bytes(CPU) == 2000000
+    (tmp_path / "memory.stat").write_text("anon 500000\ninactive_file 300000\nactive_file 100000\n")
+    assert memory.free_bytes(CPU) == 2400000
     (tmp_path / "memory.max").write_text("max\n")
     free = memory.free_bytes(CPU)
     assert free is None or free > 3000000

@@ -70,9 +70,13 @@ def test_runs_at_different_steps_go_on_in_stacks_of_their_own(folder: Path) -> N
 
     with pytest.raises(KeyboardInterrupt):
         experiment.train(several(folder, *shape)[0], progress=stop)
+    stacked = []
     for one in experiment.train_together(several(folder, *shape)):
         assert isinstance(one, dict)
-        assert [line["step"] for line in RunDir(Path(one["run_dir"])).metrics()] == [1, 2, 3, 4, 5, 6]
+        run = RunDir(Path(one["run_dir"]))
+        assert [line["step"] for line in run.metrics()] == [1, 2, 3, 4, 5, 6]
+        stacked.append(run.manifest()["stacked"])
+    assert stacked == [1, 2, 2]
 
 
 def test_a_run_that_breaks_leaves_its_stack(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,9 +132,11 @@ def evaluate(
             files.write_json(result_path, stored)
         return Evaluated(stored, losses_path)
 
-    passes = plan(trained.model, tokenizer.n_vocab, encodings, target, limit_gb=config.memory_gb)
-    _make_results_folder(run, kept_in)
+    passes = None
     if config.baseline is None:
+        passes = plan(trained.model, tokenizer.n_vocab, encodings, target, limit_gb=config.memory_gb)
+    _make_results_folder(run, kept_in)
+    if passes is not None:
         notice(str(passes))
     model = load_model(run, weights, device=target)
     precision = matmul_precision(target, trained.model.d_model)
@@ -175,6 +177,7 @@ def evaluate(
             losses = shared.reshape(len(windows.start), -1)[:, :ctx].reshape(-1)
             advance(len(windows.start) * ctx)
         else:
+            assert passes is not None
             scorer = scorer_of(model, window=config.window, dtype=dtype)
             losses = score(windows, documents, scorer, rows=passes.windows[ctx], progress=advance)
             shared = losses if shared is None else shared
@@ -217,7 +220,7 @@ def evaluate(
         "window": config.window,
         "device": device_name(target),
         "matmul_precision": precision,
-        "memory_planned_mb": round(passes.needed / 10**6),
+        "memory_planned_mb": None if passes is None else round(passes.needed / 10**6),
         "protocol": {
             "name": layout.protocol,
             "stride": config.stride if layout.protocol == "sliding" else None,

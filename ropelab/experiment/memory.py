@@ -90,7 +90,10 @@ def free_bytes(device: torch.device) -> int | None:
     with contextlib.suppress(OSError, StopIteration, ValueError):
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         known.append(1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable"))))
-    with contextlib.suppress(OSError, ValueError):  # `max` where there is no limit
+    with contextlib.suppress(OSError, ValueError, KeyError):  # `max` where there is no limit
         limit = int((CGROUP / "memory.max").read_text(encoding="ascii"))
-        known.append(limit - int((CGROUP / "memory.current").read_text(encoding="ascii")))
+        used = int((CGROUP / "memory.current").read_text(encoding="ascii"))
+        # files that were read are kept in memory for as long as nobody wants it
+        stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text(encoding="ascii").splitlines())
+        known.append(limit - used + int(stat["inactive_file"]) + int(stat["active_file"]))
     return max(0, min(known)) if known else None

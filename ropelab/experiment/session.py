@@ -43,7 +43,7 @@ VALIDATION_TOKENS = 16384  # scored at every train.eval_every
 
 
 class Session:
-    """The training of one run, from its configuration on. `begin` and what follows need the run's lock.
+    """The training of one run, from its configuration on. `restore` and what follows need the run's lock.
 
     `ValueError` for a configuration that cannot be trained, before anything is written.
     """
@@ -91,13 +91,12 @@ class Session:
         n_vocab = self.corpus.tokenizer.n_vocab
         return build_model(self.config, n_vocab, scaling=self.scaling, original_ctx=self.original_ctx)
 
-    def begin(self, *, stacked: int = 1) -> None:
-        """Build the model or restore it, and say in the manifest that it is being trained, `stacked` models a step."""
-        config, run, corpus = self.config, self.run, self.corpus
-        begun = run.manifest() if run.manifest_path.exists() else {}
+    def restore(self) -> None:
+        """Build the model, or restore it from the last checkpoint that is intact."""
+        config, run = self.config, self.run
+        self._begun = begun = run.manifest() if run.manifest_path.exists() else {}
         self.dtype = resolve_dtype(begun.get("dtype", config.train.dtype), self.device)
-        precision = begun.get("matmul_precision") or matmul_precision(self.device, config.model.d_model)
-        torch.set_float32_matmul_precision(precision)
+        self._precision = begun.get("matmul_precision") or matmul_precision(self.device, config.model.d_model)
         model = self.fresh_model()
         if self.parent is not None:
             model.load_state_dict(self.parent.run.load_weights(), strict=True)
@@ -106,6 +105,11 @@ class Session:
         checkpoint = run.latest_checkpoint() if begun else None
         if checkpoint is not None:
             self.start, self._best = _restore(checkpoint, model, self.optimizer)
+
+    def begin(self, *, stacked: int = 1) -> None:
+        """Say in the manifest that the restored model is being trained from now on, `stacked` models a step."""
+        config, run, corpus, model = self.config, self.run, self.corpus, self.model
+        torch.set_float32_matmul_precision(self._precision)
         corpus.tokenizer.save(run.tokenizer_path)
         run.update_manifest(
             run=run.name, digest=self.digest, identity=self._identity, config=configs.to_dict(self._resolved),
@@ -123,10 +127,10 @@ class Session:
                 "name": corpus.tokenizer.name, "digest": corpus.tokenizer.digest, "n_vocab": corpus.tokenizer.n_vocab,
             },
             params=model.n_parameters(), dtype=DTYPE_NAMES[self.dtype], device=device_name(self.device),
-            device_type=self.device.type, matmul_precision=precision, stacked=stacked,
+            device_type=self.device.type, matmul_precision=self._precision, stacked=stacked,
             attention_backend=training_kernel(model, config.train.ctx, self.dtype),
             compiled=compiles(config.train, self.device), environment=environment(),
-            started=begun.get("started", time.time()),
+            started=self._begun.get("started", time.time()),
         )  # fmt: skip
         run.rewind(self.start)
         self._tracker = Tracker(

@@ -55,6 +55,7 @@ def train(config: Config, *, progress: Progress = silent) -> dict[str, Any]:
         return session.result(skipped=True)
     session.run.path.mkdir(exist_ok=True)
     with session.run.locked(), interrupts() as caught:
+        session.restore()
         session.begin()
         if compiles(config.train, session.device):
             compile_blocks(session.model, cache_dir=config.cache_dir)
@@ -106,7 +107,7 @@ def train_together(
             stack.enter_context(sessions[index].run.locked())
         caught = stack.enter_context(interrupts())
         for index in rest:
-            sessions[index].begin(stacked=len(rest))
+            sessions[index].restore()
         alike = sorted(rest, key=lambda index: (sessions[index].start, str(sessions[index].dtype)))
         for _, group in itertools.groupby(alike, key=lambda index: (sessions[index].start, sessions[index].dtype)):
             numbers = list(group)
@@ -123,6 +124,8 @@ def _train_stack(
 ) -> dict[int, NonFiniteLossError]:
     """Train runs that stand at one step to their end; those that became non-finite, by their place."""
     first = sessions[0]
+    for session in sessions:
+        session.begin(stacked=len(sessions))
     places = [session.positions_at for session in sessions if session.positions_at is not None]
     failed: dict[int, NonFiniteLossError] = {}
     going = stacked_steps(
