@@ -282,7 +282,9 @@ def test_other_text_is_scored_with_the_runs_tokeniser(runs: dict[str, RunDir], f
 
 def test_the_unigram_baseline_is_the_training_texts_frequencies(runs: dict[str, RunDir], folder: Path) -> None:
     """Same targets as the model's, each scored by counts of the training tokens plus one, by a plain loop."""
-    result = evaluate(runs["none"], folder, "eval.protocol=last", "eval.ctx=64,", "eval.baseline=unigram", "eval.memory_gb=1e-6")
+    result = evaluate(
+        runs["none"], folder, "eval.protocol=last", "eval.ctx=64,", "eval.baseline=unigram", "eval.memory_gb=1e-6"
+    )
     corpus = data.prepare(settings(folder).data, cache_dir=folder / "cache")
     counts = [1] * 256
     for token in corpus.train.tokens.tolist():
