@@ -279,13 +279,14 @@ def test_an_encoding_without_a_meaning_at_a_length_is_refused_or_left_out(monkey
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process can be reset on Linux")
 def test_a_bias_at_16384_needs_no_more_memory_than_rope() -> None:
-    """A (T, T) mask of one head would be 1 GB; what is measured is 0.1 GB, and moves by a quarter with the heap."""
+    """A (T, T) mask of one head would be 1 GB; what is measured is 0.055 GB with RoPE, in a heap without holes."""
     methods = ["rope", "alibi", "t5", "kerple_log"]
     result = bench.evaluation(config.load(["device=cpu"]), contexts=(16384,), methods=methods, rounds=1)
     for row in result["rows"]:
-        assert row["memory_ratio"] <= 1.5
-        assert row["extra_mb"] < 256
+        assert row["memory_ratio"] <= 1.1
+        assert row["extra_mb"] < 128
 
 
 # --- many runs, and the start ---------------------------------------------------------------------------------------

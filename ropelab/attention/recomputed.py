@@ -41,7 +41,8 @@ class _Recomputed(torch.autograd.Function):
             out = torch.empty_like(q)
             for start in range(0, q.shape[2], rows):
                 stop = min(start + rows, q.shape[2])
-                added = bias[None, :, start:stop, :stop]
+                # detached, since a view of an input wants a gradient even here, and torch's fused kernel gives none
+                added = bias.detach()[None, :, start:stop, :stop]
                 out[:, :, start:stop] = by_distance.fused(q[:, :, start:stop], k[:, :, :stop], v[:, :, :stop], added)
         ctx.save_for_backward(q, k, v, bias, out)
         ctx.window = window

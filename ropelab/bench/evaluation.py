@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,7 +38,7 @@ def undefined(config: Config, names: Sequence[str], ctx: int) -> dict[str, str]:
 
 
 def evaluation(config: Config, *, contexts: Sequence[int], methods: Sequence[str], rounds: int) -> dict[str, Any]:
-    """Time and extra peak memory of one forward pass with losses, each method and ctx in a fresh process.
+    """Time and extra peak memory of one forward pass with losses, each in a fresh process for each method and ctx.
 
     Ratios are to the first method. `prefix`: the losses at every doubling from 512 on, by one pass and by a pass for
     each; None where the longest ctx is below 1024. `ValueError` for an encoding that is undefined at a ctx.
@@ -48,8 +50,9 @@ def evaluation(config: Config, *, contexts: Sequence[int], methods: Sequence[str
     for ctx in contexts:
         of_ctx: list[dict[str, Any]] = []
         for other in with_encodings(config, methods):
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                seconds, extra = pool.apply(_cost, (other, ctx, rounds, torch.get_num_threads()))
+            seconds = _in_fresh_process(_seconds, other, ctx, rounds)
+            with _heap_without_holes():
+                extra = _in_fresh_process(_extra_mb, other, ctx)
             of_ctx.append({"pos": other.pos.name, "ctx": ctx, "seconds": seconds, "extra_mb": extra})
         for row in of_ctx:
             row["seconds_ratio"] = row["seconds"] / of_ctx[0]["seconds"]
@@ -78,23 +81,55 @@ def _text(ctx: int) -> NDArray[np.int64]:
     return np.random.default_rng(0).integers(0, VOCAB - 1, (1, ctx + 1))
 
 
-def _cost(config: Config, ctx: int, rounds: int, threads: int) -> tuple[float, float]:
-    """(least seconds, MB above the model at rest) of a forward pass at ctx."""
+def _in_fresh_process(cost: Callable[..., float], *arguments: Any) -> float:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(cost, (*arguments, torch.get_num_threads()))
+
+
+@contextlib.contextmanager
+def _heap_without_holes() -> Iterator[None]:
+    """Processes that are started here give every tensor back to the system at once (glibc's malloc).
+
+    Otherwise a process keeps what it freed, by chance more or less of it: a pass of 100 MB looked like 160 to 210.
+    """
+    name = "MALLOC_MMAP_THRESHOLD_"
+    before = os.environ.get(name)
+    os.environ[name] = str(2**18)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _warmed(config: Config, threads: int) -> Callable[..., NDArray[np.float32]]:
     torch.set_num_threads(threads)
-    device = experiment.resolve_device(config.device)
     _, scorer = _scorer(config)
-    tokens = _text(ctx)
-    scorer(tokens[:, :64], tokens[:, 1:65])  # libraries load their kernels on the first call
-    at_rest = reset_peak(device)
-    seconds, extra = [], None
+    tokens = _text(64)
+    scorer(tokens[:, :-1], tokens[:, 1:])  # libraries load their kernels on the first call
+    return scorer
+
+
+def _seconds(config: Config, ctx: int, rounds: int, threads: int) -> float:
+    """Least seconds of a forward pass at ctx."""
+    scorer, tokens = _warmed(config, threads), _text(ctx)
+    seconds = []
     for _ in range(rounds):
         began = time.perf_counter()
         scorer(tokens[:, :-1], tokens[:, 1:])  # its losses come to the host: the device has done its work
         seconds.append(time.perf_counter() - began)
-        if extra is None:  # of the first pass: later ones find a heap in pieces
-            extra = peak_mb(device) - at_rest
-    assert extra is not None
-    return min(seconds), extra
+    return min(seconds)
+
+
+def _extra_mb(config: Config, ctx: int, threads: int) -> float:
+    """MB above the model at rest that a forward pass at ctx takes."""
+    scorer, tokens = _warmed(config, threads), _text(ctx)
+    device = experiment.resolve_device(config.device)
+    at_rest = reset_peak(device)
+    scorer(tokens[:, :-1], tokens[:, 1:])
+    return peak_mb(device) - at_rest
 
 
 def _prefix(configs: Sequence[Config], longest: int, rounds: int) -> dict[str, Any] | None:

@@ -26,8 +26,8 @@ class Plan(NamedTuple):
     free: int | None  # bytes that it may take; None: unknown
 
     def __str__(self) -> str:
-        free = "free memory unknown" if self.free is None else f"{self.free / GB:.1f} GB free"
-        return f"memory: up to {self.needed / GB:.2f} GB beside the weights, {self.longest} tokens at a time; {free}"
+        free = "free memory unknown" if self.free is None else f"{self.free / GB:.3g} GB may be taken"
+        return f"memory: up to {self.needed / GB:.2g} GB beside the weights, {self.longest} tokens at a time; {free}"
 
 
 def plan(
