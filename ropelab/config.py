@@ -21,15 +21,26 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ropelab.schema import Config, DataConfig, EvalConfig, Method, ModelConfig, TrackConfig, TrainConfig
+from ropelab.schema import (
+    Config,
+    DataConfig,
+    EvalConfig,
+    LocalLauncher,
+    Method,
+    ModelConfig,
+    SlurmLauncher,
+    TrackConfig,
+    TrainConfig,
+)
 
 GROUPS = ("pos", "scaling", "positions", "model", "data")
 ENVIRONMENT = {"runs_dir": "ROPELAB_RUNS", "cache_dir": "ROPELAB_CACHE"}
 LATER: dict[str, Any] = {"positions": {"name": "contiguous"}, "parent": None}  # keys newer than the first version
 LATER_IN: dict[str, dict[str, Any]] = {
     "eval": {"baseline": None, "memory_gb": None},
-    "train": {"activation_checkpointing": False},
+    "train": {"activation_checkpointing": False, "parallel": "ddp"},
 }
+LAUNCHERS: dict[str, type[LocalLauncher] | type[SlurmLauncher]] = {"local": LocalLauncher, "slurm": SlurmLauncher}
 METHODS = ("pos", "scaling", "positions")  # groups whose parameters are the method's own
 SECTIONS: dict[str, type] = {
     "model": ModelConfig,
@@ -97,6 +108,24 @@ def load(overrides: Sequence[str] = (), *, parent: Mapping[str, Any] | None = No
                 )
             tree["scaling"][key] = value
     return from_dict(tree)
+
+
+def launcher(name: str, overrides: Sequence[str]) -> LocalLauncher | SlurmLauncher:
+    """How a sweep runs: `configs/launcher/NAME.yaml` with overrides such as `launcher.partition=gpu`. `ValueError`."""
+    if name not in LAUNCHERS:
+        raise ValueError(f"unknown launcher '{name}'{nearest(name, LAUNCHERS)}")
+    import yaml
+
+    tree = yaml.safe_load((config_dir() / "launcher" / f"{name}.yaml").read_text(encoding="utf-8"))
+    hints = typing.get_type_hints(LAUNCHERS[name])
+    for override in overrides:
+        key, _, text = override.partition("=")
+        field = key.removeprefix("launcher.")
+        if field not in hints:
+            known = [f"launcher.{known}" for known in hints]
+            raise ValueError(f"launcher={name} has no setting '{key}'{nearest(key, known)}")
+        tree[field] = _parse(key, text, hints[field])
+    return typing.cast(LocalLauncher | SlurmLauncher, _section("launcher", LAUNCHERS[name], tree))
 
 
 def _inherit(tree: dict[str, Any], parent: dict[str, Any], chosen: Mapping[str, str]) -> None:

@@ -100,21 +100,17 @@ def run_plan(
         resolved = config.load([*run, f"seed={seed}", *overrides])
         questions = [{"eval": _eval_tree(item, split), "scaling": _scaling_text(item)} for item in items]
         tasks.append({"config": config.to_dict(resolved), "evaluations": questions})
-    slots = launcher.cores() if config.load(list(overrides)).device in ("auto", "cpu") and not _has_gpu() else 1
-    batches = _stacks(tasks, stack)
-    told, interrupted = launcher.run_side_by_side(
-        [tasks[batch[0]] if len(batch) == 1 else {"stack": [tasks[index] for index in batch]} for batch in batches],
-        slots=slots, progress=progress,
-    )  # fmt: skip
-    results: list[dict[str, Any]] = [{}] * len(tasks)
-    for batch, answer in zip(batches, told, strict=True):
-        for index, result in zip(batch, answer.get("stack", [answer] * len(batch)), strict=True):
-            results[index] = result
+    from ropelab.experiment.devices import side_by_side
+
+    sharing = side_by_side(config.load(list(overrides)).device)
+    results, interrupted = launcher.run_in_batches(
+        tasks, stack=stack, slots=launcher.cores(), progress=progress, **sharing
+    )
 
     measurements, trainings, evals, manifests, failures, trained = [], [], [], [], [], 0
     for (seed, run, items), result in zip(jobs, results, strict=True):
-        if "error" in result:
-            failures.append((" ".join(run) + f" seed={seed}", result["error"]))
+        if "train" not in result:
+            failures.append((" ".join(run) + f" seed={seed}", result.get("error") or result["cancelled"]))
             continue
         trained += not result["train"]["skipped"]
         manifests.append(result["manifest"])
@@ -125,25 +121,6 @@ def run_plan(
     verdicts = [] if failures or interrupted else claims.judge(plan.claims, measurements, trainings, seeds, alpha=alpha)
     evals.sort(key=lambda item: (item["seed"], item["protocol"]["name"]))
     return Outcome(verdicts, evals, manifests, measurements, failures, interrupted, trained)
-
-
-def _stacks(tasks: Sequence[dict[str, Any]], size: int) -> list[list[int]]:
-    """The tasks in batches of at most `size` that share model, text and recipe, by their numbers, in their order."""
-    alike: dict[str, list[list[int]]] = {}
-    for index, task in enumerate(tasks):
-        tree = task["config"]
-        key = repr([tree[part] for part in ("model", "data", "train", "device", "runs_dir", "cache_dir")])
-        batches = alike.setdefault(key, [[]])
-        if len(batches[-1]) == size:
-            batches.append([])
-        batches[-1].append(index)
-    return sorted(batch for batches in alike.values() for batch in batches)
-
-
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available() or torch.backends.mps.is_available()
 
 
 def _eval_tree(item: Evaluation, split: str) -> dict[str, Any]:

@@ -17,13 +17,15 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import shutil
+import stat
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +34,21 @@ from ropelab.schema import Config
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+# what a manifest says, by type: whoever wrote it, what is read from it is of these
+TYPES: dict[str, tuple[type, ...]] = {
+    "run": (str,), "digest": (str,), "identity": (dict,), "config": (dict,), "status": (str,), "dtype": (str,),
+    "train_ctx": (int,), "original_ctx": (int,), "first_step": (int,), "params": (int,), "step": (int,),
+    "parent": (dict, type(None)), "corpus": (dict,), "tokenizer": (dict,), "error": (str, type(None)),
+    "train_loss": (float, int), "val_nll": (float, int), "best_val_nll": (float, int), "environment": (dict,),
+    "device": (str, type(None)), "matmul_precision": (str,),
+}  # fmt: skip
+NEEDED = ("run", "digest", "identity", "config", "train_ctx", "original_ctx", "corpus")
+OF_RUNS = ("tokenizer", "dtype")  # what a checkpoint of others, which was only evaluated, does not say
+INSIDE: dict[str, dict[str, type]] = {"corpus": {"name": str}}
+INSIDE_OF_RUNS: dict[str, dict[str, type]] = {
+    "corpus": {"digest": str, "name": str}, "tokenizer": {"digest": str, "n_vocab": int}
+}  # fmt: skip
 
 NUMERICS_VERSION = 1  # raised when a change of the code changes the numbers of an unchanged configuration
 
@@ -123,20 +140,66 @@ class RunDir:
         return self.path / "results"
 
     def manifest(self) -> dict[str, Any]:
-        """`RunError` when it is absent or no JSON object."""
+        """`RunError` when it is absent, damaged, or not what a manifest holds."""
+        fix = f"restore it, or train with the run's settings again: {self.name} is made from its checkpoints"
         try:
-            data = json.loads(self.manifest_path.read_text(encoding="utf-8"))
+            data = files.load_json(self.manifest_path)
         except FileNotFoundError:
             raise RunError(f"{self.path} is not a run: it has no manifest.json") from None
         except (OSError, ValueError) as error:
-            raise RunError(f"{self.manifest_path} cannot be read: {error}") from None
+            raise RunError(f"{self.manifest_path} cannot be read: {error}; {fix}") from None
         if not isinstance(data, dict):
-            raise RunError(f"{self.manifest_path} is not a JSON object")
+            raise RunError(f"{self.manifest_path} is not a JSON object; {fix}")
+        for key, kinds in TYPES.items():
+            if key in data and (not isinstance(data[key], kinds) or isinstance(data[key], bool)):
+                raise RunError(f"{self.manifest_path} is no manifest: {key} is {type(data[key]).__name__}; {fix}")
         return data
 
+    def finished_manifest(self) -> dict[str, Any]:
+        """The manifest of a run whose weights can be used. `RunError` for an unfinished one; as `whole_manifest`."""
+        if self.manifest().get("status") != "done":
+            raise RunError(f"{self.name} is {self.status()}, not done; finish it with `ropelab train` first")
+        return self.whole_manifest()
+
+    def whole_manifest(self) -> dict[str, Any]:
+        """The manifest, with all that a manifest says from the first step on.
+
+        `RunError` where it lacks some of it, or where its numbers are those of another NUMERICS_VERSION.
+        """
+        manifest = self.manifest()
+        ours = "checkpoint" not in manifest
+        lacking = [key for key in (*NEEDED, *(OF_RUNS if ours else ())) if key not in manifest]
+        for key, inner in (INSIDE_OF_RUNS if ours else INSIDE).items():
+            values = manifest.get(key, {})
+            lacking += [f"{key}.{name}" for name, kind in inner.items() if not isinstance(values.get(name), kind)]
+        if lacking:
+            raise RunError(f"{self.manifest_path} is no manifest of a run: it lacks {', '.join(lacking)}")
+        if not (1 <= manifest["original_ctx"] <= 2**40 and 1 <= manifest["train_ctx"] <= 2**40):
+            raise RunError(f"{self.manifest_path} is no manifest of a run: train_ctx or original_ctx is no length")
+        numerics = manifest["identity"].get("numerics")
+        if ours and numerics != NUMERICS_VERSION:
+            made = manifest.get("environment", {}).get("ropelab", "another version")
+            raise RunError(
+                f"{self.name} was made by ropelab {made}, whose numbers are not those of this version (numerics "
+                f"{numerics}, here {NUMERICS_VERSION}): use that version, or train the run again"
+            )
+        return manifest
+
     def update_manifest(self, **fields: Any) -> None:
+        """Set fields. A manifest that says `done` is younger than those of all runs beside it, whatever the clock."""
         current = self.manifest() if self.manifest_path.exists() else {}
-        files.write_json(self.manifest_path, {**current, **fields})
+        files.write_sealed(self.manifest_path, {**current, **fields})
+        if fields.get("status") == "done":
+            others = [run._written() for run in all_runs(self.path.parent) if run.path != self.path]
+            if (latest := max(others, default=0)) >= self._written():
+                os.utime(self.manifest_path, ns=(latest + 1000, latest + 1000))
+
+    def _written(self) -> int:
+        """When the manifest was written, in nanoseconds; 0 where there is none any more."""
+        try:
+            return self.manifest_path.stat().st_mtime_ns
+        except OSError:
+            return 0
 
     def status(self) -> str:
         """done | failed | running | interrupted: `running` with a free lock is a process that died."""
@@ -145,29 +208,68 @@ class RunDir:
 
     def _locked(self) -> bool:
         try:
-            with (self.path / "lock").open("rb") as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            handle = os.open(self.path / "lock", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
         except OSError:
             return False
+        finally:
+            os.close(handle)
         return False
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the run for one writer; a dead process does not keep it. `RunError` when another one holds it."""
-        with (self.path / "lock").open("a+") as file:
-            for pause in (0.05, 0.1, 0.2, None):  # `status` of another process holds it for a moment
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if pause is None:
-                        raise RunError(
-                            f"{self.name} is being written by another process; wait for it or stop it"
-                        ) from None
-                    time.sleep(pause)
+        with self._flock(fcntl.LOCK_EX, f"{self.name} is being written by another process; wait for it or stop it"):
             yield
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Keep writers out while the run is read and evaluated; others may do so too. `RunError` where one writes.
+
+        A run that cannot be written has no writers: then it is used without a lock.
+        """
+        try:
+            os.close(self._open_lock())
+        except OSError:
+            yield
+            return
+        with self._flock(fcntl.LOCK_SH, f"{self.name} is being written by another process; wait for it or stop it"):
+            yield
+
+    def _open_lock(self) -> int:
+        # no link is followed: a stranger's run must not make files elsewhere
+        return os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+
+    @contextlib.contextmanager
+    def _flock(self, kind: int, refused: str) -> Iterator[None]:
+        pauses = iter((0.05, 0.1, 0.2, None))  # `status` of another process holds it for a moment
+        while True:
+            handle = self._open_lock()
+            try:
+                fcntl.flock(handle, kind | fcntl.LOCK_NB)
+                # a run may have been removed, and another begun in its place, between opening and locking
+                current = (self.path / "lock").lstat()
+                if os.path.samestat(os.fstat(handle), current):
+                    break
+            except BlockingIOError:
+                pause = next(pauses)
+                if pause is None:
+                    os.close(handle)
+                    raise RunError(refused) from None
+                time.sleep(pause)
+            except FileNotFoundError:
+                os.close(handle)
+                raise RunError(f"{self.name} was removed by another process") from None
+            os.close(handle)
+        try:
+            yield
+        finally:
+            os.close(handle)
 
     # metrics
 
@@ -181,24 +283,61 @@ class RunDir:
 
     def metrics(self) -> list[dict[str, Any]]:
         """Every complete line."""
-        if not self.metrics_path.exists():
+        if not self.metrics_path.is_file():
             return []
         lines = []
         for text in self.metrics_path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(ValueError):  # a line cut short by a kill
-                lines.append(json.loads(text))
+            with contextlib.suppress(ValueError, RecursionError):  # a line cut short by a kill
+                line = json.loads(text)
+                if isinstance(line, dict) and isinstance(line.get("step"), int):
+                    lines.append(line)
         return lines
+
+    def _metrics_state(self) -> dict[str, Any]:
+        """Size and sha256 of the metrics, synced: what a checkpoint says of the lines up to its step."""
+        if not self.metrics_path.exists():
+            return {"bytes": 0, "sha256": hashlib.sha256().hexdigest()}
+        with self.metrics_path.open("rb") as file:
+            os.fsync(file.fileno())  # a checkpoint on the disk never has fewer metrics beside it than steps
+            return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+    def _metrics_hold(self, state: Mapping[str, Any]) -> bool:
+        """Are the lines up to a checkpoint's step those that were written? Of an early version's it is not known."""
+        known = state.get("metrics")
+        if known is None:
+            return True
+        try:
+            with self.metrics_path.open("rb") as file:
+                return bool(hashlib.sha256(file.read(known["bytes"])).hexdigest() == known["sha256"])
+        except (OSError, KeyError, TypeError, ValueError):
+            return bool(known == {"bytes": 0, "sha256": hashlib.sha256().hexdigest()})
 
     def rewind(self, step: int) -> None:
         """Drop the metrics and checkpoints after `step`, which a resumed run writes again, and what kills left over.
 
         The checkpoints after the one that is gone on from are damaged: they must not count as earlier ones later.
+        Metrics up to `step` that are not those that were written are set aside, and said: no number of them is used.
         """
-        kept = [line for line in self.metrics() if line["step"] <= step]
-        files.write(self.metrics_path, "".join(json.dumps(line) + "\n" for line in kept).encode())
-        for checkpoint in self._step_checkpoints():
-            if checkpoint.name > _step_name(step):
-                files.discard(checkpoint)
+        checkpoint = self.path / "checkpoints" / _step_name(step)
+        state = _state(checkpoint) if step else None
+        if state is not None and not self._metrics_hold(state):
+            aside = self.path / f"metrics.damaged-{step}.jsonl"
+            with contextlib.suppress(FileNotFoundError):
+                self.metrics_path.replace(aside)
+            print(
+                f"ropelab: {self.metrics_path} is truncated, altered or missing; its lines up to step {step} are lost"
+                f"{f' (what there is: {aside.name})' if aside.exists() else ''}, the weights are not",
+                file=sys.stderr,
+            )
+        if state is not None and "metrics" in state and self._metrics_hold(state):
+            with self.metrics_path.open("ab") as file:
+                file.truncate(state["metrics"]["bytes"])
+        else:
+            kept = [line for line in self.metrics() if line["step"] <= step]
+            files.write(self.metrics_path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        for later in self._step_checkpoints():
+            if later.name > _step_name(step):
+                files.discard(later)
         for leftover in (self.path / "checkpoints").glob(".*"):  # temporary folders of killed processes
             shutil.rmtree(leftover)
         for leftover in self.path.glob(".*.json*.*"):
@@ -214,11 +353,8 @@ class RunDir:
         It is read back, and only when its checksums hold are earlier ones removed: all at the `last` step, before
         that all but the one before. `OSError` when it cannot be written or read back; the earlier ones are there.
         """
-        if self.metrics_path.exists():  # a checkpoint on the disk never has fewer metrics beside it than steps
-            with self.metrics_path.open("rb") as file:
-                os.fsync(file.fileno())
         final = self.path / "checkpoints" / _step_name(step)
-        self._save(final, tensors, {"step": step, **state})
+        self._save(final, tensors, {"step": step, **state, "metrics": self._metrics_state()})
         if not self._intact(final):
             raise OSError(errno.EIO, "the checkpoint reads back altered", str(final))
         earlier = [old for old in self._step_checkpoints() if old.name < final.name]
@@ -245,7 +381,7 @@ class RunDir:
                 with file.open("rb") as handle:
                     os.fsync(handle.fileno())
                 sums[file.name] = files.sha256_of(file)
-            files.write_json(temporary / "state.json", {**state, "sha256": sums})
+            files.write_sealed(temporary / "state.json", {**state, "sha256": sums})
             if final.exists():
                 files.discard(final)
             files.publish(temporary, final)
@@ -255,21 +391,38 @@ class RunDir:
 
     @staticmethod
     def _intact(checkpoint: Path) -> bool:
+        state = _state(checkpoint)
+        if state is None:
+            return False
         try:
-            state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
             return all(files.sha256_of(checkpoint / name) == digest for name, digest in state["sha256"].items())
-        except (OSError, ValueError, KeyError, AttributeError):
+        except OSError:
             return False
 
-    def latest_checkpoint(self) -> Path | None:
-        """The newest step checkpoint whose checksums hold; damaged ones are named on stderr and passed over."""
+    def latest_checkpoint(self, fits: Callable[[Path], bool] = lambda checkpoint: True) -> Path | None:
+        """The newest step checkpoint whose checksums hold and that `fits`; others are named on stderr and passed over.
+
+        One beside which the metrics are damaged comes after an earlier one of which they are not.
+        """
         damaged: list[str] = []
-        found = None
+        found = without_metrics = None
         for checkpoint in reversed(self._step_checkpoints()):
-            if self._intact(checkpoint):
+            if not (self._intact(checkpoint) and fits(checkpoint)):
+                damaged.append(checkpoint.name)
+            elif self._metrics_hold(_state(checkpoint) or {}):
                 found = checkpoint
                 break
-            damaged.append(checkpoint.name)
+            elif without_metrics is None:
+                without_metrics = checkpoint
+        if without_metrics is not None:
+            if found is None:  # the weights are worth more than the record of them
+                found = without_metrics
+            else:
+                print(
+                    f"ropelab: {self.metrics_path} is truncated or altered; training goes on from {found.name}, up to "
+                    "which it is whole",
+                    file=sys.stderr,
+                )
         if damaged:
             instead = f"goes on from {found.name}" if found else "starts again at step 0: there is no earlier one"
             print(
@@ -282,7 +435,10 @@ class RunDir:
         """Is the run finished, and does it have the weights it ended with? Missing ones are named on stderr."""
         if not self.manifest_path.exists():
             return False
-        manifest = self.manifest()
+        try:
+            manifest = self.manifest()
+        except RunError:  # `begun` says it
+            return False
         if manifest.get("status") != "done":
             return False
         if self._intact(self._last_checkpoint(manifest)):
@@ -290,18 +446,56 @@ class RunDir:
         print(f"ropelab: {self.name} is finished, but its weights are damaged or gone: training it", file=sys.stderr)
         return False
 
+    def begun(self) -> dict[str, Any]:
+        """The manifest of a run that is to be trained; {} where there is none.
+
+        A damaged one is said on stderr and removed: the training writes it again, from its checkpoints.
+        """
+        if not self.manifest_path.exists():
+            return {}
+        try:
+            return self.manifest()
+        except RunError as error:
+            reason = str(error).partition("; ")[0]
+            print(f"ropelab: {reason}; it is made again", file=sys.stderr)
+            self.manifest_path.unlink()
+            return {}
+
     def _last_checkpoint(self, manifest: Mapping[str, Any]) -> Path:
-        return self.path / "checkpoints" / _step_name(manifest["config"]["train"]["steps"])
+        try:
+            return self.path / "checkpoints" / _step_name(int(manifest["config"]["train"]["steps"]))
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise RunError(f"{self.manifest_path} is no manifest: its config has no train.steps") from None
 
     def load_weights(self) -> dict[str, Tensor]:
         """The finished run's weights. `RunError` when the run is unfinished or its checkpoint is damaged."""
-        manifest = self.manifest()
-        if manifest.get("status") != "done":
-            raise RunError(f"{self.name} is {self.status()}, not done; finish it with `ropelab train` first")
-        checkpoint = self._last_checkpoint(manifest)
+        checkpoint = self._last_checkpoint(self.finished_manifest())
         if not self._intact(checkpoint):
             raise RunError(f"{checkpoint} is truncated, altered or missing; train the run again")
         return load_tensors(checkpoint / "model.safetensors")
+
+
+def checkpoint_state(checkpoint: Path) -> dict[str, Any]:
+    """What state.json says beside the checksums: step, digest of the run, best_val_nll. The checkpoint is intact."""
+    state = _state(checkpoint)
+    assert state is not None
+    return state
+
+
+def _state(checkpoint: Path) -> dict[str, Any] | None:
+    """state.json of a step checkpoint; None where it is damaged, or names other files than a checkpoint's."""
+    try:
+        state = files.load_json(checkpoint / "state.json")
+        sums, step = state["sha256"], state["step"]
+        if not isinstance(step, int) or checkpoint.name != _step_name(step):
+            return None
+        if "model.safetensors" not in sums or not set(sums) <= {"model.safetensors", "optimizer.safetensors"}:
+            return None
+        # a link or a pipe is no checkpoint: a stranger's run must not have other files read
+        plain = all(stat.S_ISREG((checkpoint / name).lstat().st_mode) for name in sums)
+        return dict(state) if plain and isinstance(sums, dict) else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def _step_name(step: int) -> str:
@@ -309,9 +503,14 @@ def _step_name(step: int) -> str:
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file. `RunError` where it is no safetensors file."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    return load_file(path)
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise RunError(f"{path} is no safetensors file ({error}); restore it, or make it again") from None
 
 
 # --- the folder of runs ---------------------------------------------------------------------------------------------
@@ -331,18 +530,28 @@ def open_runs_dir(path: str) -> Path:
     return folder
 
 
+def is_run(path: Path) -> bool:
+    """Is it a folder with a manifest? What can be the name of no file is none."""
+    try:
+        return (path / "manifest.json").is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def all_runs(runs_dir: Path) -> list[RunDir]:
     """Every run folder, oldest first."""
     if not runs_dir.is_dir():
         return []
-    found = [RunDir(path) for path in runs_dir.iterdir() if (path / "manifest.json").is_file()]
-    return sorted(found, key=lambda run: run.manifest_path.stat().st_mtime_ns)
+    found = [RunDir(path) for path in runs_dir.iterdir() if is_run(path)]
+    return sorted(found, key=RunDir._written)
 
 
 def find_run(name: str, runs_dir: Path) -> RunDir:
     """The run that a path, a folder name, or an unambiguous beginning of one names. `RunError` otherwise."""
+    if not name.strip():
+        raise RunError("a run has a name, or a beginning of one; `ropelab runs` lists them")
     for candidate in (Path(name).expanduser(), runs_dir / name):
-        if (candidate / "manifest.json").is_file():
+        if is_run(candidate):
             return RunDir(candidate)
     known = all_runs(runs_dir)
     # `sinusoidal` is sinusoidal-stdlib-s0-..., not sinusoidal_qk-...

@@ -12,6 +12,7 @@ from typing import Any
 
 DTYPES = ("auto", "fp32", "bf16")
 DEVICES = ("auto", "cpu", "cuda", "mps")
+PARALLEL = ("auto", "ddp", "fsdp")
 PROTOCOLS = ("nonoverlapping", "sliding", "last", "prefix")
 BASELINES = ("unigram",)
 WANDB_MODES = ("disabled", "offline", "online")
@@ -98,7 +99,7 @@ class DataConfig:
 class TrainConfig:
     ctx: int
     batch_size: int  # sequences per step
-    micro_batch_size: int | None  # sequences per forward; null: all at once
+    micro_batch_size: int | None  # sequences per forward pass of a rank; null: its whole share at once
     steps: int
     lr: float  # peak learning rate
     final_lr: float  # the cosine ends at this fraction of lr
@@ -111,6 +112,7 @@ class TrainConfig:
     eval_every: int  # steps between validation losses
     checkpoint_every: int  # steps between checkpoints
     keep: tuple[float, ...]  # fractions of the training at which weights are kept
+    parallel: str = "ddp"  # over several devices: one of PARALLEL
 
     def __post_init__(self) -> None:
         _at_least("train.ctx", self.ctx, 2)
@@ -129,6 +131,7 @@ class TrainConfig:
                 f"train.micro_batch_size must divide train.batch_size={self.batch_size}, not {self.micro_batch_size}"
             )
         _one_of("train.dtype", self.dtype, DTYPES)
+        _one_of("train.parallel", self.parallel, PARALLEL)
         for fraction in self.keep:
             if not 0 < fraction < 1:
                 raise ValueError(f"train.keep holds fractions between 0 and 1, not {fraction}")
@@ -184,6 +187,56 @@ class TrackConfig:
         _one_of("track.wandb", self.wandb, WANDB_MODES)
         if not self.project:
             raise ValueError("track.project must not be empty")
+
+
+@dataclass(frozen=True)
+class LocalLauncher:
+    """How a sweep runs on this machine: the values of `configs/launcher/local.yaml`."""
+
+    jobs: int | None  # runs at once; null: one a GPU, or one a core
+    stack: int  # runs of one shape and recipe that are trained in one batched step
+
+    def __post_init__(self) -> None:
+        for key in ("jobs", "stack"):
+            value = getattr(self, key)
+            if value is not None:
+                _at_least(f"launcher.{key}", value, 1)
+
+
+@dataclass(frozen=True)
+class SlurmLauncher:
+    """How a sweep runs on a Slurm cluster: the values of `configs/launcher/slurm.yaml`, where each is explained."""
+
+    partition: str | None
+    account: str | None
+    qos: str | None
+    constraint: str | None
+    time_min: int
+    mem_gb: float
+    cpus: int
+    gpus: int
+    nodes: int
+    tasks_per_node: int
+    array_parallelism: int
+    signal_delay_s: int
+    max_requeues: int
+    setup: tuple[str, ...]
+    sbatch: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        for key in ("time_min", "cpus", "nodes", "tasks_per_node", "array_parallelism"):
+            _at_least(f"launcher.{key}", getattr(self, key), 1)
+        for key in ("gpus", "signal_delay_s", "max_requeues"):
+            _at_least(f"launcher.{key}", getattr(self, key), 0)
+        _positive("launcher.mem_gb", self.mem_gb)
+        if self.gpus and self.gpus % self.tasks_per_node:
+            raise ValueError(
+                f"launcher.gpus={self.gpus} cannot be shared by launcher.tasks_per_node={self.tasks_per_node} ranks; "
+                "give each rank one GPU"
+            )
+        for item in self.sbatch:
+            if not item.partition("=")[0].strip("-"):
+                raise ValueError(f"launcher.sbatch takes key=value or a flag's name, not '{item}'")
 
 
 @dataclass(frozen=True)

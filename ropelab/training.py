@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ropelab.model import GPT
+from ropelab.ranks import ALONE, Ranks, clip_gradients, is_sharded, part_of, passing
 from ropelab.schema import TrainConfig
 
 BETAS = (0.9, 0.95)
@@ -87,6 +88,10 @@ def build_optimizer(model: GPT, config: TrainConfig) -> torch.optim.AdamW:
         positional = name.startswith("encoding.")
         (plain if positional or parameter.dim() < 2 else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    # of a model whose ranks hold parts of it: one fused call takes tensors of one kind
+    if kept := [parameter for parameter in plain if is_sharded(decayed[0]) and not is_sharded(parameter)]:
+        groups[1]["params"] = [parameter for parameter in plain if is_sharded(parameter)]
+        groups.append({"params": kept, "weight_decay": 0.0})
     fused = model.tokens.weight.device.type in FUSED
     return torch.optim.AdamW(groups, lr=config.lr, betas=BETAS, fused=fused)
 
@@ -106,8 +111,30 @@ def load_optimizer_tensors(model: GPT, optimizer: torch.optim.AdamW, tensors: di
         state = {}
         for key in ("step", "exp_avg", "exp_avg_sq"):
             value = tensors[f"{name}/{key}"]
-            state[key] = value.to(parameter.device) if value.dim() or parameter.is_cuda else value
+            if key != "step":
+                value = part_of(value, parameter)
+            state[key] = value.to(parameter.device) if parameter.is_cuda else value
         optimizer.state[parameter] = state
+
+
+class Loss(nn.Module):
+    """A model and its loss as one module: all that a step uses of the weights, so that it can be spread over ranks.
+
+    dtype: the arithmetic of the training; bf16 is autocast. sharded: will ranks hold parts of the weights?
+    """
+
+    def __init__(self, model: GPT, dtype: torch.dtype, *, sharded: bool = False) -> None:
+        super().__init__()
+        self.model, self.dtype, self.sharded = model, dtype, sharded
+
+    def forward(self, windows: Tensor, places: Tensor | None = None) -> Tensor:
+        """windows (B, ctx + 1), positions of their inputs (B, ctx) or None -> loss of each target in nats, (B, ctx)."""
+        narrow = self.dtype == torch.bfloat16
+        # cast weights are not kept where the weights themselves are not
+        with torch.autocast(windows.device.type, torch.bfloat16, enabled=narrow, cache_enabled=not self.sharded):
+            hidden = self.model(windows[:, :-1], positions=places)  # (B, ctx, C)
+            losses = self.model.nll(hidden, windows[:, 1:])
+        return losses.clone() if self.sharded else losses  # FSDP2 wants no view
 
 
 def to_device(batch: NDArray[np.int64], device: torch.device) -> Tensor:
@@ -129,6 +156,8 @@ def steps(
     positions_at: Callable[[int], NDArray[np.int64]] | None = None,
     settle_at: Callable[[int], bool] = lambda step: False,
     unread: int | None = None,
+    loss: nn.Module | None = None,
+    ranks: Ranks = ALONE,
 ) -> Iterator[Step]:
     """Train from step `start` + 1 to config.steps, yielding every optimizer step.
 
@@ -137,6 +166,9 @@ def steps(
     read and yielded; only after the last of them is the model as its step left it (`settled`). The steps of `settle_at`
     are such. `NonFiniteLossError` instead of a step whose loss or gradient is not finite: the weights stay those of the
     last good step.
+
+    With `ranks` every one of them goes through the same steps: it takes its share of each batch, and `loss` is `Loss`
+    of the model, replicated or sharded by `ranks`. What is yielded is of the whole batch and the same on all of them.
     """
     device = model.tokens.weight.device
     separator = model.tokens.num_embeddings - 1
@@ -144,6 +176,9 @@ def steps(
     if unread is None:
         unread = UNREAD if device.type == "cuda" else 1
     assert unread == 1 or fused
+    loss = Loss(model, dtype) if loss is None else loss
+    share = ranks.share(config.batch_size)
+    parameters = list(model.parameters())
     model.activation_checkpointing = config.activation_checkpointing
     model.train()
     # 1 from the first step on whose loss or gradient is not finite: no update is made any more
@@ -156,20 +191,20 @@ def steps(
         lr = lr_at(step, config)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        # the mean is over the targets of the whole batch, so that it does not depend on the micro-batch
+        # the mean is over the targets of the whole batch, whatever the micro-batch and the ranks
         scored = (windows[:, 1:] != separator).sum()
         total = torch.zeros((), device=device)
-        for low in range(0, len(windows), config.micro):
-            micro = windows[low : low + config.micro]  # (micro, ctx + 1)
-            places_of_micro = None if places is None else places[low : low + config.micro]
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-                hidden = model(micro[:, :-1], positions=places_of_micro)  # (micro, ctx, C)
-                loss = model.nll(hidden, micro[:, 1:]).sum() / scored
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += loss.detach()
+        for low in range(share.start, share.stop, config.micro):
+            rows = slice(low, min(low + config.micro, share.stop))
+            places_of_rows = None if places is None else places[rows]  # (rows, ctx)
+            with passing(loss, last=rows.stop == share.stop):
+                part = loss(windows[rows], places_of_rows).sum() / scored
+                # the ranks' gradients become their mean, and are due as a sum
+                (part * ranks.world if ranks.world > 1 else part).backward()
+            total += part.detach()
         limit = config.grad_clip if config.grad_clip is not None else math.inf
-        norm = nn.utils.clip_grad_norm_(model.parameters(), limit)
-        waiting.append((step, lr, torch.stack((total, norm))))
+        norm = clip_gradients(parameters, limit)
+        waiting.append((step, lr, torch.stack((ranks.add_up(total), norm))))
         if fused:  # decided on the device, without waiting for it
             broken = torch.maximum(broken, 1 - waiting[-1][2].isfinite().all().float())
             optimizer.found_inf = broken  # type: ignore[attr-defined]
@@ -194,15 +229,31 @@ def _read(waiting: list[tuple[int, float, Tensor]]) -> Iterator[Step]:
 
 
 @torch.no_grad()
-def validation_nll(model: GPT, windows: NDArray[np.int64], *, dtype: torch.dtype, batch: int) -> float:
-    """Mean loss in nats per token over fixed windows (N, ctx + 1), in the arithmetic of the training."""
+def validation_nll(
+    model: GPT,
+    windows: NDArray[np.int64],
+    *,
+    dtype: torch.dtype,
+    batch: int,
+    loss: nn.Module | None = None,
+    ranks: Ranks = ALONE,
+) -> float:
+    """Mean loss in nats per token over fixed windows (N, ctx + 1), in the arithmetic of the training.
+
+    With `ranks` each of them takes a share of the windows; `loss` as in `steps`.
+    """
     device = model.tokens.weight.device
     separator = model.tokens.num_embeddings - 1
+    loss = Loss(model, dtype) if loss is None else loss
+    if missing := -len(windows) % ranks.world:
+        # every rank makes as many passes; windows of separators score nothing
+        windows = np.concatenate([windows, np.full((missing, windows.shape[1]), separator)])
+    windows = windows[ranks.share(len(windows))]
     total, count = 0.0, 0
     for low in range(0, len(windows), batch):
         part = to_device(windows[low : low + batch], device)
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-            losses = model.nll(model(part[:, :-1]), part[:, 1:])
-        total += float(losses.cpu().double().sum())  # MPS has no fp64
+        total += float(loss(part).cpu().double().sum())  # MPS has no fp64
         count += int((part[:, 1:] != separator).sum())
+    if ranks.world > 1:
+        total, count = ranks.add_up(torch.tensor([total, count], dtype=torch.float64, device=device)).tolist()
     return total / count

@@ -1,18 +1,26 @@
 """A process that trains one run and evaluates it, or a stack of them: one JSON task on stdin, JSON lines on stdout.
 
-Lines `{"progress": {...}}` come as the work goes, then one `{"train": ..., "evaluations": [...]}` or
-`{"error": message}`; of a stack, {"stack": [one of these for each run]}. Started by `launcher`.
+Lines `{"progress": {...}}` come as the work goes, then one `{"train": ..., "evaluations": [...]}`, `{"error": message}`
+or `{"cancelled": message}`; of a stack, {"stack": [one of these for each run]}. Started by `launcher`, whose end of
+stdin stays open: when that closes, whoever wanted the work is gone, and what was trained is saved.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
+import signal
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ropelab.ranks import ALONE, Ranks
+
+Progress = Callable[..., None]
 PROGRESS_EVERY = 0.25  # seconds between progress lines
 
 
@@ -36,39 +44,55 @@ def emit(line: dict[str, Any]) -> None:
         sys.stdout.flush()
 
 
-def work(task: dict[str, Any]) -> dict[str, Any]:
-    """Train `task["config"]`, then run `task["evaluations"]` on it: {"eval": {...}, "scaling": {...} or null} each."""
+def work(task: dict[str, Any], progress: Progress, ranks: Ranks = ALONE) -> dict[str, Any]:
+    """Train `task["config"]`, then run `task["evaluations"]` on it: {"eval": {...}, "scaling": name or null} each.
+
+    With `ranks` all of them do it together.
+    """
     import torch
 
     torch.set_num_threads(task["threads"])
     from ropelab import experiment
 
-    reporter = _Reporter()
     if "stack" in task:
-        return {"stack": _stacked(task["stack"], reporter)}
-    return _evaluated(task, experiment.train(_configuration(task), progress=reporter), reporter)
+        return {"stack": _stacked(task["stack"], progress)}
+    trained = experiment.train(_configuration(task), progress=progress, ranks=ranks)
+    return _evaluated(task, trained, progress, ranks)
 
 
-def _stacked(tasks: list[dict[str, Any]], reporter: _Reporter) -> list[dict[str, Any]]:
+def work_for_hydra(point: list[str]) -> dict[str, Any]:
+    """Train and evaluate a point of Hydra's multirun, where its launcher runs it: the `train` object."""
+    from ropelab import config, launcher
+    from ropelab.experiment.planning import questions
+    from ropelab.progress import Bar
+
+    resolved = config.load(point)
+    task = {"config": config.to_dict(resolved), "evaluations": questions(resolved), "threads": launcher.cores()}
+    with Bar() as bar:
+        trained: dict[str, Any] = work(task, bar)["train"]
+    return trained
+
+
+def _stacked(tasks: list[dict[str, Any]], progress: Progress) -> list[dict[str, Any]]:
     """The tasks' runs trained in one stack, or one after another where that cannot be; then each evaluated."""
     from ropelab import experiment
 
     try:
-        trained = experiment.train_together([_configuration(task) for task in tasks], progress=reporter)
+        trained = experiment.train_together([_configuration(task) for task in tasks], progress=progress)
     except ValueError:  # other shapes than each other's, or an encoding that reads the text
-        trained = [_trained_alone(task, reporter) for task in tasks]
+        trained = [_trained_alone(task, progress) for task in tasks]
     return [
-        {"error": str(one)} if isinstance(one, Exception) else _evaluated(task, one, reporter)
+        {"error": str(one)} if isinstance(one, Exception) else _evaluated(task, one, progress)
         for task, one in zip(tasks, trained, strict=True)
     ]
 
 
-def _trained_alone(task: dict[str, Any], reporter: _Reporter) -> Any:
+def _trained_alone(task: dict[str, Any], progress: Progress) -> Any:
     from ropelab import experiment
     from ropelab.training import NonFiniteLossError
 
     try:
-        return experiment.train(_configuration(task), progress=reporter)
+        return experiment.train(_configuration(task), progress=progress)
     except (ValueError, OSError, NonFiniteLossError) as error:
         return error
 
@@ -79,7 +103,9 @@ def _configuration(task: dict[str, Any]) -> Any:
     return config.from_dict(task["config"])
 
 
-def _evaluated(task: dict[str, Any], trained: dict[str, Any], reporter: _Reporter) -> dict[str, Any]:
+def _evaluated(
+    task: dict[str, Any], trained: dict[str, Any], progress: Progress, ranks: Ranks = ALONE
+) -> dict[str, Any]:
     from ropelab import config, experiment, runs
 
     resolved = _configuration(task)
@@ -94,22 +120,37 @@ def _evaluated(task: dict[str, Any], trained: dict[str, Any], reporter: _Reporte
             scaling=None if scaling is None else config.parse_scaling(scaling),
             device=resolved.device,
             cache_dir=resolved.cache_dir,
-            progress=reporter,
+            progress=progress,
+            ranks=ranks,
         )
         evaluations.append({"result": done.result, "losses": str(done.losses_path)})
     return {"train": trained, "evaluations": evaluations, "manifest": run.manifest()}
 
 
+def _save_when_left_alone() -> None:
+    """Be told to stop when stdin closes."""
+
+    def wait() -> None:
+        with contextlib.suppress(OSError):
+            while os.read(0, 1 << 16):
+                pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def main() -> None:
-    task = json.load(sys.stdin)
+    task = json.loads(sys.stdin.buffer.raw.readline())  # type: ignore[union-attr]
+    _save_when_left_alone()
     try:
-        emit(work(task))
+        emit(work(task, _Reporter()))
     except KeyboardInterrupt:  # outside the training, which saves and says where
-        emit({"error": "interrupted"})
+        emit({"cancelled": "interrupted"})
     except Exception as error:
-        emit({"error": str(error) or type(error).__name__})
-        expected = isinstance(error, ValueError | OSError)
-        if not expected and type(error).__name__ not in ("Interrupted", "NonFiniteLossError"):
+        stopped = type(error).__name__ == "Interrupted"
+        emit({"cancelled" if stopped else "error": str(error) or type(error).__name__})
+        expected = stopped or isinstance(error, ValueError | OSError)
+        if not expected and type(error).__name__ != "NonFiniteLossError":
             raise  # our own bug: with its traceback
 
 

@@ -113,7 +113,7 @@ def check_against_the_loop(case: dict[str, Any], device: torch.device, *, rtol: 
     kernels = {chosen.kernel}
     if chosen.bias.far is None:
         kernels |= {"materialised", "blocks"}
-        kernels |= set() if chosen.bias.decays else {"recomputed"}
+        kernels |= set() if chosen.bias.decays and chosen.kernel != "recomputed" else {"recomputed"}
     before = attend.BLOCK, recomputed.ROWS, recomputed.HELD
     attend.BLOCK, recomputed.ROWS = case["rows"], max(1, case["rows"] // 2)
     recomputed.HELD = 1 if case["seed"] % 2 else before[2]  # one sequence at a time, or all
@@ -133,6 +133,15 @@ def check_against_the_loop(case: dict[str, Any], device: torch.device, *, rtol: 
                 torch.testing.assert_close(got, want.expand_as(got), rtol=10 * rtol, atol=2 * atol)
     finally:
         attend.BLOCK, recomputed.ROWS, recomputed.HELD = before
+
+
+@pytest.mark.parametrize("gained", ["plain", "gained"])
+@pytest.mark.parametrize(("length", "window"), [(1, None), (130, None), (150, 20)])
+def test_decays_alone_equal_the_plain_loop(length: int, window: int | None, gained: str) -> None:
+    """As encodings that read the text have them, in every kernel; several blocks of the backward pass."""
+    case = {"length": length, "window": window, "decay": gained, "rows": 64, "training": length > 1, "seed": length}
+    rest = {"bias": False, "by_query": False, "block": None, "far": None, "scale": False}
+    check_against_the_loop({**case, **rest}, CPU, rtol=1e-4, atol=1e-5)
 
 
 def test_the_gradient_of_a_bias_is_the_same_every_time() -> None:
@@ -207,13 +216,20 @@ SLOPES = Bias(torch.zeros(1, 128), slopes=torch.ones(1))
         ("cpu", True, 129, FP32, DISTANCE, "recomputed"),
         ("cpu", True, 512, BF16, SLOPES, "materialised"),
         ("cpu", True, 513, BF16, SLOPES, "recomputed"),
-        ("cpu", True, 512, FP32, Bias(decays=True), "materialised"),
+        ("cpu", True, 128, BF16, Bias(decays=True), "materialised"),
+        ("cpu", True, 129, BF16, Bias(decays=True), "recomputed"),
+        ("cpu", True, 129, FP32, Bias(decays=True), "recomputed"),
+        ("cpu", True, 512, FP32, DISTANCE._replace(decays=True), "materialised"),
+        ("cpu", True, 513, FP32, DISTANCE._replace(decays=True), "blocks"),
         ("cpu", True, 128, FP32, QUERY, "materialised"),
         ("cpu", True, 129, FP32, QUERY, "recomputed"),
         ("cpu", True, 1025, FP32, QUERY, "blocks"),
         ("cpu", False, 129, FP32, QUERY, "blocks"),
-        ("cuda", True, 129, BF16, QUERY, "blocks"),
-        ("cpu", True, 513, FP32, Bias(decays=True), "blocks"),
+        ("cuda", True, 129, BF16, QUERY, "triton"),
+        ("cuda", True, 2**16, FP32, QUERY, "triton"),
+        ("cuda", True, 129, BF16, QUERY._replace(by_distance=torch.zeros(1, 129)), "blocks"),
+        ("cuda", True, 129, BF16, QUERY._replace(block=12), "blocks"),
+        ("cuda", False, 129, BF16, QUERY, "blocks"),
         ("cpu", False, 128, FP32, Bias(), "sdpa"),
         ("cpu", False, 128, FP32, Bias(window=12), "blocks"),
         ("cpu", False, 128, FP32, Bias(block=12), "blocks"),
@@ -227,7 +243,9 @@ SLOPES = Bias(torch.zeros(1, 128), slopes=torch.ones(1))
         ("cuda", True, 128, FP32, SLOPES, "triton"),
         ("cuda", False, 128, BF16, SLOPES, "triton"),
         ("cuda", False, 128, FP32, Bias(window=12), "triton"),
-        ("cuda", True, 128, BF16, Bias(decays=True), "blocks"),
+        ("cuda", True, 128, BF16, Bias(decays=True), "triton"),
+        ("cuda", False, 2**17, BF16, Bias(decays=True, window=12), "triton"),
+        ("cuda", True, 128, BF16, DISTANCE._replace(decays=True), "blocks"),
     ],
 )
 def test_the_kernel_is_a_fixed_rule(
@@ -240,10 +258,11 @@ def test_the_kernel_is_a_fixed_rule(
 def test_a_gpu_without_triton_computes_the_scores_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attend, "has_triton", lambda: False)
     chosen = [
-        attend.choose_kernel(torch.device("cuda"), 128, training=training, bias=DISTANCE, dtype=BF16)
+        attend.choose_kernel(torch.device("cuda"), 128, training=training, bias=bias, dtype=BF16)
+        for bias in (DISTANCE, QUERY, Bias(decays=True))
         for training in (True, False)
     ]
-    assert chosen == ["recomputed", "blocks"]
+    assert chosen == ["recomputed", "blocks", "blocks", "blocks", "recomputed", "blocks"]
 
 
 @pytest.mark.parametrize("kind", ["learned", "by query"])
@@ -291,7 +310,7 @@ def test_training_keeps_no_scores(kind: str) -> None:
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         attending = Attend(length, bias=bias, device=CPU, training=True)
         out = attending(q, k, v, decay=decay)
-    assert attending.kernel == ("recomputed" if decay is None and bias.by_query is None else "blocks")
+    assert attending.kernel == ("recomputed" if bias.by_query is None else "blocks")
     out.sum().backward()
     assert q.grad is not None
     assert sum(held.values()) < length * length  # bytes: an eighth of one (H, T, T)

@@ -33,8 +33,10 @@ def started(monkeypatch: pytest.MonkeyPatch) -> dict[int, subprocess.Popen[str]]
     found: dict[int, subprocess.Popen[str]] = {}
     start = launcher._start
 
-    def remembering(task: dict[str, Any], index: int, lines: launcher.Lines) -> subprocess.Popen[str]:
-        found[index] = start(task, index, lines)
+    def remembering(
+        task: dict[str, Any], index: int, lines: launcher.Lines, gpu: str | None = None
+    ) -> subprocess.Popen[str]:
+        found[index] = start(task, index, lines, gpu)
         return found[index]
 
     monkeypatch.setattr(launcher, "_start", remembering)
@@ -130,11 +132,11 @@ def test_a_signal_to_the_parent_has_the_workers_save(
     assert len({os.getpgrp(), *groups}) == 3  # a Ctrl-C in the terminal does not reach the workers a second time
     assert sorted(started) == [0, 1]
     assert [process.returncode for process in started.values()] == [0, 0]
-    assert results[2:] == [{"error": "not started"}] * 2
+    assert results[2:] == [{"cancelled": "not started"}] * 2
     for index in (0, 1):
         (run,) = (run for run in runs.all_runs(tmp_path) if f"-s{index}-" in run.name)
         step = run.metrics()[-1]["step"]
-        assert results[index] == {"error": f"{run.name} saved at step {step}; the same command goes on from there"}
+        assert results[index] == {"cancelled": f"{run.name} saved at step {step}; the same command goes on from there"}
         assert run.status() == "interrupted"
         latest = run.latest_checkpoint()
         assert latest is not None
@@ -162,7 +164,7 @@ def test_a_signal_while_a_worker_is_started_reaches_it(
         [task(home, tmp_path, *FOREVER)], slots=1, progress=lambda *_, **__: pytest.fail("it went on")
     )
     assert caught == signum
-    assert "error" in results[0]
+    assert "cancelled" in results[0]
     assert signal.getsignal(signum) is before
 
 
@@ -179,7 +181,7 @@ def test_a_signal_is_forwarded_while_the_workers_are_silent(
     later.start()
     results, signum = launcher.run_side_by_side([task(home, tmp_path)], slots=1, progress=silent)
     later.join()
-    assert (results, signum) == ([{"error": "the worker died with status -15"}], signal.SIGTERM)
+    assert (results, signum) == ([{"cancelled": "stopped by signal 15"}], signal.SIGTERM)
 
 
 def test_a_worker_that_cannot_start_is_reported(

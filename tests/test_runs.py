@@ -300,7 +300,7 @@ def test_the_best_validation_loss_is_remembered(home: Path, tmp_path: Path) -> N
     state = run.path / "checkpoints" / "step-00000005" / "state.json"
     stored = json.loads(state.read_text(encoding="utf-8"))
     assert stored["best_val_nll"] == run.metrics()[4]["val_nll"]
-    state.write_text(json.dumps(stored | {"best_val_nll": 0.25}), encoding="utf-8")  # as if there had been a better one
+    files.write_sealed(state, files.unsealed(stored) | {"best_val_nll": 0.25})  # as if there had been a better one
     assert train(home, tmp_path).manifest()["best_val_nll"] == 0.25
 
 
@@ -534,7 +534,7 @@ def test_kills_at_random_moments(home: Path, tmp_path: Path, long_straight: RunD
     ("limit", "status", "what"),
     [
         (10_000, "failed", "step-00000005 cannot be written"),  # the weights do not fit
-        (3_500, "failed", "metrics.jsonl"),  # metrics.jsonl does not
+        (5_000, "failed", "metrics.jsonl"),  # metrics.jsonl does not
         (None, "interrupted", "metrics.jsonl"),  # nor does the manifest, once it holds the error
         (1_500, "interrupted", "File too large"),  # nor does it at all
     ],
@@ -542,7 +542,7 @@ def test_kills_at_random_moments(home: Path, tmp_path: Path, long_straight: RunD
 def test_a_full_disk_ends_the_training_with_a_line_and_loses_nothing(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], limit: int | None, status: str, what: str
 ) -> None:
-    every = 1000 if limit in (3_500, None) else 5
+    every = 1000 if limit in (5_000, None) else 5
     overrides = ("train.steps=60", "train.eval_every=60", f"train.checkpoint_every={every}")
     run = interrupted(home, tmp_path / "full", *overrides, at=4)
     limit = limit or run.manifest_path.stat().st_size + 20

@@ -6,6 +6,7 @@ Triton decides when it is imported whether it interprets. The checks of this fil
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
 import math
@@ -25,8 +26,12 @@ from torch import Tensor
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
-from ropelab.attention import triton_kernels
-from ropelab.attention.triton_kernels import Launch, Launches, attend_by_distance
+from ropelab.attention import attend, bands, triton_kernels
+from ropelab.attention.triton_kernels import Launch, Launches, attend_by_distance, attend_by_query, attend_with_decays
+from ropelab.model import GPT
+from ropelab.positions import Geometry, build
+from ropelab.schema import Method, ModelConfig
+from tests.test_positions import method
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
@@ -49,14 +54,14 @@ def kernels(check: Callable[..., None]) -> Any:
     return pytest.mark.gpu(skip(check))
 
 
-def plain(q: Tensor, k: Tensor, v: Tensor, vector: Tensor, window: int | None) -> Tensor:
-    """Query by query in fp64: q, k, v (B, H, T, D), vector (H, T) -> (B, H, T, D)."""
-    q, k, v, vector = (x.double() for x in (q, k, v, vector))
+def plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, window: int | None) -> Tensor:
+    """Query by query in fp64: q, k, v (B, H, T, D), bias (H, T) by distance or (H, T, T) -> (B, H, T, D)."""
+    q, k, v, bias = (x.double() for x in (q, k, v, bias))
     out = []
     for i in range(q.shape[2]):
         seen = [j for j in range(i + 1) if window is None or i - j < window]
         scores = torch.einsum("bhd,bhjd->bhj", q[:, :, i], k[:, :, seen]) / math.sqrt(q.shape[-1])
-        scores = scores + vector[:, [i - j for j in seen]]
+        scores = scores + (bias[:, i, seen] if bias.dim() == 3 else bias[:, [i - j for j in seen]])
         out.append(torch.einsum("bhj,bhjd->bhd", scores.softmax(-1), v[:, :, seen]))
     return torch.stack(out, dim=2)
 
@@ -81,6 +86,67 @@ def check_against_the_loop(
     close(out, expected, dtype)
     for got, want in zip(mine, theirs, strict=True):
         close(got, want, dtype)
+
+
+def check_bands_against_the_loop(
+    batch: int,
+    heads: int,
+    length: int,
+    d_head: int,
+    window: int | None,
+    dtype: torch.dtype,
+    *,
+    first: int,
+    seed: int = 0,
+) -> None:
+    """The same with a bias of every query and key, for the queries from `first` on."""
+    generator = torch.Generator().manual_seed(seed)
+    packed = torch.randn(batch, length, 3, heads, d_head, generator=generator).to(DEVICE, dtype).requires_grad_()
+    q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)  # three of (B, H, T, D)
+    full = (3 * torch.randn(heads, length, length, generator=generator)).to(DEVICE).requires_grad_()
+    made = bands.make(by_query(full), first, length, device=DEVICE, again=bool(seed % 2))
+    weights = torch.randn(batch, heads, length - first, d_head, generator=generator).to(DEVICE)
+    expected = plain(q, k, v, full, window)[:, :, first:]
+    out = attend_by_query(q[:, :, first:], k, v, made, window=window)
+    assert out.dtype == dtype
+    mine = torch.autograd.grad((out.float() * weights).sum(), (packed, full))
+    theirs = torch.autograd.grad((expected * weights).sum(), (packed, full))
+    close(out, expected, dtype)
+    for got, want in zip(mine, theirs, strict=True):
+        close(got, want, dtype)
+
+
+def check_decays_against_the_loop(
+    batch: int, heads: int, length: int, d_head: int, window: int | None, dtype: torch.dtype, *, seed: int = 0
+) -> None:
+    """The same with decays, on top of a total that fp32 could not hold: steps of 1 after 1e5 of a text."""
+    generator = torch.Generator().manual_seed(seed)
+    packed = torch.randn(batch, length, 3, heads, d_head, generator=generator).to(DEVICE, dtype).requires_grad_()
+    q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)  # three of (B, H, T, D)
+    steps, gain = torch.rand(2, batch, heads, length, generator=generator).to(DEVICE).requires_grad_().unbind(0)
+    leaves = (packed, steps, gain) if seed % 2 else (packed, steps)
+    weights = torch.randn(batch, heads, length, d_head, generator=generator).to(DEVICE)
+    total = 1e5 + steps.double().cumsum(-1)
+    factor = gain.double()[..., None] if seed % 2 else 1
+    fallen = total[..., None] - total[..., None, :]  # (B, H, T, T)
+    # a sequence at a time, since each has a bias of its own
+    expected = torch.cat([plain(*(x[b, None] for x in (q, k, v)), -(factor * fallen)[b], window) for b in range(batch)])
+    out = attend_with_decays(q, k, v, total, gain if seed % 2 else None, window=window)
+    assert out.dtype == dtype
+    mine = torch.autograd.grad((out.float() * weights).sum(), leaves, retain_graph=True)
+    theirs = torch.autograd.grad((expected * weights).sum(), leaves)
+    close(out, expected, dtype)
+    for got, want in zip(mine, theirs, strict=True):
+        close(got, want, dtype)
+
+
+def by_query(full: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """A bias (H, T, T) as an encoding says it."""
+
+    def bias(query: Tensor, distance: Tensor) -> Tensor:
+        return full[:, query.long(), (query - distance).long()]  # (H, Q, K)
+
+    return bias
 
 
 def close(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
@@ -108,6 +174,43 @@ def test_output_and_gradients_equal_the_plain_loop(seed: int, monkeypatch: pytes
 
 
 @kernels
+@pytest.mark.parametrize("seed", range(6))
+def test_a_bias_by_query_equals_the_plain_loop(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random shapes; bands that end within a tile and within a block of queries, queries that begin late, windows."""
+    rng = random.Random(seed)
+    monkeypatch.setattr(bands, "BAND", rng.choice([32, 48, 64]))
+    monkeypatch.setattr(triton_kernels, "LAUNCHES", dict.fromkeys(triton_kernels.LAUNCHES, SMALL))
+    length = rng.randint(1, 130)
+    check_bands_against_the_loop(
+        rng.randint(1, 3),
+        rng.randint(1, 3),
+        length,
+        rng.choice([8, 16, 24, 32, 64]),
+        rng.choice([None, None, 1, 5, 64]),
+        rng.choice([torch.float32, HALF]),
+        first=rng.choice([0, 0, length // 3 // 16 * 16, (length - 1) // 16 * 16]),
+        seed=seed,
+    )
+
+
+@kernels
+@pytest.mark.parametrize("seed", range(6))
+def test_decays_equal_the_plain_loop(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random shapes, with and without gains and windows; a single token among them."""
+    rng = random.Random(seed)
+    monkeypatch.setattr(triton_kernels, "LAUNCHES", dict.fromkeys(triton_kernels.LAUNCHES, SMALL))
+    check_decays_against_the_loop(
+        rng.randint(1, 2),
+        rng.randint(1, 3),
+        1 if seed == 1 else rng.randint(2, 130),
+        rng.choice([8, 16, 24, 64]),
+        rng.choice([None, None, 1, 5, 64]),
+        rng.choice([torch.float32, HALF]),
+        seed=seed,
+    )
+
+
+@kernels
 def test_a_window_ends_where_it_should(monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows around those whose last query or key is the first of a tile."""
     monkeypatch.setattr(triton_kernels, "LAUNCHES", dict.fromkeys(triton_kernels.LAUNCHES, SMALL))
@@ -127,21 +230,66 @@ def test_the_blocks_of_training_equal_the_plain_loop(
 
 
 @kernels
-def test_gradients_of_a_bias_are_equal_bit_by_bit() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+@pytest.mark.parametrize(("length", "d_head"), [(1, 16), (130, 64), (60, 80), (40, 256)])
+def test_the_blocks_of_training_equal_the_plain_loop_with_a_bias_by_query(
+    length: int, d_head: int, dtype: torch.dtype
+) -> None:
+    check_bands_against_the_loop(1, 1, length, d_head, None, dtype, first=0)
+
+
+@kernels
+@pytest.mark.parametrize("kind", ["by distance", "by query", "decays"])
+def test_gradients_of_a_bias_are_equal_bit_by_bit(kind: str) -> None:
     """Of any number of runs, and so is everything else: a run with a learned bias can be resumed exactly."""
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(3, 2, 130, 32, generator=generator).to(DEVICE, HALF).requires_grad_() for _ in range(3))
-    vector = torch.randn(2, 130, generator=generator).to(DEVICE).requires_grad_()
+    q, k, v = (torch.randn(3, 2, 130, 16, generator=generator).to(DEVICE, HALF).requires_grad_() for _ in range(3))
+    attended: Callable[..., Tensor]
+    attended, *shape = {
+        "by distance": (attend_by_distance, 2, 130),
+        "by query": (attend_by_query, 2, bands.numbers(0, 130)),
+        "decays": (functools.partial(attend_with_decays, gain=None), 3, 2, 130),
+    }[kind]
+    bias = torch.randn(shape, generator=generator).to(DEVICE).requires_grad_()
     runs = []
     for _ in range(2 if INTERPRETED else 10):
-        out = attend_by_distance(q, k, v, vector, window=None)
-        runs.append((out, *torch.autograd.grad(out.float().square().sum(), (q, k, v, vector))))
+        out = attended(q, k, v, bias, window=None)
+        runs.append((out, *torch.autograd.grad(out.float().square().sum(), (q, k, v, bias))))
     assert all(torch.equal(one, other) for run in runs[1:] for one, other in zip(runs[0], run, strict=True))
 
 
 @kernels
+@pytest.mark.parametrize(("pos", "shared"), [("fire", True), ("fire", False), ("cable", False), ("fox", False)])
+def test_a_training_step_equals_the_plain_one(pos: str, shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loss and gradients of all weights. FIRE's bias is made once for all layers, or by each by blocks of queries."""
+    config = ModelConfig("test", n_layer=2, d_model=32, n_head=2, qk_norm=False)
+    chosen = method("pos", pos, **({"threshold": 20} if pos == "fire" else {}))
+    encoding = build(chosen, Method("none", {}), Geometry(32, 2, 40, 2))
+    model = GPT(config, 50, encoding, seed=0).to(DEVICE)
+    tokens = torch.randint(0, 49, (1, 41), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+
+    def step(kernel: str) -> list[Tensor]:
+        monkeypatch.setattr(attend, "choose_kernel", lambda *_, **__: kernel)
+        loss = model.nll(model(tokens[:, :-1]), tokens[:, 1:]).mean()
+        return [loss, *torch.autograd.grad(loss, list(model.parameters()))]
+
+    monkeypatch.setattr(bands, "BAND", 16)
+    monkeypatch.setattr(attend, "SHORT_BY_QUERY_TRITON", 40 if shared else 39)
+    monkeypatch.setattr(attend, "DENSE_BANDS", 16 * 2 * 40)  # blocks of one band
+    expected = step("materialised")
+    made = []
+    make = bands.make
+    monkeypatch.setattr(bands, "make", lambda *args, **options: made.append(args[1:]) or make(*args, **options))
+    for got, want in zip(step("triton"), expected, strict=True):
+        # rounding is left of the gradient of the network's last bias, which changes nothing
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-8 + 1e-5 * want.abs().max().item())
+    blocks = [(0, 16), (16, 32), (32, 40)] if pos == "fire" else []
+    assert made == [(0, 40)] if shared else made[:6] == 2 * blocks  # and each again in the backward pass
+
+
+@kernels
 def test_a_bias_that_is_not_learned_costs_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_kernels, "_bias_kernel", None)
+    monkeypatch.setattr(triton_kernels, "_diagonals_kernel", None)
     q = torch.randn(1, 2, 20, 16, device=DEVICE, requires_grad=True)
     vector = torch.randn(2, 20, device=DEVICE)
     attend_by_distance(q, q.detach(), q.detach(), vector, window=None).sum().backward()
@@ -192,11 +340,13 @@ def test_compilation_keeps_one_graph_and_the_numbers() -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 2, 40, 16, generator=generator).to(DEVICE).requires_grad_() for _ in range(3))
     vector = torch.randn(2, 40, generator=generator).to(DEVICE).requires_grad_()
-    torch.library.opcheck(triton_kernels._attend, (q, k, v, vector, 30))
-    out, lse = (x.detach() for x in triton_kernels._attend(q, k, v, vector, 30))
-    inputs = tuple(x.detach() for x in (q, q, k, v, vector, out, lse))
-    for bias in (True, False):
-        torch.library.opcheck(triton_kernels._backward, (*inputs, 30, bias))
+    in_bands = torch.randn(2, bands.numbers(0, 40), generator=generator).to(DEVICE).requires_grad_()
+    for bias, band, cases in ((vector, 0, (True, False)), (in_bands, bands.BAND, (True,))):
+        torch.library.opcheck(triton_kernels._attend, (q, k, v, bias, 30, band))
+        out, lse = (x.detach() for x in triton_kernels._attend(q, k, v, bias, 30, band))
+        inputs = tuple(x.detach() for x in (q, q, k, v, bias, out, lse))
+        for learned in cases:
+            torch.library.opcheck(triton_kernels._backward, (*inputs, 30, band, learned))
 
     def loss(q: Tensor, vector: Tensor) -> Tensor:
         return attend_by_distance(2 * q, k, v, vector.exp(), window=30).square().sum()
@@ -263,10 +413,15 @@ def test_kernels_compile_for_gpus_and_once_for_all_lengths(
         packed = torch.zeros(batch, length, 3, 4, 64, dtype=torch.bfloat16, requires_grad=True)
         q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)  # three of (B, H, T, D)
         vector = torch.zeros(1, length, requires_grad=True).expand(4, -1)
-        attend_by_distance(q, k, v, vector, window=window).sum().backward()
-    assert len(compiled) == 4 * 4
+        due = torch.zeros(batch, length, 4, 64, dtype=torch.bfloat16).transpose(1, 2)
+        attend_by_distance(q, k, v, vector, window=window).backward(due)
+        bias = torch.zeros(4, bands.numbers(0, length), requires_grad=True)
+        attend_by_query(q, k, v, bias, window=window).backward(due)
+        total = torch.zeros(batch, 4, length, dtype=torch.float64, requires_grad=True)
+        attend_with_decays(q, k, v, total, None, window=window).backward(due)
+    assert len(compiled) == (4 + 4 + 3) * 4
     different = {id(kernel): kernel for kernel in compiled}.values()
-    assert len(different) == 4
+    assert len(different) == 4 + 4 + 3
     for kernel in different:
         assert len(kernel.asm["cubin"]) > 0
         assert kernel.metadata.shared <= 1024 * shared

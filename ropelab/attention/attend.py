@@ -16,28 +16,32 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
-from ropelab.attention import by_distance
-from ropelab.attention.bias import Bias
+from ropelab.attention import bands, by_distance, decays
+from ropelab.attention.bias import Bias, ByQuery
 from ropelab.attention.recomputed import recomputed
 
 KERNELS = {
     "materialised": "scores in full: the fastest training step on a CPU at a short ctx",
     "sdpa": "torch's fused causal attention: nothing is added to the scores",
     "blocks": "torch's fused attention by blocks of queries, the bias of a block made when it is needed",
-    "recomputed": "blocks, and in the backward pass their scores again: a learned or fixed bias in training",
-    "triton": "one fused kernel for biases by distance, forward and backward",
+    "recomputed": "blocks, and in the backward pass their scores again: a bias in training, learned or fixed",
+    "triton": "own fused kernels, forward and backward: a bias by distance, by query or read off the text",
     "digits": "torch's fused causal attention, ALiBi's bias as eight more dimensions of queries and keys",
     "two_scores": "blocks of queries, near keys by one pair of queries and keys and far keys by another",
 }
 
 # Longest T at which scores in full make the fastest training step on a CPU: in bf16, and in fp32. Where the text
-# decides the bias, the other way is slower, and the first holds for both.
+# decides the bias, the second holds for both; where it is left to dense blocks, which are slower, the first.
 SHORT, SHORT_FP32 = 512, 128
 SHORT_BY_QUERY = 1024  # longest T at which a bias by query is made in full, once for all layers, and not in each
+# The same with the Triton kernel: at 8192 tokens 1.7 GB with 12 heads, beside twice as much while the gradients of two
+# layers are added.
+SHORT_BY_QUERY_TRITON = 8192
 BLOCK = 1024  # query rows of a block: large enough for the kernel, small enough that few masked keys are visited
 # Numbers in a dense block of scores or masks: on a CPU 16 MB in fp32, which the heap hands out again without new pages,
 # elsewhere 128 MB.
 DENSE, DENSE_ELSEWHERE = 2**22, 2**25
+DENSE_BANDS = 2**28  # numbers of a bias by query that are made at a time where each layer makes its own: 1 GB
 
 
 def choose_kernel(device: torch.device, length: int, *, training: bool, bias: Bias, dtype: torch.dtype) -> str:
@@ -45,19 +49,27 @@ def choose_kernel(device: torch.device, length: int, *, training: bool, bias: Bi
     if bias.far is not None:
         return "two_scores"
     shared = bias.by_query is not None and not bias.decays  # one mask for all sequences and layers
-    short = SHORT if dtype == torch.bfloat16 or (bias.pairwise and not shared) else SHORT_FP32
+    read = _alone(bias, "decays")
+    short = SHORT if not read and (dtype == torch.bfloat16 or (bias.pairwise and not shared)) else SHORT_FP32
     if training and device.type == "cpu" and length <= short:
         return "materialised"
     if bias.plain:
         return "sdpa"
     if bias.pairwise:
+        if device.type == "cuda" and has_triton() and (read or (training and _alone(bias, "by_query"))):
+            return "triton"
         in_full = shared and training and device.type == "cpu" and length <= SHORT_BY_QUERY
-        return "recomputed" if in_full else "blocks"
+        return "recomputed" if in_full or (read and training) else "blocks"
     if device.type == "cuda" and training and dtype == torch.bfloat16 and bias.slopes is not None and not bias.window:
         return "digits"
     if device.type == "cuda" and has_triton():
         return "triton"
     return "recomputed" if training else "blocks"
+
+
+def _alone(bias: Bias, field: str) -> bool:
+    """Is this field of a bias all that it adds to a score, but for a window?"""
+    return bool(getattr(bias, field)) and bias._replace(**{field: Bias._field_defaults[field]}, window=None).plain
 
 
 def has_triton() -> bool:
@@ -86,8 +98,9 @@ class Attend:
         self.kernel = kernel or choose_kernel(device, length, training=training, bias=self.bias, dtype=dtype)
         assert self.bias.plain or self.kernel != "sdpa"
         assert (self.bias.far is None) == (self.kernel != "two_scores")
-        assert not self.bias.pairwise or self.kernel in ("materialised", "recomputed", "blocks", "two_scores")
-        assert not self.bias.decays or self.kernel != "recomputed"
+        assert not self.bias.pairwise or self.kernel in ("materialised", "recomputed", "triton", "blocks", "two_scores")
+        assert not self.bias.decays or self.kernel not in ("recomputed", "triton") or _alone(self.bias, "decays")
+        assert not self.bias.pairwise or self.kernel != "triton" or self.bias.decays or _alone(self.bias, "by_query")
         self.device = device
         # what is added to a score by distance, the window included: (H, T) or (1, T)
         vector = torch.zeros(1, length, device=device) if bias.by_distance is None else bias.by_distance
@@ -95,10 +108,15 @@ class Attend:
             vector = vector.masked_fill(torch.arange(length, device=device) >= self.bias.window, -math.inf)
         self.by_distance = vector
         # (1, H or 1, T, T), once for all layers; what the text decides is added by each
-        in_full = self.kernel == "materialised" or (self.kernel == "recomputed" and self.bias.pairwise)
+        in_full = self.kernel == "materialised" or (self.kernel == "recomputed" and self.bias.by_query is not None)
         self.mask = self._mask(0, length, 0, None) if in_full else None
         if self.kernel == "materialised" and self.mask is not None and not (self.mask.requires_grad or bias.decays):
             self.mask = self.mask.to(dtype)  # a learned bias stays fp32, or its gradient would be summed in bf16
+
+        # (H, N), the same
+        self.bands = None
+        if self.kernel == "triton" and self.bias.by_query is not None and length <= SHORT_BY_QUERY_TRITON:
+            self.bands = bands.make(self.bias.by_query, 0, length, device=device, again=True)
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, far: tuple[Tensor, Tensor] | None = None, decay: Any = None
@@ -117,13 +135,19 @@ class Attend:
         if self.kernel == "materialised":
             assert self.mask is not None
             # a total over the text outgrows what bf16 can tell apart
-            mask = self.mask if decay is None else self.mask - _decays(decay, slice(None), slice(None))
+            mask = self.mask if decay is None else self.mask + decays.faded(decay.total, decay.gain, 0, self.length, 0)
             return _materialised(q, k, v, mask)
         if self.kernel == "digits":
             from ropelab.attention.digits import attend_with_slopes
 
             assert self.bias.slopes is not None
             return attend_with_slopes(q, k, v, self.bias.slopes)
+        if self.kernel == "triton" and decay is not None:
+            from ropelab.attention.triton_kernels import attend_with_decays
+
+            return attend_with_decays(q, k, v, decay.total, decay.gain, window=self.bias.window)
+        if self.kernel == "triton" and self.bias.by_query is not None:
+            return self._in_bands(q, k, v, self.bias.by_query)
         if self.kernel == "triton":
             from ropelab.attention.triton_kernels import attend_by_distance
 
@@ -131,6 +155,9 @@ class Attend:
             return attend_by_distance(q, k, v, vector, window=self.bias.window)
         if self.mask is not None:
             return recomputed(q, k, v, self.mask[0], window=None, rows=BLOCK)
+        if self.kernel == "recomputed" and decay is not None:
+            rows = self._rows(q, self.length)
+            return decays.recomputed(q, k, v, decay.total, decay.gain, window=self.bias.window, rows=rows)
         if not self.bias.pairwise:
             kernel = recomputed if torch.is_grad_enabled() else by_distance.blocks
             return kernel(q, k, v, self.by_distance, window=self.bias.window, rows=BLOCK)
@@ -160,6 +187,25 @@ class Attend:
         biased: Tensor = scores * q.shape[-1] ** -0.5 + self._mask(start, stop, first, decay)
         return biased
 
+    def _in_bands(self, q: Tensor, k: Tensor, v: Tensor, by_query: ByQuery) -> Tensor:
+        """Attention with a bias by query in bands: with those of all layers, or with its own for some queries."""
+        from ropelab.attention.triton_kernels import attend_by_query
+
+        if self.bands is not None:
+            return attend_by_query(q, k, v, self.bands, window=self.bias.window)
+
+        def attended(start: int, stop: int) -> Tensor:
+            made = bands.make(by_query, start, stop, device=self.device, again=False)
+            part = q[:, :, start:stop], k[:, :, :stop], v[:, :, :stop]
+            return attend_by_query(*part, made, window=self.bias.window)
+
+        rows = max(bands.BAND, DENSE_BANDS // (q.shape[1] * self.length) // bands.BAND * bands.BAND)
+        parts = [
+            checkpoint(attended, start, min(start + rows, self.length), use_reentrant=False, preserve_rng_state=False)
+            for start in range(0, self.length, rows)
+        ]
+        return torch.cat(parts, dim=2)
+
     def _dense_blocks(self, q: Tensor, k: Tensor, v: Tensor, far: tuple[Tensor, Tensor] | None, decay: Any) -> Tensor:
         def attended(start: int, stop: int) -> Tensor:
             first = self._oldest(start)
@@ -169,13 +215,11 @@ class Attend:
             mask = self._mask(start, stop, first, decay)
             return by_distance.fused(q[:, :, start:stop], k[:, :, first:stop], v[:, :, first:stop], mask)
 
-        dense = DENSE if self.device.type == "cpu" else DENSE_ELSEWHERE
         out = torch.empty_like(q) if not torch.is_grad_enabled() else None
         parts: list[Tensor] = []
         start = 0
         while start < self.length:
-            keys = min(start + BLOCK, self.length)
-            stop = min(start + max(1, min(BLOCK, dense // (q.shape[0] * q.shape[1] * keys))), self.length)
+            stop = min(start + self._rows(q, min(start + BLOCK, self.length)), self.length)
             if out is None:
                 # kept for the backward pass, the blocks would be (B, H, T, T)
                 parts.append(checkpoint(attended, start, stop, use_reentrant=False, preserve_rng_state=False))
@@ -183,6 +227,11 @@ class Attend:
                 out[:, :, start:stop] = attended(start, stop)
             start = stop
         return torch.cat(parts, dim=2) if out is None else out
+
+    def _rows(self, q: Tensor, keys: int) -> int:
+        """Queries of a dense block over so many keys."""
+        dense = DENSE if self.device.type == "cpu" else DENSE_ELSEWHERE
+        return max(1, min(BLOCK, dense // (q.shape[0] * q.shape[1] * keys)))
 
     def _oldest(self, start: int) -> int:
         """The oldest key that any query from `start` on can see."""
@@ -214,22 +263,12 @@ class Attend:
             mask = by_distance.mask(self.by_distance, start, stop, first).flip(1)[None]  # (1, H or 1, rows, keys)
             mask = mask if by_query is None else mask + by_query
         if decay is not None:
-            mask = mask - _decays(decay, slice(start, stop), slice(first, stop))
+            mask = mask + decays.faded(decay.total, decay.gain, start, stop, first)
         if self.bias.block is not None:
             i = torch.arange(start, stop, device=self.device) // self.bias.block  # (rows,)
             j = torch.arange(first, stop, device=self.device) // self.bias.block  # (keys,)
             mask = mask.masked_fill(i[:, None] - j > 1, -math.inf)
         return mask
-
-
-def _decays(decay: Any, rows: slice, keys: slice) -> Tensor:
-    """gain_i (total_i - total_j), (B, H, rows, keys) fp32."""
-    # from the block's first query on: the totals of a long text are large, those of near tokens hardly differ
-    centre = decay.total[..., rows.start or 0, None]
-    total = (decay.total - centre).float()
-    fallen = total[..., rows, None] - total[..., None, keys]
-    faded: Tensor = fallen if decay.gain is None else decay.gain.float()[..., rows, None] * fallen
-    return faded
 
 
 def _materialised(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:

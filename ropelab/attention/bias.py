@@ -7,15 +7,15 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+ByQuery = Callable[[Tensor, Tensor], Tensor]  # i (Q, 1), distance (Q, K) -> (H, Q, K)
+
 
 class Bias(NamedTuple):
     """What the position record says of the scores, and the evaluation's window. H heads, T tokens."""
 
     by_distance: Tensor | None = None  # (H, T) fp32: [h, i - j] is added
     slopes: Tensor | None = None  # (H,) fp32 where by_distance[h, d] is -slopes[h] d: then a kernel may compute it
-    by_query: Callable[[Tensor, Tensor], Tensor] | None = (
-        None  # (i (Q, 1), distance (Q, K)) -> (H, Q, K) of its own, added
-    )
+    by_query: ByQuery | None = None  # a bias of the query's index and the distance, added
     window: int | None = None  # keys with 0 <= i - j < window are seen
     block: int | None = None  # keys of the query's own block of so many tokens, and of the block before it, are seen
     far: int | None = None  # keys this many tokens back or more have scores of their own

@@ -76,11 +76,7 @@ class _Recomputed(torch.autograd.Function):
                 added = bias[:, start:stop, first:stop] if in_full else by_distance.mask(bias, start, stop, first)
                 key, value = k[part, :, first:stop], v[part, :, first:stop]  # (b, H, c, D)
                 query = query * d_head**-0.5
-                scores = (query @ key.transpose(-2, -1)).float().add_(added)
-                weights = torch.softmax(scores, dim=-1)  # (b, H, r, c) fp32
-                dv[part, :, first:stop] += weights.to(due.dtype).transpose(-2, -1) @ due
-                delta = (due.float() * given.float()).sum(-1, keepdim=True)  # (b, H, r, 1)
-                ds = (due @ value.transpose(-2, -1)).float().sub_(delta).mul_(weights)  # (b, H, r, c)
+                ds = score_gradients(query, key, value, due, given, added, dv[part, :, first:stop])  # (b, H, r, c)
                 if needs_bias:
                     over = ds.sum(0) if bias.shape[0] == heads else ds.sum((0, 1))[None]  # (H or 1, r, c)
                     if dbias is not None:
@@ -96,6 +92,21 @@ class _Recomputed(torch.autograd.Function):
             ]  # (H, widest); what stands at r + c >= widest is the future
             dbias = pad(by_sum.flip(1), (0, length - widest))  # (H, T)
         return dq, dk.to(k.dtype), dv.to(v.dtype), dbias, None, None
+
+
+def score_gradients(
+    query: Tensor, key: Tensor, value: Tensor, due: Tensor, given: Tensor, added: Tensor, dvalue: Tensor
+) -> Tensor:
+    """dS (b, H, r, c) fp32 of a block; the gradient of its values is added to `dvalue` (b, H, c, D) fp32.
+
+    query, already scaled, due and given (b, H, r, D): `due` is the gradient of the output `given`. key, value
+    (b, H, c, D); `added` broadcasts to the scores.
+    """
+    scores = (query @ key.transpose(-2, -1)).float().add_(added)
+    weights = torch.softmax(scores, dim=-1)
+    dvalue += weights.to(due.dtype).transpose(-2, -1) @ due
+    delta = (due.float() * given.float()).sum(-1, keepdim=True)  # (b, H, r, 1)
+    return (due @ value.transpose(-2, -1)).float().sub_(delta).mul_(weights)
 
 
 def _turned(x: Tensor, forwards: bool) -> Tensor:

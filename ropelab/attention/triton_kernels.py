@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ropelab.attention import bands
 from ropelab.attention.by_distance import anti_diagonals
 
 LOG2E = tl.constexpr(1.4426950408889634)  # log2(e): GPUs have an instruction for 2^x
@@ -89,113 +90,223 @@ def _store(x, strides, b, h, start, length, tile, D: tl.constexpr):
 
 
 @triton.jit
-def _scores(a, b, vector, distance, window, scale):
-    """a (M, PADDED), b (N, PADDED), distance (M, N) -> scores with biases in powers of 2, (M, N) fp32; -inf: unseen."""
+def _scores(a, b, bias, stride, of_query, i, j, keys, window, scale, BAND: tl.constexpr):
+    """Scores with biases in powers of 2, (M, N) fp32, -inf where query i does not see key j; and total_i - total_j.
+
+    a (M, PADDED) and b (N, PADDED), their products (M, N); i, j and `of_query` broadcast to that. The last of what is
+    returned is meant for decays.
+    """
+    distance = i - j
     seen = (distance >= 0) & (distance < window)
-    bias = tl.load(vector + distance, mask=seen, other=float("-inf"))
-    return (tl.dot(a, tl.trans(b), input_precision="ieee") * scale + bias) * LOG2E
+    if BAND < 0:
+        key = bias + tl.minimum(j, keys - 1)
+        fallen = (tl.load(bias + i) - tl.load(key)) + (tl.load(bias + stride + i) - tl.load(stride + key))
+        added = tl.where(seen, -tl.load(bias + 2 * stride + i) * fallen, float("-inf"))
+    else:
+        fallen = 0.0
+        added = tl.load(bias + (of_query - j if BAND == 0 else of_query + j), mask=seen, other=float("-inf"))
+    return (tl.dot(a, tl.trans(b), input_precision="ieee") * scale + added) * LOG2E, fallen
 
 
-@triton.jit(do_not_specialize=["vector_stride", "heads", "length", "window"])
+@triton.jit
+def _of_head(bias, stride, pair, heads, keys, BAND: tl.constexpr):
+    """The bias of head pair % heads, or the decays of sequence pair // heads and that head."""
+    if BAND < 0:
+        start = bias + tl.cast(pair, tl.int64) * keys
+    elif BAND == 0:
+        start = bias + pair % heads * stride
+    else:
+        start = bias + tl.cast(pair % heads, tl.int64) * tl.multiple_of(stride, 16)
+    return start
+
+
+@triton.jit
+def _of_query(row, offset, length, BAND: tl.constexpr):
+    """Positions of queries that are `row` rows past the first, at `offset`, of `length`; where their bias begins.
+
+    By distance (BAND 0) that is the position, from where keys go backwards; in bands see `bands`; decays (BAND < 0)
+    have a number of each query and key. Rows past the end are taken for the last, so that no row sees nothing and none
+    reads past the bias.
+    """
+    row = tl.minimum(row, length - 1)
+    start = row + offset
+    if BAND > 0:
+        band = row // BAND
+        before = tl.cast(band, tl.int64) * BAND * (offset + (band + 1) * BAND // 2)
+        start = tl.multiple_of(before + (row - band * BAND) * _width(band, offset, length, BAND), 16)
+    return row + offset, start
+
+
+@triton.jit
+def _width(band, offset, length, BAND: tl.constexpr):
+    """Numbers in a row of a band."""
+    return tl.minimum(offset + (band + 1) * BAND, tl.cdiv(offset + length, 16) * 16)
+
+
+@triton.jit(do_not_specialize=["bias_stride", "heads", "length", "offset", "window"])
 def _forward_kernel(
-    q, q_strides, k, k_strides, v, v_strides, vector, vector_stride, out, out_strides, lse,
-    heads, length, window, scale,
-    D: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    q, q_strides, k, k_strides, v, v_strides, bias, bias_stride, out, out_strides, lse,
+    heads, length, offset, window, scale,
+    BAND: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """One block of queries of one head over the keys that it sees."""
     blocks = tl.cdiv(length, ROWS)
     pair = tl.program_id(0) // blocks
     b, h = pair // heads, pair % heads
     start = (blocks - 1 - tl.program_id(0) % blocks) * ROWS  # blocks with many keys first: none is left for the end
-    # rows past the end look at what the last row sees, so that no row sees nothing
-    i = tl.minimum(start + tl.arange(0, ROWS), length - 1)
+    row = start + tl.arange(0, ROWS)
+    i, of_query = _of_query(row, offset, length, BAND)
+    bias = _of_head(bias, bias_stride, pair, heads, offset + length, BAND)
     query = _load(q, q_strides, b, h, start, length, ROWS, D, PADDED)
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     mean = tl.zeros((ROWS, PADDED), tl.float32)
-    for first in range(tl.maximum(start - window + 1, 0), tl.minimum(start + ROWS, length), KEYS):
+    oldest, end = tl.maximum(offset + start - window + 1, 0), offset + tl.minimum(start + ROWS, length)
+    for first in range(oldest, end, KEYS):
         j = first + tl.arange(0, KEYS)
-        key = _load(k, k_strides, b, h, first, length, KEYS, D, PADDED)
-        scores = _scores(query, key, vector + h * vector_stride, i[:, None] - j[None, :], window, scale)
+        key = _load(k, k_strides, b, h, first, offset + length, KEYS, D, PADDED)
+        scores, _ = _scores(
+            query,
+            key,
+            bias,
+            bias_stride,
+            of_query[:, None],
+            i[:, None],
+            j[None, :],
+            offset + length,
+            window,
+            scale,
+            BAND,
+        )
         highest = tl.maximum(top, tl.max(scores, 1))
         # a row that has seen no key yet: -inf less -inf would be NaN
         base = tl.where(highest == float("-inf"), 0.0, highest)
         weights = tl.exp2(scores - base[:, None])
         shrunk = tl.exp2(top - base)
         total = total * shrunk + tl.sum(weights, 1)
-        value = _load(v, v_strides, b, h, first, length, KEYS, D, PADDED)
+        value = _load(v, v_strides, b, h, first, offset + length, KEYS, D, PADDED)
         mean = tl.dot(weights.to(value.dtype), value, mean * shrunk[:, None], input_precision="ieee")
         top = highest
     _store(out, out_strides, b, h, start, length, mean / total[:, None], D)
-    row = start + tl.arange(0, ROWS)
     tl.store(lse + tl.cast(pair, tl.int64) * length + row, top + tl.log2(total), mask=row < length)
 
 
-@triton.jit(do_not_specialize=["vector_stride", "heads", "length", "window"])
+@triton.jit(do_not_specialize=["bias_stride", "heads", "length", "offset", "window"])
 def _dq_kernel(
-    q, q_strides, k, k_strides, v, v_strides, vector, vector_stride, out, out_strides, lse,
-    dout, dout_strides, dq, dq_strides, delta, heads, length, window, scale,
-    D: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    q, q_strides, k, k_strides, v, v_strides, bias, bias_stride, out, out_strides, lse,
+    dout, dout_strides, dq, dq_strides, delta, dbias, heads, length, offset, window, scale,
+    BAND: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of one block of queries of one head; leaves delta = rowsum(dO O) for the kernels that follow."""
+    """The gradient of one block of queries of one head; leaves delta = rowsum(dO O) for the kernels that follow.
+
+    Of decays: -gain_i rowsum(dS) and that of the gain, the first and the third of the gradient's three parts.
+    """
     blocks = tl.cdiv(length, ROWS)
     pair = tl.program_id(0) // blocks
     b, h = pair // heads, pair % heads
     start = (blocks - 1 - tl.program_id(0) % blocks) * ROWS
-    i = start + tl.arange(0, ROWS)
+    row = start + tl.arange(0, ROWS)
+    i, of_query = _of_query(row, offset, length, BAND)
+    bias = _of_head(bias, bias_stride, pair, heads, offset + length, BAND)
     query = _load(q, q_strides, b, h, start, length, ROWS, D, PADDED)
     due = _load(dout, dout_strides, b, h, start, length, ROWS, D, PADDED)
     given = _load(out, out_strides, b, h, start, length, ROWS, D, PADDED)
-    of_row = tl.cast(pair, tl.int64) * length + i
+    of_row = tl.cast(pair, tl.int64) * length + row
     less = tl.sum(due.to(tl.float32) * given.to(tl.float32), 1)
-    tl.store(delta + of_row, less, mask=i < length)
-    log_sum = tl.load(lse + of_row, mask=i < length, other=float("inf"))  # inf: rows past the end weigh nothing
+    tl.store(delta + of_row, less, mask=row < length)
+    log_sum = tl.load(lse + of_row, mask=row < length, other=float("inf"))  # inf: rows past the end weigh nothing
     gradient = tl.zeros((ROWS, PADDED), tl.float32)
-    for first in range(tl.maximum(start - window + 1, 0), tl.minimum(start + ROWS, length), KEYS):
+    over, faded = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
+    oldest, end = tl.maximum(offset + start - window + 1, 0), offset + tl.minimum(start + ROWS, length)
+    for first in range(oldest, end, KEYS):
         j = first + tl.arange(0, KEYS)
-        key = _load(k, k_strides, b, h, first, length, KEYS, D, PADDED)
-        scores = _scores(query, key, vector + h * vector_stride, i[:, None] - j[None, :], window, scale)
+        key = _load(k, k_strides, b, h, first, offset + length, KEYS, D, PADDED)
+        scores, fallen = _scores(
+            query,
+            key,
+            bias,
+            bias_stride,
+            of_query[:, None],
+            i[:, None],
+            j[None, :],
+            offset + length,
+            window,
+            scale,
+            BAND,
+        )
         weights = tl.exp2(scores - log_sum[:, None])
-        value = _load(v, v_strides, b, h, first, length, KEYS, D, PADDED)
+        value = _load(v, v_strides, b, h, first, offset + length, KEYS, D, PADDED)
         ds = weights * (tl.dot(due, tl.trans(value), input_precision="ieee") - less[:, None])
         gradient = tl.dot(ds.to(key.dtype), key, gradient, input_precision="ieee")
+        if BAND < 0:
+            over += tl.sum(ds, 1)
+            faded -= tl.sum(ds * fallen, 1)
+    if BAND < 0:
+        gain = tl.load(bias + 2 * bias_stride + i)
+        at = dbias + tl.cast(pair, tl.int64) * length + row
+        tl.store(at, -gain * over, mask=row < length)
+        tl.store(at + 2 * bias_stride, faded, mask=row < length)
     _store(dq, dq_strides, b, h, start, length, gradient * scale, D)
 
 
-@triton.jit(do_not_specialize=["vector_stride", "heads", "length", "window"])
+@triton.jit(do_not_specialize=["bias_stride", "heads", "length", "offset", "window"])
 def _dkv_kernel(
-    q, q_strides, k, k_strides, v, v_strides, vector, vector_stride, lse,
-    dout, dout_strides, dk, dk_strides, dv, dv_strides, delta, heads, length, window, scale,
-    D: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    q, q_strides, k, k_strides, v, v_strides, bias, bias_stride, lse,
+    dout, dout_strides, dk, dk_strides, dv, dv_strides, delta, dbias, heads, length, offset, window, scale,
+    BAND: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of one block of keys and values of one head, from the queries that see it; tiles (keys, rows)."""
-    blocks = tl.cdiv(length, KEYS)
+    """The gradients of one block of keys and values of one head, from the queries that see it; tiles (keys, rows).
+
+    Of decays: colsum(gain dS), the second of the gradient's three parts.
+    """
+    blocks = tl.cdiv(offset + length, KEYS)
     pair = tl.program_id(0) // blocks
     b, h = pair // heads, pair % heads
     first = tl.program_id(0) % blocks * KEYS
     j = first + tl.arange(0, KEYS)
-    key = _load(k, k_strides, b, h, first, length, KEYS, D, PADDED)
-    value = _load(v, v_strides, b, h, first, length, KEYS, D, PADDED)
+    bias = _of_head(bias, bias_stride, pair, heads, offset + length, BAND)
+    key = _load(k, k_strides, b, h, first, offset + length, KEYS, D, PADDED)
+    value = _load(v, v_strides, b, h, first, offset + length, KEYS, D, PADDED)
     dkey = tl.zeros((KEYS, PADDED), tl.float32)
+    gained = tl.zeros((KEYS,), tl.float32)
     dvalue = tl.zeros((KEYS, PADDED), tl.float32)
-    for start in range(first, tl.minimum(first + KEYS - 1 + window, length), ROWS):
-        i = start + tl.arange(0, ROWS)
+    oldest, end = tl.maximum(first - offset, 0), tl.minimum(first + KEYS - 1 + window - offset, length)
+    for start in range(oldest, end, ROWS):
+        row = start + tl.arange(0, ROWS)
+        i, of_query = _of_query(row, offset, length, BAND)
         query = _load(q, q_strides, b, h, start, length, ROWS, D, PADDED)
         due = _load(dout, dout_strides, b, h, start, length, ROWS, D, PADDED)
-        of_row = tl.cast(pair, tl.int64) * length + i
-        log_sum = tl.load(lse + of_row, mask=i < length, other=float("inf"))
-        less = tl.load(delta + of_row, mask=i < length, other=0.0)
-        scores = _scores(key, query, vector + h * vector_stride, i[None, :] - j[:, None], window, scale)
+        of_row = tl.cast(pair, tl.int64) * length + row
+        log_sum = tl.load(lse + of_row, mask=row < length, other=float("inf"))
+        less = tl.load(delta + of_row, mask=row < length, other=0.0)
+        scores, _ = _scores(
+            key,
+            query,
+            bias,
+            bias_stride,
+            of_query[None, :],
+            i[None, :],
+            j[:, None],
+            offset + length,
+            window,
+            scale,
+            BAND,
+        )
         weights = tl.exp2(scores - log_sum[None, :])
         dvalue = tl.dot(weights.to(due.dtype), due, dvalue, input_precision="ieee")
         ds = weights * (tl.dot(value, tl.trans(due), input_precision="ieee") - less[None, :])
         dkey = tl.dot(ds.to(query.dtype), query, dkey, input_precision="ieee")
-    _store(dk, dk_strides, b, h, first, length, dkey * scale, D)
-    _store(dv, dv_strides, b, h, first, length, dvalue, D)
+        if BAND < 0:
+            gained += tl.sum(ds * tl.load(bias + 2 * bias_stride + i)[None, :], 1)
+    if BAND < 0:
+        at = dbias + bias_stride + tl.cast(pair, tl.int64) * length + j
+        tl.store(at, gained, mask=j < length)
+    _store(dk, dk_strides, b, h, first, offset + length, dkey * scale, D)
+    _store(dv, dv_strides, b, h, first, offset + length, dvalue, D)
 
 
 @triton.jit(do_not_specialize=["vector_stride", "batch", "heads", "length", "window", "together", "diagonals"])
-def _bias_kernel(
+def _diagonals_kernel(
     q, q_strides, k, k_strides, v, v_strides, vector, vector_stride, lse,
     dout, dout_strides, tiles, delta, batch, heads, length, window, scale, together, diagonals,
     D: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
@@ -206,7 +317,6 @@ def _bias_kernel(
     diagonal, pair = tl.program_id(0) // pairs, tl.program_id(0) % pairs
     group, h = pair // heads, pair % heads
     row, column = tl.arange(0, BLOCK), tl.arange(0, BLOCK)
-    distance = diagonal * BLOCK + row[:, None] - column[None, :]
     along = tl.cdiv(length, BLOCK) - diagonal  # tiles of the diagonal in one sequence
     collected = tl.zeros((BLOCK, BLOCK), tl.float32)
     for n in range(along * (tl.minimum(group * together + together, batch) - group * together)):
@@ -220,10 +330,62 @@ def _bias_kernel(
         of_row = (tl.cast(b, tl.int64) * heads + h) * length + start + row
         log_sum = tl.load(lse + of_row, mask=start + row < length, other=float("inf"))
         less = tl.load(delta + of_row, mask=start + row < length, other=0.0)
-        weights = tl.exp2(_scores(query, key, vector + h * vector_stride, distance, window, scale) - log_sum[:, None])
+        i = diagonal * BLOCK + row[:, None]
+        scores, _ = _scores(
+            query, key, vector + h * vector_stride, vector_stride, i, i, column[None, :], length, window, scale, 0
+        )
+        weights = tl.exp2(scores - log_sum[:, None])
         collected += weights * (tl.dot(due, tl.trans(value), input_precision="ieee") - less[:, None])
     tiles += (tl.cast(pair, tl.int64) * diagonals + diagonal) * BLOCK * BLOCK
     tl.store(tiles + row[:, None] * BLOCK + column[None, :], collected)
+
+
+@triton.jit(do_not_specialize=["bias_stride", "batch", "heads", "length", "offset", "window"])
+def _bands_kernel(
+    q, q_strides, k, k_strides, v, v_strides, bias, bias_stride, lse,
+    dout, dout_strides, dbias, delta, batch, heads, length, offset, window, scale,
+    BAND: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dS of one tile of one head, summed over the sequences, where the tile's bias stands in its band."""
+    columns = tl.cdiv(offset + length, BLOCK)
+    tile = tl.program_id(0) // columns
+    blocks = tl.cdiv(length, BLOCK)
+    h, start = tile // blocks, (blocks - 1 - tile % blocks) * BLOCK
+    first = tl.program_id(0) % columns * BLOCK
+    row, j = start + tl.arange(0, BLOCK), first + tl.arange(0, BLOCK)
+    i, of_query = _of_query(row, offset, length, BAND)
+    bias = _of_head(bias, bias_stride, h, heads, offset + length, BAND)
+    newest = offset + tl.minimum(start + BLOCK, length) - 1  # query
+    seen = (first <= newest) & (offset + start - window < first + BLOCK - 1)
+    collected = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for b in range(tl.where(seen, batch, 0)):
+        query = _load(q, q_strides, b, h, start, length, BLOCK, D, PADDED)
+        key = _load(k, k_strides, b, h, first, offset + length, BLOCK, D, PADDED)
+        value = _load(v, v_strides, b, h, first, offset + length, BLOCK, D, PADDED)
+        due = _load(dout, dout_strides, b, h, start, length, BLOCK, D, PADDED)
+        of_row = (tl.cast(b, tl.int64) * heads + h) * length + row
+        log_sum = tl.load(lse + of_row, mask=row < length, other=float("inf"))
+        less = tl.load(delta + of_row, mask=row < length, other=0.0)
+        scores, _ = _scores(
+            query,
+            key,
+            bias,
+            bias_stride,
+            of_query[:, None],
+            i[:, None],
+            j[None, :],
+            offset + length,
+            window,
+            scale,
+            BAND,
+        )
+        weights = tl.exp2(scores - log_sum[:, None])
+        collected += weights * (tl.dot(due, tl.trans(value), input_precision="ieee") - less[:, None])
+    # zeros for what is not seen; tiles past the end of the band's rows have no place
+    wide = _width(row // BAND, offset, length, BAND)
+    held = (row < length)[:, None] & (j[None, :] < wide[:, None])
+    place = of_query[:, None] + j[None, :]
+    tl.store(_of_head(dbias, bias_stride, h, heads, offset + length, BAND) + place, collected, mask=held)
 
 
 def attend_by_distance(q: Tensor, k: Tensor, v: Tensor, vector: Tensor, *, window: int | None) -> Tensor:
@@ -233,72 +395,119 @@ def attend_by_distance(q: Tensor, k: Tensor, v: Tensor, vector: Tensor, *, windo
     the scores. `window`: keys with 0 <= i - j < window are seen. -> (B, H, T, D). Products of fp32 are fp32, not TF32.
     """
     length = q.shape[2]
-    out: Tensor = _attend(q, k, v, vector, length if window is None else min(window, length))[0]
+    assert q.shape == k.shape
+    assert vector.shape == q.shape[1:3]
+    out: Tensor = _attend(q, k, v, vector, length if window is None else min(window, length), 0)[0]
+    return out
+
+
+def attend_by_query(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, *, window: int | None) -> Tensor:
+    """The same with a bias in bands, (H, N) fp32 as `bands.make` lays it out, for queries that may begin late.
+
+    k, v (B, H, T, D); q (B, H, Q, D) are the last Q of the T positions, those that the bias was made for.
+    -> (B, H, Q, D).
+    """
+    length = k.shape[2]
+    assert bias.shape == (q.shape[1], bands.numbers(length - q.shape[2], length))
+    out: Tensor = _attend(q, k, v, bias, length if window is None else min(window, length), bands.BAND)[0]
+    return out
+
+
+def attend_with_decays(
+    q: Tensor, k: Tensor, v: Tensor, total: Tensor, gain: Tensor | None, *, window: int | None
+) -> Tensor:
+    """The same with gain_i (total_i - total_j) taken from the scores of each sequence, as in `decays`.
+
+    total (B, H, T) fp64, gain (B, H, T) fp32 or None for 1. -> (B, H, T, D).
+    """
+    length = q.shape[2]
+    assert q.shape == k.shape
+    assert total.shape == q.shape[:3]
+    # a total as the sum of two fp32 numbers, of which the small one carries the gradient
+    large = total.detach().float()
+    small = (total - large).float()
+    parts = torch.stack((large, small, torch.ones_like(large) if gain is None else gain.float()))  # (3, B, H, T)
+    out: Tensor = _attend(q, k, v, parts, length if window is None else min(window, length), -1)[0]
     return out
 
 
 # Operators of torch.library, so that torch.compile neither looks into them nor breaks its graph at them.
-@torch.library.custom_op("ropelab::attend_by_distance", mutates_args=())
-def _attend(q: Tensor, k: Tensor, v: Tensor, vector: Tensor, window: int) -> tuple[Tensor, Tensor]:
-    """-> out (B, H, T, D) and log2 of each row's sum of 2^score, (B, H, T) fp32."""
-    assert q.shape == k.shape == v.shape
+@torch.library.custom_op("ropelab::attend_with_bias", mutates_args=())
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, window: int, band: int) -> tuple[Tensor, Tensor]:
+    """-> out (B, H, Q, D) and log2 of each row's sum of 2^score, (B, H, Q) fp32.
+
+    `band`: rows of a band, and `bias` (H, N); 0: by distance, (H, T); -1: decays, (3, B, H, T).
+    """
+    assert k.shape == v.shape
     assert q.dtype == k.dtype == v.dtype
-    assert vector.shape == q.shape[1:3]
-    assert vector.dtype == torch.float32
+    assert bias.dtype == torch.float32
     batch, heads, length, d_head = q.shape
     out = _like(q)
     lse = torch.empty(batch, heads, length, dtype=torch.float32, device=q.device)
     padded, launches = _launches(d_head, q.dtype)
     launch = launches.forward
-    vector = _rows(vector)
+    bias = _rows(bias, band)
     with torch.cuda.device_of(q):
         _forward_kernel[(triton.cdiv(length, launch.rows) * batch * heads,)](
-            q, q.stride(), k, k.stride(), v, v.stride(), vector, vector.stride(0), out, out.stride(), lse,
-            heads, length, window, d_head**-0.5,
-            D=d_head, PADDED=padded, ROWS=launch.rows, KEYS=launch.keys, **launch.options(),
+            q, q.stride(), k, k.stride(), v, v.stride(), bias, bias.stride(0), out, out.stride(), lse,
+            heads, length, k.shape[2] - length, window, d_head**-0.5,
+            BAND=band, D=d_head, PADDED=padded, ROWS=launch.rows, KEYS=launch.keys, **launch.options(),
         )  # fmt: skip
     return out, lse
 
 
 @_attend.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, vector: Tensor, window: int) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, window: int, band: int) -> tuple[Tensor, Tensor]:
     return _like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-@torch.library.custom_op("ropelab::attend_by_distance_backward", mutates_args=())
+@torch.library.custom_op("ropelab::attend_with_bias_backward", mutates_args=())
 def _backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, vector: Tensor, out: Tensor, lse: Tensor, window: int, bias: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> gradients of q, k, v and, where `bias` asks for it, of vector; else an empty tensor in its place."""
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, out: Tensor, lse: Tensor,
+    window: int, band: int, learned: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """-> gradients of q, k, v and, where the bias is `learned`, of it; else an empty tensor in its place."""
     batch, heads, length, d_head = q.shape
     padded, launches = _launches(d_head, q.dtype)
     dq, dk, dv = _like(q), _like(k), _like(v)
     delta = torch.empty_like(lse)
-    vector = _rows(vector)
-    inputs = (q, q.stride(), k, k.stride(), v, v.stride(), vector, vector.stride(0))
-    sizes = (heads, length, window, d_head**-0.5)
+    bias = _rows(bias, band)
+    inputs = (q, q.stride(), k, k.stride(), v, v.stride(), bias, bias.stride(0))
+    dbias = torch.empty_like(bias) if band else bias.new_empty(0)
+    sizes = (heads, length, k.shape[2] - length, window, d_head**-0.5)
     with torch.cuda.device_of(q):
         launch = launches.dq
         _dq_kernel[(triton.cdiv(length, launch.rows) * batch * heads,)](
-            *inputs, out, out.stride(), lse, dout, dout.stride(), dq, dq.stride(), delta, *sizes,
-            D=d_head, PADDED=padded, ROWS=launch.rows, KEYS=launch.keys, **launch.options(),
+            *inputs, out, out.stride(), lse, dout, dout.stride(), dq, dq.stride(), delta, dbias, *sizes,
+            BAND=band, D=d_head, PADDED=padded, ROWS=launch.rows, KEYS=launch.keys, **launch.options(),
         )  # fmt: skip
         launch = launches.dkv
-        _dkv_kernel[(triton.cdiv(length, launch.keys) * batch * heads,)](
-            *inputs, lse, dout, dout.stride(), dk, dk.stride(), dv, dv.stride(), delta, *sizes,
-            D=d_head, PADDED=padded, ROWS=launch.rows, KEYS=launch.keys, **launch.options(),
+        _dkv_kernel[(triton.cdiv(k.shape[2], launch.keys) * batch * heads,)](
+            *inputs, lse, dout, dout.stride(), dk, dk.stride(), dv, dv.stride(), delta, dbias, *sizes,
+            BAND=band, D=d_head, PADDED=padded, ROWS=launch.rows, KEYS=launch.keys, **launch.options(),
         )  # fmt: skip
-        if not bias:
-            return dq, dk, dv, vector.new_empty(0)
+        if not learned:
+            return dq, dk, dv, bias.new_empty(0)
         launch = launches.bias
         block = launch.rows
+        if band < 0:
+            dbias[1] += dbias[0]
+            dbias[0] = 0  # the large part of the totals
+            return dq, dk, dv, dbias
+        if band:
+            _bands_kernel[(triton.cdiv(length, block) * triton.cdiv(k.shape[2], block) * heads,)](
+                *inputs, lse, dout, dout.stride(), dbias, delta, batch, *sizes,
+                BAND=band, D=d_head, PADDED=padded, BLOCK=block, **launch.options(),
+            )  # fmt: skip
+            return dq, dk, dv, dbias
         # block diagonals with a distance within the window
         diagonals = min(triton.cdiv(length, block), triton.cdiv(window - 1, block) + 1)
         together = triton.cdiv(batch, min(batch, triton.cdiv(PROGRAMS, heads * diagonals)))  # sequences of a program
         groups = triton.cdiv(batch, together)
         tiles = torch.empty(groups * heads * diagonals, block, block, dtype=torch.float32, device=q.device)
-        _bias_kernel[(groups * heads * diagonals,)](
-            *inputs, lse, dout, dout.stride(), tiles, delta, batch, *sizes, together, diagonals,
+        _diagonals_kernel[(groups * heads * diagonals,)](
+            *inputs, lse, dout, dout.stride(), tiles, delta,
+            batch, heads, length, window, d_head**-0.5, together, diagonals,
             D=d_head, PADDED=padded, BLOCK=block, **launch.options(),
         )  # fmt: skip
     # (G x H x K, block, block) -> (G x H x K, 2 block - 1) -> (H, K, 2 block - 1): [h, k, n] is the sum over distance
@@ -312,21 +521,22 @@ def _backward(
 
 @_backward.register_fake
 def _(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, vector: Tensor, out: Tensor, lse: Tensor, window: int, bias: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _like(q), _like(k), _like(v), vector.new_empty(vector.shape if bias else 0)
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, out: Tensor, lse: Tensor,
+    window: int, band: int, learned: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return _like(q), _like(k), _like(v), bias.new_empty(bias.shape if learned else 0)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, vector, ctx.window = inputs
-    ctx.save_for_backward(q, k, v, vector, *output)
+    q, k, v, bias, ctx.window, ctx.band = inputs
+    ctx.save_for_backward(q, k, v, bias, *output)
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx: Any, dout: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    bias = ctx.needs_input_grad[3]
-    dq, dk, dv, dvector = _backward(dout, *ctx.saved_tensors, ctx.window, bias)
-    return dq, dk, dv, dvector if bias else None, None
+    learned = ctx.needs_input_grad[3]
+    dq, dk, dv, dbias = _backward(dout, *ctx.saved_tensors, ctx.window, ctx.band, learned)
+    return dq, dk, dv, dbias if learned else None, None, None
 
 
 _attend.register_autograd(_gradients, setup_context=_save)
@@ -346,6 +556,6 @@ def _like(x: Tensor) -> Tensor:
     return x.new_empty(batch, length, heads, d_head).transpose(1, 2)
 
 
-def _rows(vector: Tensor) -> Tensor:
-    """(H, T) whose neighbouring distances are neighbours in memory; rows may be one and the same."""
-    return vector if vector.stride(1) == 1 else vector.contiguous()
+def _rows(bias: Tensor, band: int) -> Tensor:
+    """A bias whose neighbours in a row are neighbours in memory. By distance, rows may be one and the same."""
+    return bias if bias.stride(1) == 1 and not band else bias.contiguous()

@@ -68,7 +68,7 @@ def training(config: Config, dtype: torch.dtype, vocab: int = VOCAB, *, unread: 
     device = model.tokens.weight.device
     if experiment.compiles(config.train, device):
         compile_many()
-        experiment.compile_blocks(model, cache_dir=config.cache_dir)
+        experiment.compile_blocks(model)
     optimizer = build_optimizer(model, config.train)
     batch = same_batch(config, vocab)
     going = steps(model, optimizer, batch, endless(config), start=0, dtype=dtype, unread=unread or turn_of(device))

@@ -12,7 +12,8 @@ import typer
 
 # each of these adds its commands to the application, in the order of the help page
 # isort: off
-from ropelab.cli import training, evaluating, judging, searching, showing, keeping, timing  # noqa: F401
+from ropelab.cli import training, evaluating, sweeping, judging, searching, showing, keeping, verifying  # noqa: F401
+from ropelab.cli import exchanging, timing  # noqa: F401
 
 # isort: on
 from ropelab.cli.options import app, one_line, say

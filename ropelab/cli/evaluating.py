@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,12 +19,18 @@ from ropelab.cli.options import (
     Scaling,
     app,
     check_output,
+    one_line,
     option,
     print_json,
     reported,
     say,
     separate,
+    status_of,
 )
+from ropelab.ranks import joined
+
+if TYPE_CHECKING:
+    from ropelab.runs import RunDir
 
 EVAL_KEYS = ("eval", "scaling", "data", "track", "device", "runs_dir", "cache_dir")
 
@@ -33,13 +42,17 @@ def evaluate(
     scaling: Scaling = None,
     factor: Factor = None,
     protocol: Protocol = None,
+    hf: Annotated[
+        list[str] | None,
+        typer.Option("--hf", metavar="PATH|NAME", help="A checkpoint of transformers instead of a run: folder or hub."),
+    ] = None,
     as_json: Json = False,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Where the plot goes (default: curves.png in the run folder).")
     ] = None,
 ) -> None:
     """Perplexity of finished runs far past their training length; without RUN, of the latest."""
-    with reported():
+    with reported(over_ranks=True), joined(status_of) as ranks:
         named, settings = separate(list(arguments or []))
         option(settings, "--ctx", "eval.ctx", ctx)
         option(settings, "--scaling", "scaling", scaling)
@@ -58,26 +71,43 @@ def evaluate(
         if output is not None:
             check_output(output, picture=True)
         runs_dir = Path(base.runs_dir).expanduser()
-        found = [runs.find_run(name, runs_dir) for name in named] or [runs.latest_finished(runs_dir)]
-        if not named:
+        found = [runs.find_run(name, runs_dir) for name in named]
+        if not named and not hf:
+            found = [runs.latest_finished(runs_dir)]
             say(f"evaluating the latest finished run, {found[0].name}")
+        for run in found:
+            if "checkpoint" in run.manifest():
+                raise ValueError(f"{run.name} is a checkpoint; evaluate it with --hf {run.manifest()['source']}")
         from ropelab import experiment
-        from ropelab.progress import Bar
+        from ropelab.experiment.finished import trained_config
+        from ropelab.progress import Bar, silent
 
-        questions = []
+        questions: list[Callable[..., Any]] = []
         for run in found:  # before any work: every run is usable and every scaling applies
             run.load_weights()
-            for scaled, text in questions_of(run.manifest()["config"], settings, base.eval.scalings):
+            for scaled, text in questions_of(config.to_dict(trained_config(run)), settings, base.eval.scalings):
                 experiment.resolve_ladder(run, base.eval, scaling=scaled)
-                questions.append((run, scaled, text))
+                questions.append(partial(experiment.evaluate, run, scaling=scaled, other_text=text))
+        folders = [run.path for run in found]
+        if hf:
+            from ropelab import huggingface
+
+            for name in hf:
+                source = huggingface.Checkpoint(name, base, text_of(config.to_dict(base)["data"], settings))
+                folders.append(source.results.parent)
+                for scaled in scalings_of(source.manifest["config"]["scaling"], settings, base.eval.scalings):
+                    source.check(base.eval, scaled)
+                    questions.append(partial(huggingface.evaluate, source, scaling=scaled))
         results = []
-        with Bar() as bar:
-            for run, scaled, text in questions:
-                done = experiment.evaluate(
-                    run, base.eval, scaling=scaled, other_text=text, device=base.device, cache_dir=base.cache_dir,
-                    progress=bar, notice=say,
+        with Bar() if ranks.is_first else nullcontext(silent) as bar:
+            for question in questions:
+                done = question(
+                    config=base.eval, device=base.device, cache_dir=base.cache_dir, progress=bar, notice=say,
+                    ranks=ranks,
                 )  # fmt: skip
                 results.append(done.result)
+        if not ranks.is_first:
+            return
         for result in results:
             if all(row.get("idle", False) for row in result["rows"]):
                 say(
@@ -95,74 +125,105 @@ def evaluate(
         if output is not None or not as_json:
             from ropelab import figures
 
-            path = output or found[0].path / "curves.png"
+            path = output or folders[0] / "curves.png"
             figures.save(figures.curves(results, title="Perplexity past the training length"), path)
             say(f"plot: {path}")
 
 
 def questions_of(trained: dict[str, Any], settings: list[str], scalings: tuple[str, ...]) -> list[tuple[Any, Any]]:
     """The (scaling, other text) pairs to evaluate one run under; None where the run's own holds."""
+    text = text_of(trained["data"], settings)
+    return [(method, text) for method in scalings_of(trained["scaling"], settings, scalings)]
+
+
+def scalings_of(own: dict[str, Any], settings: list[str], scalings: tuple[str, ...]) -> list[Any]:
+    """The scalings to evaluate under; None where the trained one, `own`, holds."""
     from ropelab import config
 
     mine = [item for item in settings if item.startswith(("scaling=", "scaling."))]
     if mine and scalings:
         raise ValueError("give either --scaling or eval.scalings, not both")
     if mine and not any(item.startswith("scaling=") for item in mine):
-        own = trained["scaling"]
         inherited = [f"scaling.{key}={value}" for key, value in own.items() if key != "name" and value is not None]
         given = {item.partition("=")[0] for item in mine}
         mine = [f"scaling={own['name']}", *(i for i in inherited if i.partition("=")[0] not in given), *mine]
     methods: list[Any] = [config.parse_scaling(item) for item in scalings]
-    methods = methods or [config.load(mine).scaling if mine else None]
+    return methods or [config.load(mine).scaling if mine else None]
+
+
+def text_of(own: dict[str, Any], settings: list[str]) -> Any:
+    """The text that the settings name, and what they leave open as in `own`; None where they name none."""
+    from ropelab import config
 
     texts = [item for item in settings if item.startswith(("data=", "data."))]
-    text = None
-    if texts:
-        if not any(item.startswith("data=") for item in texts):
-            own_text = trained["data"]
-            texts = [
-                f"data={own_text['name']}",
-                *(f"data.path={own_text['path']}" for _ in [0] if own_text["path"]),
-                *texts,
-            ]
-            if sum(item.startswith("data.path=") for item in texts) == 2:
-                texts.pop(1)
-        text = config.load(texts).data
-    return [(method, text) for method in methods]
+    if not texts:
+        return None
+    if not any(item.startswith("data=") for item in texts):
+        path = [f"data.path={own['path']}"] if own["path"] else []
+        if any(item.startswith("data.path=") for item in texts):
+            path = []
+        texts = [f"data={own['name']}", *path, *texts]
+    return config.load(texts).data
 
 
 @app.command("report")
 def make_report(
-    arguments: RunsAndOverrides = None,
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[RUN | SWEEP | KEY=VALUE]...", help="Runs, sweeps, and where they are."),
+    ] = None,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="Where it goes.")] = Path("report"),
 ) -> None:
-    """One self-contained page from the evaluations that runs hold already; without RUN, of all runs."""
+    """One self-contained page from the evaluations that runs hold already; without RUN or SWEEP, of all runs."""
     with reported():
-        from ropelab import config, runs
+        from ropelab import config, runs, sweeps
 
         named, settings = separate(list(arguments or []))
         runs_dir = Path(config.load(settings).runs_dir).expanduser()
-        found = [runs.find_run(name, runs_dir) for name in named] or runs.all_runs(runs_dir)
+        found = []
+        for name in named:
+            if sweeps.is_sweep(name, runs_dir):
+                found += sweeps.find_sweep(name, runs_dir).finished()
+            else:
+                found.append(runs.find_run(name, runs_dir))
+        if named and not found:
+            raise ValueError(f"no run of {', '.join(named)} is done; `ropelab status {named[0]}` says how they stand")
         check_output(output, picture=False)
-        from ropelab.experiment.stored import evaluations
+        where = f"in {runs_dir if not named else ', '.join(named)}"
+        print(write_report(found or runs.all_runs(runs_dir), output, where, leave_out=not named))
 
-        evals = [item for run in found for item in evaluations(run)]
-        if not evals:
-            raise ValueError(
-                f"no evaluation in {runs_dir if not named else ', '.join(named)}; run `ropelab eval` first"
-            )
-        from ropelab import report
-        from ropelab.experiment.diagnosing import diagnosis
 
-        manifest = found[0].manifest()
-        page = report.write_report(
-            output, evals=evals, verdicts=[], title="Perplexity past the training length",
-            notes=["Made by `ropelab report`."],
-            manifest={
-                "runs": [run.name for run in found],
-                "environment": manifest["environment"],
-                "device": manifest["device"],
-            },
-            diagnoses=[diagnosis(run.manifest(), evals) for run in found],
-        )  # fmt: skip
-        print(page)
+def write_report(found: list[RunDir], output: Path, where: str, *, leave_out: bool = False) -> Path:
+    """The page of these runs' evaluations. `ValueError` when they have none.
+
+    `leave_out`: a run that cannot be read is said and left out, instead of a `RunError`.
+    """
+    from ropelab import runs
+    from ropelab.experiment.stored import evaluations
+
+    shown, evals, notes = [], [], ["Made by `ropelab report`."]
+    for run in found:
+        try:
+            if own := evaluations(run):
+                shown.append(run.manifest())
+                evals += own
+        except runs.RunError as error:
+            if not leave_out:
+                raise
+            notes.append(f"Left out: {error}.")  # one broken run must not hide the others
+            say(one_line(f"left out: {error}"))
+    if not evals:
+        raise ValueError(f"no evaluation {where}; run `ropelab eval` first")
+    from ropelab import report
+    from ropelab.experiment.diagnosing import diagnosis
+
+    page: Path = report.write_report(
+        output, evals=evals, verdicts=[], title="Perplexity past the training length", notes=notes,
+        manifest={
+            "runs": [manifest["run"] for manifest in shown],
+            "environment": shown[0].get("environment", {}),
+            "device": shown[0].get("device"),
+        },
+        diagnoses=[diagnosis(manifest, evals) for manifest in shown],
+    )  # fmt: skip
+    return page

@@ -7,7 +7,18 @@ from typing import Annotated, Any
 
 import typer
 
-from ropelab.cli.options import Json, Overrides, RunsAndOverrides, app, print_json, print_tree, reported, say, separate
+from ropelab.cli.options import (
+    Json,
+    Overrides,
+    RunsAndOverrides,
+    app,
+    plain,
+    print_json,
+    print_tree,
+    reported,
+    say,
+    separate,
+)
 
 
 @app.command("runs")
@@ -48,17 +59,17 @@ def list_runs(
         for row in rows:
             loss = "" if row["val_nll"] is None else f"val {row['val_nll']:.4f}"
             length = f"L={row['train_ctx'] or '?'}"
-            print(f"{row['run']:<44} {row['status']:<12} {length:<8} {loss}  {row['error'] or ''}".rstrip())
+            print(plain(f"{row['run']:<44} {row['status']:<12} {length:<8} {loss}  {row['error'] or ''}".rstrip()))
 
 
 def _remove(found: list[Any], *, yes: bool) -> None:
-    import shutil
+    from ropelab import files
 
     for run in found:
         if not yes and not typer.confirm(f"Remove {run.path} and its checkpoints and results?", err=True):
             continue
         with run.locked():
-            shutil.rmtree(run.path)
+            files.discard(run.path)
         say(f"removed {run.name}")
 
 

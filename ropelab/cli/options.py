@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
+
+from ropelab.ranks import Elsewhere, launched
 
 app = typer.Typer(
     name="ropelab",
@@ -41,40 +44,69 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and no
 
 
 @contextlib.contextmanager
-def reported() -> Iterator[None]:
-    """The user's mistakes in one line and exit 2; failed runs exit 1; our own bugs keep their traceback."""
+def reported(*, over_ranks: bool = False) -> Iterator[None]:
+    """The user's mistakes in one line and exit 2; failed runs exit 1; our own bugs keep their traceback.
+
+    over_ranks: does the command know what to do where torchrun or Slurm started several processes of it?
+    """
     try:
+        if not over_ranks and (launch := launched()) is not None:
+            if launch.rank:
+                raise typer.Exit(2)
+            raise ValueError(
+                f"{launch.world} processes of this command were started, which is made for one; only train and eval "
+                "share their work: leave out torchrun, or use srun -n1"
+            )
         yield
         sys.stdout.flush()
     except ValueError as error:
-        fail(2, str(error))
+        fail(status_of(error), str(error))
     except BrokenPipeError:  # whoever read it has seen enough, as in `ropelab show | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at the end must not fail again
         raise typer.Exit(128 + signal.SIGPIPE) from None
     except OSError as error:
-        fail(1, str(error))
-    except KeyboardInterrupt:
-        fail(130, "interrupted")
+        fail(status_of(error), str(error))
+    except KeyboardInterrupt as error:
+        fail(status_of(error), "interrupted")
+    except Elsewhere as error:  # the rank that failed has said why
+        raise typer.Exit(error.status) from None
     except Exception as error:
-        kind = type(error).__name__
-        if kind == "Interrupted":
-            signum = error.signum  # type: ignore[attr-defined]
-            fail(130 if signum == signal.SIGINT else 143, str(error))
-        if kind == "NonFiniteLossError":
-            fail(1, str(error))
+        if type(error).__name__ in ("Interrupted", "NonFiniteLossError"):
+            fail(status_of(error), str(error))
+        if str(error) == "Could not determine home directory.":  # of a path such as ~nobody/runs
+            fail(2, "a path begins with ~ and the name of no user of this machine; write it in full")
         raise
 
 
+def status_of(error: BaseException) -> int:
+    """The exit status that an exception leads to: 2 the user's mistake, 128 + signal, else 1."""
+    if isinstance(error, ValueError) or (isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG):
+        return 2
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    signum: int | None = getattr(error, "signum", None)
+    return 1 if signum is None else 128 + signum
+
+
 def fail(status: int, message: str) -> NoReturn:
-    say(one_line(message))
+    typer.echo(one_line(message), err=True)
     raise typer.Exit(status)
 
 
 def one_line(message: str) -> str:
-    return f"ropelab: {' '.join(message.split())}"
+    return f"ropelab: {plain(' '.join(message.split()))}"
+
+
+def plain(text: str) -> str:
+    """Text without control characters: a name in a stranger's run must not steer the terminal."""
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
 
 
 def say(message: str) -> None:
+    """A line on stderr: of several processes that share a command, the first one's."""
+    with contextlib.suppress(ValueError):
+        if (launch := launched()) is not None and launch.rank:
+            return
     typer.echo(message, err=True)
 
 
@@ -112,7 +144,9 @@ def print_json(data: Any) -> None:
 
 def separate(arguments: list[str]) -> tuple[list[str], list[str]]:
     """(runs, overrides): a path that exists is a run even when its name holds '='."""
-    named = [item for item in arguments if "=" not in item or (Path(item) / "manifest.json").exists()]
+    from ropelab.runs import is_run
+
+    named = [item for item in arguments if "=" not in item or is_run(Path(item))]
     return named, [item for item in arguments if item not in named]
 
 

@@ -176,9 +176,11 @@ def _show_run(
             raise ValueError(f"a run has its own configuration: show RUN takes {', '.join(RUN_KEYS)}, not {item}")
     base = config.load([item for item in settings if not item.startswith("scaling")])
     run = runs.find_run(name, Path(base.runs_dir).expanduser())
-    manifest = run.manifest()
-    trained = config.from_dict(manifest.get("config", {}))
-    ((scaling, _),) = questions_of(manifest["config"], settings, ())
+    manifest = run.whole_manifest()
+    from ropelab.experiment.finished import trained_config
+
+    trained = trained_config(run)
+    ((scaling, _),) = questions_of(config.to_dict(trained), settings, ())
     from ropelab.experiment.diagnosing import diagnosis, trained_encoding
     from ropelab.experiment.stored import evaluations
 

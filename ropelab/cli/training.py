@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ropelab.cli.options import Ctx, Factor, Json, Overrides, Pos, Scaling, app, option, print_json, reported, say
+from ropelab.cli.options import (
+    Ctx,
+    Factor,
+    Json,
+    Overrides,
+    Pos,
+    Scaling,
+    app,
+    option,
+    print_json,
+    reported,
+    say,
+    status_of,
+)
+from ropelab.ranks import joined
+
+if TYPE_CHECKING:
+    from ropelab.schema import Config
 
 
 @app.command()
@@ -28,9 +46,7 @@ def train(
     With --from RUN a finished run is fine-tuned into a run of its own. All settings are the parent's but for those
     given: --scaling yarn scaling.factor=4 train.ctx=2048 train.steps=100 extends its context.
     """
-    with reported():
-        from ropelab import config
-
+    with reported(over_ranks=True), joined(status_of) as ranks:
         settings = list(overrides or [])
         if ctx:
             raise ValueError(f"train takes no --ctx; use train.ctx={ctx[0]}")
@@ -38,20 +54,14 @@ def train(
         option(settings, "--scaling", "scaling", scaling)
         option(settings, "--factor", "scaling.factor", factor)
         option(settings, "--from", "parent", parent)
-        inherited = None
-        if any(item.startswith("parent=") for item in settings):
-            from ropelab import runs
-
-            folders = config.load([item for item in settings if item.startswith(("runs_dir=", "parent="))])
-            if folders.parent is not None:
-                found = runs.find_run(folders.parent, Path(folders.runs_dir).expanduser())
-                inherited = found.manifest().get("config", {})
-        resolved = config.load(settings, parent=inherited)
+        resolved = composed(settings)
         from ropelab import experiment
-        from ropelab.progress import Bar
+        from ropelab.progress import Bar, silent
 
-        with Bar() as bar:
-            result = experiment.train(resolved, progress=bar)
+        with Bar() if ranks.is_first else contextlib.nullcontext(silent) as bar:
+            result = experiment.train(resolved, progress=bar, ranks=ranks)
+        if not ranks.is_first:
+            return
         if as_json:
             print_json(result)
             return
@@ -63,3 +73,18 @@ def train(
             f"{result['tokens_per_s']:,.0f} tokens/s on {result['device']} in {result['dtype']}"
         )
         print(result["run_dir"])
+
+
+def composed(settings: list[str]) -> Config:
+    """The configuration of a training; what is not given is that of the run it starts from, where it names one."""
+    from ropelab import config
+
+    inherited = None
+    if any(item.startswith("parent=") for item in settings):
+        from ropelab import runs
+
+        folders = config.load([item for item in settings if item.startswith(("runs_dir=", "parent="))])
+        if folders.parent is not None:
+            found = runs.find_run(folders.parent, Path(folders.runs_dir).expanduser())
+            inherited = found.manifest().get("config", {})
+    return config.load(settings, parent=inherited)

@@ -3,6 +3,7 @@
 from ropelab.data.batches import Batches
 from ropelab.data.corpora import CorpusInfo, describe
 from ropelab.data.documents import Progress
+from ropelab.data.fast import from_json, keeps_bytes, to_json
 from ropelab.data.overlap import Shingles
 from ropelab.data.prepare import check_overlap, prepare
 from ropelab.data.tokenizers import Bpe, Bytes, Tokenizer, load_tokenizer
@@ -20,6 +21,9 @@ __all__ = [
     "Tokenizer",
     "check_overlap",
     "describe",
+    "from_json",
+    "keeps_bytes",
     "load_tokenizer",
     "prepare",
+    "to_json",
 ]

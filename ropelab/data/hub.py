@@ -56,6 +56,8 @@ def load_hub(path: str, subset: str | None) -> Any:
     from huggingface_hub.utils import logging as hub_logging
 
     datasets.disable_progress_bars()
+    # versions before 4 would ask on a terminal whether a dataset's own Python may run: it may not
+    datasets.config.HF_DATASETS_TRUST_REMOTE_CODE = False
     # each retry would be a warning; what it comes to is said once
     hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     try:

@@ -66,7 +66,7 @@ def _facts(source: Source, config: DataConfig, cache_dir: Path, texts: Callable[
         return Facts(**stored)
     except TypeError:  # there is none, or it is damaged
         facts = _read_facts(texts())
-        files.write_json(path, vars(facts))
+        files.write_sealed(path, vars(facts))
         return facts
 
 

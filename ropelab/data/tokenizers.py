@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ropelab.data.documents import Progress
-from ropelab.files import digest_of, write_json
+from ropelab.files import digest_of, load_json, write_sealed
 
 if TYPE_CHECKING:
     import tokenizers
@@ -80,7 +80,7 @@ class Tokenizer(ABC):
 
     def save(self, path: Path) -> None:
         """Write the definition to one JSON file, for `load_tokenizer`."""
-        write_json(Path(path), self.definition())
+        write_sealed(Path(path), self.definition())
 
 
 class Bytes(Tokenizer):
@@ -113,8 +113,8 @@ class Bpe(Tokenizer):
         self.n_vocab = len(vocabulary) + 1
         self._vocabulary = list(vocabulary)
         self._merges = [(left, right) for left, right in merges]
-        alphabet = _alphabet()
-        self._bytes = [bytes(alphabet[letter] for letter in token) for token in vocabulary]
+        letters = alphabet()
+        self._bytes = [bytes(letters[letter] for letter in token) for token in vocabulary]
         self.byte_lengths = np.array([len(token) for token in self._bytes], np.int64)
 
     def definition(self) -> dict[str, Any]:
@@ -149,7 +149,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, progress: Progress | None =
 
     encoder = Encoder(BPE())
     encoder.pre_tokenizer = _pieces()
-    trainer = BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=sorted(_alphabet()), show_progress=False)
+    trainer = BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=sorted(alphabet()), show_progress=False)
     if progress:
         progress("training the tokeniser", 0, 1)
     encoder.train_from_iterator((part for text in texts for part in _cut_at_line_ends(text)), trainer)
@@ -202,13 +202,17 @@ def _read(path: Path | None) -> str:
 def load_tokenizer(path: Path) -> Tokenizer:
     """Read what `Tokenizer.save` wrote. ValueError: the file is no tokeniser."""
     try:
-        value = json.loads(Path(path).read_bytes())
+        value = load_json(Path(path))
         if value["name"] == Bytes.name:
             return Bytes()
+        if value["name"] == "fast":
+            from ropelab.data.fast import Fast
+
+            return Fast(value["source"], value["rows"])
         return Bpe(value["name"], value["vocabulary"], [_pair(pair) for pair in value["merges"]])
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist: the run's tokeniser is missing") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no tokeniser ({error!r}): it is damaged or another file") from None
 
 
@@ -219,7 +223,7 @@ def _pieces() -> Any:
     return ByteLevel(add_prefix_space=False, use_regex=True)
 
 
-def _alphabet() -> dict[str, int]:
+def alphabet() -> dict[str, int]:
     """GPT-2's character for each byte: itself where it is printable Latin-1, else one from U+0100 on, in order."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]

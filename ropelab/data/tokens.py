@@ -20,6 +20,7 @@ from ropelab.data.tokenizers import Tokenizer, Tokens
 
 FORMAT = 1  # of the folders; another number is rebuilt
 BATCH = 2**23  # bytes of text tokenised at a time
+ALWAYS_READ = 2**25  # bytes up to which a file is compared with its sha256 whenever it is opened: 20 ms
 
 _log = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ def load_or_build(
         if folder.exists():
             try:
                 return _load(folder, tokenizer)
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
                 _log.warning("the token cache %s is damaged (%s): it is built again", folder, error)
                 files.discard(folder)
         with files.new_folder(folder) as temporary:
@@ -117,7 +118,7 @@ def _build(folder: Path, tokenizer: Tokenizer, texts: Texts, progress: Progress 
     index["shingles"] = _write(folder / "shingles.bin", [texts.shingles.hashes.astype("<u8")]) | {
         "modulus": texts.shingles.modulus
     }
-    files.write_json(folder / "index.json", index)
+    files.write_sealed(folder / "index.json", index)
     if progress:
         progress("tokenising", total, total)
 
@@ -171,16 +172,20 @@ def _load(folder: Path, tokenizer: Tokenizer) -> tuple[dict[str, Split], Shingle
 def _map(path: Path, dtype: np.dtype[Any], facts: dict[str, Any]) -> NDArray[Any]:
     """Memory-map a file; ValueError when it is not the one that was written.
 
-    A file whose size and time are those it was written with is taken as it is, so that a large cache opens at once;
-    one that was touched since (or copied) is read and compared with its sha256.
+    A large file whose size and time are those it was written with is taken as it is, so that a large cache opens at
+    once. One that was touched since (or copied), and any of up to `ALWAYS_READ` bytes, is compared with its sha256.
     """
+    if not path.is_file():
+        raise ValueError(f"{path.name} is missing")
     state = path.stat()
     if state.st_size != facts["size"]:
         raise ValueError(f"{path.name} has {state.st_size} bytes instead of {facts['size']}")
-    if state.st_mtime_ns != facts["mtime_ns"]:
+    touched = state.st_mtime_ns != facts["mtime_ns"]
+    if touched or state.st_size <= ALWAYS_READ:
         with path.open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != facts["sha256"]:
                 raise ValueError(f"{path.name} was altered")
+    if touched:
         try:
             os.utime(path, ns=(state.st_atime_ns, facts["mtime_ns"]))
         except OSError:

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ropelab import config as configs
-from ropelab import data
 from ropelab.experiment.devices import resolve_device
 from ropelab.experiment.evaluate import evaluation_split
+from ropelab.experiment.finished import run_tokenizer, trained_config
 from ropelab.experiment.models import encoding_of, load_model, set_encoding
 from ropelab.model import GPT
 from ropelab.progress import Progress, silent
@@ -80,11 +79,11 @@ def attention(
     target = resolve_device(device)
     weights = run.load_weights()
     manifest = run.manifest()
-    trained = configs.from_dict(manifest["config"])
+    trained = trained_config(run)
     encoding = encoding_of(trained, scaling, manifest["original_ctx"])
     with torch.no_grad():
         encoding(torch.arange(1), ctx=ctx)  # before any text is read
-    tokenizer = data.load_tokenizer(run.tokenizer_path)
+    tokenizer = run_tokenizer(run)
     *_, split, _, text = evaluation_split(manifest, trained, None, "test", tokenizer, cache_dir, progress)
     lengths = [len(split.document(i)) for i in range(len(split))]
     chosen = [i for i, length in enumerate(lengths) if length >= ctx][:DOCUMENTS]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -93,12 +94,14 @@ class Scores:
         self._saved = time.monotonic()
         self._known: dict[tuple[str, Candidate], float] = {}
         stored = files.read_json(path)
+        if stored is None and path.exists():
+            print(f"ropelab: {path} is truncated or altered: its candidates are scored again", file=sys.stderr)
         try:
             for kind, entries in (stored or {}).items():
                 for factors, start_tokens, attention_factor, nll in entries:
                     candidate = Candidate(tuple(factors), start_tokens, attention_factor)
                     self._known[kind, candidate] = math.inf if nll is None else nll
-        except (TypeError, ValueError, AttributeError):  # not what was written: it is scored again
+        except (TypeError, ValueError, AttributeError, KeyError):  # not what was written: it is scored again
             self._known = {}
 
     def __call__(self, kind: str, candidate: Candidate, fitness: Callable[[Candidate], float]) -> float:
@@ -114,7 +117,7 @@ class Scores:
         tree: dict[str, list[Any]] = {}
         for (kind, candidate), nll in self._known.items():
             tree.setdefault(kind, []).append([list(candidate.factors), *candidate[1:], finite(nll)])
-        files.write_json(self.path, tree)
+        files.write_sealed(self.path, tree)
         self._saved = time.monotonic()
 
 

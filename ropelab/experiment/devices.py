@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 import ropelab
+from ropelab.ranks import Ranks
 
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
@@ -32,6 +34,23 @@ def resolve_device(name: str) -> torch.device:
     if kind != "cuda" and ":" in name:
         raise ValueError(f"device={name}: {kind} takes no number; use device={kind}")
     return torch.device(name)
+
+
+def device_of_rank(name: str, ranks: Ranks) -> torch.device:
+    """`resolve_device`, with several ranks a device for each: cuda:LOCAL_RANK, or the CPU for all. `ValueError`."""
+    if ranks.world == 1:
+        return resolve_device(name)
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device={name} is one device for {ranks.world} ranks; use device=cuda or device=cpu")
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    resolve_device("cuda")
+    count = torch.cuda.device_count()
+    if ranks.local_rank >= count > 1 or (count == 1 < ranks.local_world and "SLURM_PROCID" not in os.environ):
+        raise ValueError(
+            f"{ranks.local_world} ranks on a machine with {count} CUDA devices; start one for each, or use device=cpu"
+        )
+    return torch.device("cuda", ranks.local_rank if count > 1 else 0)  # Slurm may show each task its own device alone
 
 
 def device_name(device: torch.device) -> str:
@@ -64,3 +83,17 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),
     }
+
+
+def side_by_side(name: str) -> dict[str, Any]:
+    """How several runs on `device=name` share this machine: {"gpus": CUDA devices, one run on each; "jobs": at once}.
+
+    jobs is 1 where the device is one that cannot be shared: a CUDA device by its number, or MPS. None: as many as fit.
+    """
+    if resolve_device(name).type == "cpu":
+        return {"gpus": [], "jobs": None}
+    if name not in ("auto", "cuda") or not torch.cuda.is_available():
+        return {"gpus": [], "jobs": 1}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    found = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
+    return {"gpus": found, "jobs": None}

@@ -9,6 +9,7 @@ from typing import Any
 from ropelab import config as configs
 from ropelab import diagnose
 from ropelab.diagnose import At, Trained
+from ropelab.experiment.finished import trained_config
 from ropelab.experiment.models import encoding_of
 from ropelab.positions import PositionEncoding, Rope, resolve_factor
 from ropelab.runs import RunDir, recipe
@@ -22,7 +23,7 @@ def trained_encoding(run: RunDir, scaling: Method, *, longest: int) -> tuple[Met
     """
     manifest = run.manifest()
     method = resolve_factor(scaling, longest=longest, original_ctx=manifest["original_ctx"])
-    encoding = encoding_of(configs.from_dict(manifest["config"]), method, manifest["original_ctx"])
+    encoding = encoding_of(trained_config(run), method, manifest["original_ctx"])
     if next(encoding.parameters(), None) is None:
         return method, encoding
     if manifest["status"] != "done":

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import math
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,16 +17,27 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ropelab import config as configs
 from ropelab import data, files, runs, stats
-from ropelab.evaluation import ladder, lay_out, position_curve, score, target_documents, target_tokens
-from ropelab.experiment.devices import DTYPE_NAMES, device_name, resolve_device
-from ropelab.experiment.memory import plan
+from ropelab.evaluation import (
+    Scorer,
+    Windows,
+    ladder,
+    lay_out,
+    position_curve,
+    score,
+    target_documents,
+    target_tokens,
+)
+from ropelab.experiment.devices import DTYPE_NAMES, device_name, device_of_rank
+from ropelab.experiment.finished import run_tokenizer, trained_config
+from ropelab.experiment.memory import GB, Plan, free_bytes, plan
 from ropelab.experiment.models import check_applied, encoding_of, load_model, set_encoding, spectrum_digest
-from ropelab.experiment.stored import labels
+from ropelab.experiment.stored import intact_evaluation, labels, write_evaluation
+from ropelab.experiment.subject import At, Loaded, Subject, Text
 from ropelab.model import GPT
 from ropelab.positions import PositionEncoding, resolve_factor
 from ropelab.progress import Progress, silent
+from ropelab.ranks import ALONE, Ranks
 from ropelab.runs import RunDir, RunError
 from ropelab.schema import Config, ContextLengthError, DataConfig, EvalConfig, Method
 from ropelab.training import matmul_precision, resolve_dtype
@@ -47,31 +61,32 @@ class Evaluated:
 
 
 class Ladder(NamedTuple):
-    """What an evaluation of a run comes to, known before any text is read."""
+    """What an evaluation comes to, known before any text is read."""
 
-    trained: Config
-    original_ctx: int
     scaling: Method  # its factor as it was given
     methods: dict[int, Method]  # the scaling with its factor as a number, by ctx, shortest first
     encodings: dict[int, PositionEncoding]
 
 
 def resolve_ladder(run: RunDir, config: EvalConfig, *, scaling: Method | None) -> Ladder:
+    """`ladder_of` a finished run."""
+    return ladder_of(trained_config(run), run.finished_manifest()["original_ctx"], config, scaling=scaling)
+
+
+def ladder_of(trained: Config, original_ctx: int, config: EvalConfig, *, scaling: Method | None) -> Ladder:
     """The contexts of an evaluation, and scaling and encoding at each; None keeps the trained scaling.
 
-    `ValueError` for lengths that are none, and for a scaling that the run's encoding cannot have.
+    `ValueError` for lengths that are none, and for a scaling that the trained encoding cannot have.
     """
-    trained = configs.from_dict(run.manifest()["config"])
     scaling = trained.scaling if scaling is None else scaling
     contexts = ladder(config.ctx, trained.train.ctx)
-    original_ctx = run.manifest()["original_ctx"]
     per_row = scaling.parameters.get("factor") == "auto-row"
     methods = {
         ctx: resolve_factor(scaling, longest=ctx if per_row else max(contexts), original_ctx=original_ctx)
         for ctx in contexts
     }
     encodings = {ctx: encoding_of(trained, method, original_ctx) for ctx, method in methods.items()}
-    return Ladder(trained, original_ctx, scaling, methods, encodings)
+    return Ladder(scaling, methods, encodings)
 
 
 def evaluate(
@@ -85,28 +100,100 @@ def evaluate(
     progress: Progress = silent,
     folder: Path | None = None,
     notice: Callable[[str], None] = lambda line: None,
+    ranks: Ranks = ALONE,
 ) -> Evaluated:
     """Perplexity of a finished run over a ladder of contexts, under one protocol and one scaling.
 
     `scaling` replaces the trained one (`none` removes it; None keeps it); `other_text` is scored instead of the run's
     own test split, with the run's tokeniser. An evaluation that the run folder holds already is read, not repeated;
     `folder` is another place for it than the run's results, for one that is a step of something else. `notice` is told
-    what it will take, before it starts.
+    what it will take, before it starts. With `ranks` all of them call it and share the windows; the first writes.
     `ValueError` for what cannot be evaluated; a length at which the encoding is undefined is a row that says so.
     """
-    target = resolve_device(device)
-    weights = run.load_weights()
-    manifest = run.manifest()
+    # until its numbers are kept, the run is neither removed nor trained again
+    with run.in_use() if ranks.is_first else contextlib.nullcontext():
+        return evaluate_subject(
+            TrainedRun(run), config, scaling=scaling, other_text=other_text, device=device, cache_dir=cache_dir,
+            progress=progress, folder=folder, notice=notice, ranks=ranks,
+        )  # fmt: skip
+
+
+class TrainedRun(Subject):
+    """A finished run of ours. `RunError` where it is not finished, or its weights are damaged."""
+
+    def __init__(self, run: RunDir) -> None:
+        self._run = run
+        self._weights = run.load_weights()
+        self.name, self.results = run.name, run.results
+        self.manifest = run.finished_manifest()
+        self.trained = trained_config(run)
+        self.original_ctx = self.manifest["original_ctx"]
+        self.tokenizer = run_tokenizer(run)
+
+    def text(self, other: DataConfig | None, which: str, cache_dir: str, progress: Progress) -> Text:
+        own, split, digest, name = evaluation_split(
+            self.manifest, self.trained, other, which, self.tokenizer, cache_dir, progress
+        )
+        return Text(split, digest, name, own.train)
+
+    def plan(
+        self,
+        encodings: Mapping[int, PositionEncoding],
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        limit_gb: float | None,
+    ) -> Plan:
+        return plan(self.trained.model, self.tokenizer.n_vocab, encodings, device, limit_gb=limit_gb)
+
+    def load(self, device: torch.device, dtype: torch.dtype, *, window: int | None, kept: bool) -> Loaded:
+        precision = matmul_precision(device, self.trained.model.d_model)
+        return _LoadedRun(
+            load_model(self._run, self._weights, device=device), self.original_ctx, window, dtype, precision
+        )
+
+
+class _LoadedRun(Loaded):
+    def __init__(self, model: GPT, original_ctx: int, window: int | None, dtype: torch.dtype, precision: str) -> None:
+        self._model, self._plain, self._original_ctx = model, model.encoding, original_ctx
+        self._scorer = scorer_of(model, window=window, dtype=dtype)
+        self.precision = precision
+
+    def at(self, ctx: int, method: Method, encoding: PositionEncoding) -> At:
+        set_encoding(self._model, encoding)
+        spectrum = spectrum_digest(encoding, ctx)
+        idle = check_applied(method, self._plain, self._original_ctx, ctx, spectrum)
+        return At(spectrum, idle, encoding.length_dependent, self._scorer)
+
+
+def evaluate_subject(
+    subject: Subject,
+    config: EvalConfig,
+    *,
+    scaling: Method | None = None,
+    other_text: DataConfig | None = None,
+    device: str = "auto",
+    cache_dir: str,
+    progress: Progress = silent,
+    folder: Path | None = None,
+    notice: Callable[[str], None] = lambda line: None,
+    ranks: Ranks = ALONE,
+) -> Evaluated:
+    """`evaluate`, of whatever can be evaluated."""
+    target = device_of_rank(device, ranks)
+    progress = progress if ranks.is_first else silent
+    manifest, trained, tokenizer = subject.manifest, subject.trained, subject.tokenizer
     kept = scaling is None
-    trained, original_ctx, scaling, methods, encodings = resolve_ladder(run, config, scaling=scaling)
+    scaling, methods, encodings = ladder_of(trained, subject.original_ctx, config, scaling=scaling)
     contexts = tuple(methods)
     per_row = scaling.parameters.get("factor") == "auto-row"
-    tokenizer = data.load_tokenizer(run.tokenizer_path)
-    own, split, corpus_digest, corpus_name = evaluation_split(
-        manifest, trained, other_text, config.split, tokenizer, cache_dir, progress
-    )
+    with ranks.first_then_others():
+        text = subject.text(other_text, config.split, cache_dir, progress)
+    split, corpus_digest, corpus_name = text.split, text.digest, text.name
     if config.baseline is not None and (scaling.name != "none" or config.window is not None):
         raise ValueError("eval.baseline=unigram knows no positions: leave out --scaling and eval.window")
+    if config.baseline is not None and text.training is None:
+        raise ValueError("eval.baseline=unigram counts a run's training text; that of a checkpoint is not known")
     lengths = [len(split.document(i)) for i in range(len(split))]
     layout = lay_out(lengths, contexts, config)
     documents = [split.document(i) for i in layout.documents]
@@ -122,27 +209,41 @@ def evaluate(
         **({} if config.baseline is None else {"baseline": config.baseline}),
     }
     name = files.digest_of(question)[:16]
-    kept_in = folder or run.results
+    kept_in = folder or subject.results
     result_path, losses_path = kept_in / f"{name}.json", kept_in / f"{name}.safetensors"
     described = {"scaling_parameters": dict(scaling.parameters), **labels(manifest, scaling)}
-    stored = files.read_json(result_path)
-    if stored is not None and losses_path.exists():
-        if "recipe" not in stored:  # made by an earlier version; the file's name says that they are these
+
+    def kept_already() -> dict[str, Any] | None:
+        try:
+            return intact_evaluation(result_path, losses_path)
+        except RunError as error:
+            print(f"ropelab: {str(error).partition('; ')[0]}; it is evaluated again", file=sys.stderr)
+            return None
+
+    stored = ranks.told(kept_already)
+    if stored is not None:
+        # made by an earlier version; the file's name says that they are these
+        if "recipe" not in stored and ranks.is_first:
             stored = {**stored, **described}
-            files.write_json(result_path, stored)
+            write_evaluation(result_path, stored, losses_path)
         return Evaluated(stored, losses_path)
 
     passes = None
     if config.baseline is None:
-        passes = plan(trained.model, tokenizer.n_vocab, encodings, target, limit_gb=config.memory_gb)
-    _make_results_folder(run, kept_in)
-    if passes is not None:
-        notice(str(passes))
-    model = load_model(run, weights, device=target)
-    precision = matmul_precision(target, trained.model.d_model)
-    torch.set_float32_matmul_precision(precision)
-    plain = model.encoding
-    baseline = None if config.baseline is None else unigram_nll(own.train.tokens, tokenizer.n_vocab)  # (V,)
+        passes = subject.plan(encodings, target, dtype, limit_gb=_limit_gb(config.memory_gb, target, ranks))
+    if ranks.is_first:
+        subject.keep()
+        _make_results_folder(kept_in)
+        if passes is not None:
+            notice(str(passes))
+    model = subject.load(target, dtype, window=config.window, kept=kept)
+    ranks.check_alike("text or scaling", name)
+    ranks.connect(target)
+    torch.set_float32_matmul_precision(model.precision)
+    baseline = None  # (V,)
+    if config.baseline is not None:
+        assert text.training is not None
+        baseline = unigram_nll(text.training.tokens, tokenizer.n_vocab)
     digests = [split.digests[i] for i in layout.documents]
     authors = [split.authors[i] for i in layout.documents]
     # the same text in other tokens is other targets: perplexities per token of two tokenisers are not comparable
@@ -156,42 +257,40 @@ def evaluate(
     def advance(tokens: int) -> None:
         nonlocal done
         done += tokens
-        progress("evaluate", done, total, run=run.name)
+        progress("evaluate", done, total, run=subject.name)
 
     shared: NDArray[np.float32] | None = None
     for ctx in reversed(contexts):
         factor = methods[ctx].parameters.get("factor")
         windows = layout.windows(ctx)
-        set_encoding(model, encodings[ctx])
         try:
-            spectrum = spectrum_digest(model.encoding, ctx)
+            here = model.at(ctx, methods[ctx], encodings[ctx])
         except ContextLengthError as error:
             rows.append(_undefined(ctx, factor, str(error)))
             continue
-        idle = check_applied(methods[ctx], plain, original_ctx, ctx, spectrum)
         tokens = target_tokens(windows, documents)
         if baseline is not None:
             losses = baseline[tokens]
-        elif layout.protocol == "prefix" and shared is not None and not model.encoding.length_dependent and not per_row:
+        elif layout.protocol == "prefix" and shared is not None and not here.length_dependent and not per_row:
             # scores at a position do not depend on what follows, so the longest pass holds every shorter one
             losses = shared.reshape(len(windows.start), -1)[:, :ctx].reshape(-1)
             advance(len(windows.start) * ctx)
         else:
             assert passes is not None
-            scorer = scorer_of(model, window=config.window, dtype=dtype)
-            losses = score(windows, documents, scorer, rows=passes.windows[ctx], progress=advance)
+            losses = _score(windows, documents, here.scorer, passes.windows[ctx], advance, ranks)
             shared = losses if shared is None else shared
         owner = target_documents(windows)
+        n_bytes = int(tokenizer.byte_lengths[tokens].sum()) if text.bytes_known else None
         rows.append(
             {
                 "ctx": ctx,
                 "factor": factor,
-                "idle": idle,
-                **_figures(losses, tokenizer.byte_lengths[tokens], owner, authors, max(contexts)),
+                "idle": here.idle,
+                **_figures(losses, n_bytes, owner, authors, max(contexts)),
                 "documents": len(documents),
                 "context_min": ctx - windows.scored + 1,
                 "context_mean": ctx - (windows.scored - 1) / 2,
-                "spectrum_digest": spectrum[:16],
+                "spectrum_digest": here.spectrum[:16],
                 "targets_digest": layout.targets_digest(texts, ctx)[:16],
             }
         )
@@ -207,7 +306,7 @@ def evaluate(
             if at_train is not None and row["status"] == "ok":
                 row["context_gain"] = at_train["nll"] - row["nll"]
     result = {
-        "run": run.name,
+        "run": subject.name,
         "pos": config.baseline or trained.pos.name,
         "baseline": config.baseline,
         "scaling": scaling.name,
@@ -219,8 +318,9 @@ def evaluate(
         "data": corpus_name,
         "window": config.window,
         "device": device_name(target),
-        "matmul_precision": precision,
+        "matmul_precision": model.precision,
         "memory_planned_mb": None if passes is None else round(passes.needed / 10**6),
+        **subject.facts,
         "protocol": {
             "name": layout.protocol,
             "stride": config.stride if layout.protocol == "sliding" else None,
@@ -245,15 +345,54 @@ def evaluate(
         "rows": rows,
         "position_curve": curve,
     }
-    if tensors:
+    if tensors and ranks.is_first:
         from safetensors.torch import save
 
         files.write(losses_path, save({key: value.contiguous() for key, value in tensors.items()}))
-        files.write_json(result_path, result)
+        write_evaluation(result_path, result, losses_path)
     return Evaluated(result, losses_path)
 
 
-def _make_results_folder(run: RunDir, folder: Path) -> None:
+def _limit_gb(asked: float | None, device: torch.device, ranks: Ranks) -> float | None:
+    """The memory of one rank: those of a machine without a GPU share what is free."""
+    free = free_bytes(device) if ranks.local_world > 1 and device.type == "cpu" else None
+    shared = [] if free is None else [free / GB / ranks.local_world]
+    return min([*shared, *([] if asked is None else [asked])], default=None)
+
+
+def _score(
+    windows: Windows,
+    documents: Sequence[NDArray[np.unsignedinteger]],
+    scorer: Scorer,
+    rows: int,
+    progress: Callable[[int], None],
+    ranks: Ranks,
+) -> NDArray[np.float32]:
+    """`score`, its passes shared out; all ranks get all losses, (N x scored,).
+
+    Each rank makes some of the passes that one process would make, in a row: the same numbers. Where there are fewer
+    passes than ranks they are made smaller.
+    """
+    count = len(windows.start)
+    if ranks.world == 1:
+        return score(windows, documents, scorer, rows=rows, progress=progress)
+    rows = ranks.told(lambda: min(rows, math.ceil(count / ranks.world)))  # the first rank's: they may have other memory
+    passes = math.ceil(count / rows)
+    bounds = [min(count, passes * rank // ranks.world * rows) for rank in range(ranks.world + 1)]
+    mine = slice(bounds[ranks.rank], bounds[ranks.rank + 1])
+    share = max(1, mine.stop - mine.start)
+    part = score(
+        windows._replace(document=windows.document[mine], start=windows.start[mine]), documents, scorer, rows=rows,
+        progress=lambda tokens: progress(tokens * count // share),
+    )  # fmt: skip
+    losses = np.empty((count, windows.scored), np.float32)
+    losses[mine] = part.reshape(-1, windows.scored)
+    for rank, (low, high) in enumerate(itertools.pairwise(bounds)):
+        ranks.spread(torch.from_numpy(losses[low:high]), source=rank)
+    return losses.reshape(-1)
+
+
+def _make_results_folder(folder: Path) -> None:
     """`RunError` where the numbers could not be kept: known before they are computed."""
     try:
         folder.mkdir(exist_ok=True)
@@ -261,7 +400,7 @@ def _make_results_folder(run: RunDir, folder: Path) -> None:
             pass
     except OSError as error:
         raise RunError(
-            f"{folder} cannot be written ({error.strerror}); evaluate a copy of {run.path} in another folder"
+            f"{folder} cannot be written ({error.strerror}); evaluate a copy of {folder.parent} in another folder"
         ) from None
 
 
@@ -284,7 +423,7 @@ def evaluation_split(
         raise RunError(
             f"the text of data={trained.data.name} is not the one that {manifest['run']} was trained on; restore it"
         )
-    if other_text is None or _same_text(other_text, trained.data):
+    if other_text is None or same_text(other_text, trained.data):
         return own, (own.test if which == "test" else own.validation), own.digest, own.name
     if which != "test":
         raise ValueError(f"eval.split={which} belongs to the run's own text; other text is all test")
@@ -293,7 +432,7 @@ def evaluation_split(
     return own, other.test, other.digest, other.name
 
 
-def _same_text(one: DataConfig, other: DataConfig) -> bool:
+def same_text(one: DataConfig, other: DataConfig) -> bool:
     """Whether two configurations name the same text; a path counts as the place that it leads to."""
 
     def place(text: DataConfig) -> tuple[str, str | None, str, Path | None]:
@@ -331,12 +470,12 @@ def unigram_nll(tokens: NDArray[np.unsignedinteger], n_vocab: int) -> NDArray[np
 
 def _figures(
     losses: NDArray[np.float32],
-    byte_lengths: NDArray[np.int64],
+    n_bytes: int | None,
     owner: NDArray[np.int64],
     authors: list[str | None],
     ctx: int,
 ) -> dict[str, Any]:
-    """Perplexity and its kin from the losses of one row: sums in fp64, one division."""
+    """Perplexity and its kin from the losses of one row: sums in fp64, one division. `n_bytes`: of the targets."""
     exact = losses.astype(np.float64)
     nll = float(exact.sum() / len(exact))
     by_document = np.split(exact, np.flatnonzero(np.diff(owner)) + 1)
@@ -345,7 +484,7 @@ def _figures(
     return {
         "ppl": math.exp(nll) if finite and nll < 700 else None,
         "nll": _finite(nll),
-        "bits_per_byte": float(exact.sum() / (math.log(2) * byte_lengths.sum())) if finite else None,
+        "bits_per_byte": float(exact.sum() / (math.log(2) * n_bytes)) if finite and n_bytes else None,
         "tokens": len(exact),
         "ci95": None if interval is None else [_finite(interval.lo), _finite(interval.hi)],
         "unit": None if interval is None else interval.unit,

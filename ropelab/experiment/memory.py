@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,15 +38,8 @@ def plan(
     *,
     limit_gb: float | None,
 ) -> Plan:
-    """The passes of an evaluation at the lengths of `encodings`, within what is free and within `limit_gb`.
-
-    `ValueError` where one window does not fit, with the length that would: a shorter average is never taken instead.
-    """
-    free = free_bytes(device)
-    if limit_gb is not None:
-        free = int(limit_gb * GB) if free is None else min(free, int(limit_gb * GB))
-    windows: dict[int, int] = {}
-    longest, most = 0, 0
+    """The passes of an evaluation of a GPT at the lengths of `encodings`; `ValueError` as `fit`."""
+    known: dict[int, Callable[[int], int]] = {}
     for ctx, encoding in encodings.items():
         try:
             with torch.no_grad():
@@ -57,6 +50,30 @@ def plan(
         def needed(tokens: int, far: bool = far) -> int:
             return pass_bytes(config, n_vocab, tokens, device, far=far)
 
+        known[ctx] = needed
+    return fit(known, device, limit_gb=limit_gb)
+
+
+def fit(
+    known: Mapping[int, Callable[[int], int]], device: torch.device, *, limit_gb: float | None, weights: int = 0
+) -> Plan:
+    """Passes within what is free and within `limit_gb`; `known`: by ctx, the bytes that a pass over n tokens takes.
+
+    `weights`: bytes of those that are not on the device yet. `ValueError` where one window does not fit, with the
+    length that would: a shorter average is never taken instead.
+    """
+    free = free_bytes(device)
+    if free is not None and weights > free:
+        raise ValueError(
+            f"the weights take {weights / GB:.3g} GB and {free / GB:.3g} GB are free on {device.type}; use "
+            "eval.dtype=bf16, or a machine with more memory"
+        )
+    free = None if free is None else free - weights
+    if limit_gb is not None:
+        free = int(limit_gb * GB) if free is None else min(free, int(limit_gb * GB))
+    windows: dict[int, int] = {}
+    longest, most = 0, 0
+    for ctx, needed in known.items():
         rows = max(1, pass_tokens(device) // ctx)
         if free is not None:
             while rows > 1 and needed(rows * ctx) > free:

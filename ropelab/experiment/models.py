@@ -7,10 +7,10 @@ import hashlib
 import torch
 from torch import Tensor
 
-from ropelab import config as configs
+from ropelab.experiment.finished import trained_config
 from ropelab.model import GPT
 from ropelab.positions import SCALINGS, Geometry, PositionEncoding, applied_parameters, build
-from ropelab.runs import RunDir
+from ropelab.runs import RunDir, RunError
 from ropelab.schema import Config, ContextLengthError, Method
 
 NO_SCALING = Method("none", {})
@@ -31,12 +31,22 @@ def encoding_of(trained: Config, scaling: Method, original_ctx: int) -> Position
 
 def load_model(run: RunDir, weights: dict[str, Tensor], *, device: torch.device) -> GPT:
     """The model of a finished run with these weights of it, without a scaling, ready to be evaluated."""
-    manifest = run.manifest()
-    trained = configs.from_dict(manifest["config"])
+    manifest = run.finished_manifest()
+    trained = trained_config(run)
+    table = weights.get("tokens.weight", torch.empty(0))
+    shape = (manifest["tokenizer"]["n_vocab"], trained.model.d_model)
+    if tuple(table.shape) != shape or trained.model.n_layer > len(weights):  # before anything of these sizes is made
+        raise RunError(f"{run.manifest_path} tells of another model than the weights of {run.name}; restore it")
     model = build_model(
         trained, manifest["tokenizer"]["n_vocab"], scaling=NO_SCALING, original_ctx=manifest["original_ctx"]
     )
-    model.load_state_dict(weights, strict=True)
+    try:
+        model.load_state_dict(weights, strict=True)
+    except RuntimeError as error:  # other names or shapes
+        raise RunError(
+            f"the weights of {run.name} are not those of the model in {run.manifest_path} "
+            f"({str(error).splitlines()[-1].strip()}); restore the run, or train it again"
+        ) from None
     model.progress(1.0)
     return model.to(device).eval()
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from ropelab import config as configs
 from ropelab import data, runs
+from ropelab.experiment.finished import run_tokenizer, trained_config
 from ropelab.positions import PositionEncoding
 from ropelab.runs import RunDir
 from ropelab.schema import Config
@@ -30,8 +30,8 @@ def find_parent(config: Config) -> Parent | None:
         return None
     run = runs.find_run(config.parent, Path(config.runs_dir).expanduser())
     run.load_weights()
-    manifest = run.manifest()
-    theirs = configs.from_dict(manifest["config"])
+    manifest = run.finished_manifest()
+    theirs = trained_config(run)
     for key in ("n_layer", "d_model", "n_head", "qk_norm"):
         mine, its = getattr(config.model, key), getattr(theirs.model, key)
         if mine != its:
@@ -43,7 +43,7 @@ def find_parent(config: Config) -> Parent | None:
     if theirs.pos.name == config.pos.name == "drope" and config.pos.parameters["drop_after"] != 0:
         raise ValueError(f"the rotation of {run.name} is dropped already; add pos.drop_after=0")
     steps = manifest.get("first_step", 0) + theirs.train.steps
-    return Parent(run, manifest["original_ctx"], steps, data.load_tokenizer(run.tokenizer_path))
+    return Parent(run, manifest["original_ctx"], steps, run_tokenizer(run))
 
 
 def check_weights(encoding: PositionEncoding, parent: RunDir) -> None:

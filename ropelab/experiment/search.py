@@ -32,6 +32,7 @@ from ropelab.evaluation import Layout, lay_out
 from ropelab.experiment.candidates import Question, Scores, SearchSet, finite
 from ropelab.experiment.devices import DTYPE_NAMES, resolve_device
 from ropelab.experiment.evaluate import evaluate
+from ropelab.experiment.finished import run_tokenizer, trained_config
 from ropelab.experiment.models import NO_SCALING, load_model
 from ropelab.experiment.train import Interrupted, interrupts
 from ropelab.positions import SCALINGS, Rope, resolve_factor
@@ -82,9 +83,8 @@ def ask(run: RunDir, *, ctx: int, factor: float | None) -> Question:
 
     `ValueError` for a run without a rotary spectrum, a ctx that is none longer, or a factor that is no extension.
     """
-    manifest = run.manifest()
-    trained = configs.from_dict(manifest["config"])
-    original_ctx: int = manifest["original_ctx"]
+    trained = trained_config(run)
+    original_ctx: int = run.finished_manifest()["original_ctx"]
     if ctx <= original_ctx:
         raise ValueError(
             f"--ctx {ctx} is no extension: {run.name} goes back to training at {original_ctx}; "
@@ -121,7 +121,7 @@ def longrope(
     dtype = resolve_dtype(config.eval.dtype, device)
     weights = run.load_weights()
     manifest = run.manifest()
-    tokenizer = data.load_tokenizer(run.tokenizer_path)
+    tokenizer = run_tokenizer(run)
     cache = Path(config.cache_dir).expanduser()
     corpus = data.prepare(question.trained.data, cache_dir=cache, tokenizer=tokenizer, progress=progress)
     if corpus.digest != manifest["corpus"]["digest"]:
@@ -157,9 +157,8 @@ def longrope(
     folder = run.path / "searches" / f"longrope-{digest[:16]}"
     seeds = _seeds(question)
     _make_folder(folder)
-    with run.locked(), interrupts() as caught:
-        for leftover in folder.glob(".*.json.*"):  # temporary files of killed processes
-            leftover.unlink()
+    # the run stays as it is, and nobody else makes the same search
+    with run.in_use(), RunDir(folder).locked(), interrupts() as caught:
         searching = _Searching(
             question, search, config.seed, Scores(folder / "state.json"), sets, caught, run.name, progress
         )

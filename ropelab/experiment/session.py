@@ -3,32 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
+import sys
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from ropelab import config as configs
 from ropelab import data, files, runs
-from ropelab.experiment.devices import DTYPE_NAMES, device_name, environment, resolve_device
+from ropelab.experiment.devices import DTYPE_NAMES, device_name, device_of_rank, environment
+from ropelab.experiment.finished import run_tokenizer
 from ropelab.experiment.models import build_model
 from ropelab.experiment.parent import check_weights, find_parent
+from ropelab.experiment.resuming import Checkpoint, latest_checkpoint
 from ropelab.model import GPT
 from ropelab.positions import ENCODINGS, SCALINGS, Geometry, applied_parameters, build, resolve_factor
 from ropelab.positions.indices import Draw, drawn_positions
 from ropelab.progress import Progress
+from ropelab.ranks import ALONE, Ranks, parallel_of, replicated, sharded, whole
 from ropelab.runs import RunDir
 from ropelab.schema import Config, DataConfig, Method, TrainConfig
 from ropelab.tracking import Tracker
 from ropelab.training import (
+    Loss,
     NonFiniteLossError,
     Step,
     build_optimizer,
@@ -46,11 +51,15 @@ class Session:
     """The training of one run, from its configuration on. `restore` and what follows need the run's lock.
 
     `ValueError` for a configuration that cannot be trained, before anything is written.
+
+    With `ranks` every one of them has the session of the run; only the first writes. What its methods do is done by all
+    of them at the same steps.
     """
 
-    def __init__(self, config: Config, progress: Progress) -> None:
-        self.config = config
-        self.device = resolve_device(config.device)
+    def __init__(self, config: Config, progress: Progress, ranks: Ranks = ALONE) -> None:
+        self.config, self.ranks = config, ranks
+        self.device = device_of_rank(config.device, ranks)
+        self._micro = rank_micro(config.train, ranks.world)
         self.keep = kept_steps(config.train)
         self.parent = find_parent(config)
         self.original_ctx = config.train.ctx if self.parent is None else self.parent.original_ctx
@@ -63,17 +72,18 @@ class Session:
             check_weights(encoding, self.parent.run)
         self.scaling = training_scaling(config, self.original_ctx)
         self._draw = _training_positions(config, self.original_ctx, self.scaling)
-        runs_dir = runs.open_runs_dir(config.runs_dir)
-        self.corpus = data.prepare(
-            config.data, cache_dir=Path(config.cache_dir).expanduser(),
-            tokenizer=None if self.parent is None else self.parent.tokenizer, progress=progress,
-        )  # fmt: skip
+        runs_dir = runs.open_runs_dir(config.runs_dir) if ranks.is_first else Path(config.runs_dir).expanduser()
+        with ranks.first_then_others():
+            self.corpus = data.prepare(
+                config.data, cache_dir=Path(config.cache_dir).expanduser(),
+                tokenizer=None if self.parent is None else self.parent.tokenizer, progress=progress,
+            )  # fmt: skip
         separator = self.corpus.tokenizer.separator
         self._batches = data.Batches(self.corpus.train, ctx=config.train.ctx, separator=separator)
         held_out = data.Batches(self.corpus.validation, ctx=config.train.ctx, separator=separator)
         self._validation = held_out.fixed(max(4, VALIDATION_TOKENS // config.train.ctx))
         self._resolved = dataclasses.replace(
-            config, scaling=self.scaling, data=_found_from_anywhere(config.data),
+            config, scaling=self.scaling, data=found_from_anywhere(config.data),
             parent=None if self.parent is None else self.parent.run.name,
         )  # fmt: skip
         self._identity = runs.identity(
@@ -91,25 +101,92 @@ class Session:
         n_vocab = self.corpus.tokenizer.n_vocab
         return build_model(self.config, n_vocab, scaling=self.scaling, original_ctx=self.original_ctx)
 
+    def is_done(self) -> bool:
+        """Is the run finished? Its tokeniser's file, should that be damaged, is written again."""
+        done = self.run.is_done()
+        if done:
+            try:
+                run_tokenizer(self.run)
+            except runs.RunError as error:
+                print(f"ropelab: {str(error).partition('; ')[0]}; it is written again", file=sys.stderr)
+                with self.run.locked():
+                    self.corpus.tokenizer.save(self.run.tokenizer_path)
+        return done
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the folder of the run, which is made, for this training alone. `RunError` where another one has it."""
+        if not self.ranks.is_first:
+            yield
+            return
+        self.run.path.mkdir(exist_ok=True)
+        with self.run.locked():
+            yield
+
     def restore(self) -> None:
-        """Build the model, or restore it from the last checkpoint that is intact."""
-        config, run = self.config, self.run
-        self._begun = begun = run.manifest() if run.manifest_path.exists() else {}
-        self.dtype = resolve_dtype(begun.get("dtype", config.train.dtype), self.device)
-        self._precision = begun.get("matmul_precision") or matmul_precision(self.device, config.model.d_model)
-        model = self.fresh_model()
+        """Build the model, or restore it from the last checkpoint that is intact and this run's."""
+        config, run, ranks = self.config, self.run, self.ranks
+        self.model = model = self.fresh_model()
+        found: list[Checkpoint] = []  # on the first rank
+
+        def stored() -> list[dict[str, Any]]:
+            begun = run.begun()
+            found.extend(filter(None, [latest_checkpoint(run, model, self.digest)]))
+            return [begun, found[0].state if found else {}]
+
+        self._begun, state = ranks.told(stored)
+        known = {**state, **self._begun}  # a damaged manifest is made again from what the checkpoint says
+        self.dtype = resolve_dtype(known.get("dtype", config.train.dtype), self.device)
+        self._precision = known.get("matmul_precision") or matmul_precision(self.device, config.model.d_model)
+        self._summary = state.get("summary")
         if self.parent is not None:
             model.load_state_dict(self.parent.run.load_weights(), strict=True)
-        self.model = model.to(self.device)
+        if found:
+            model.load_state_dict(found[0].model, strict=True)
+        self._spread(resumed=bool(state))
         self.optimizer = build_optimizer(model, config.train)
-        checkpoint = run.latest_checkpoint() if begun else None
-        if checkpoint is not None:
-            self.start, self._best = _restore(checkpoint, model, self.optimizer)
+        if state:
+            self.start = state["step"]
+            self._best = math.inf if state["best_val_nll"] is None else state["best_val_nll"]
+            load_optimizer_tensors(model, self.optimizer, self._from_first(found[0].optimizer if found else {}))
+
+    def _spread(self, *, resumed: bool) -> None:
+        """Put the model on the device; with ranks, on those of all of them. `loss` is what a step goes through then."""
+        ranks, model, train = self.ranks, self.model, self.config.train
+        if ranks.world == 1:
+            self.parallel = None
+            self.loss: nn.Module = Loss(model.to(self.device), self.dtype)
+            return
+        if resumed:
+            for tensor in model.state_dict().values():
+                ranks.spread(tensor)
+        on_gpu = self.device.type == "cuda"
+        free = torch.cuda.get_device_properties(self.device).total_memory if on_gpu else None
+        self.parallel = ranks.told(lambda: parallel_of(train.parallel, model.n_parameters(), free))
+        if self.parallel == "ddp":
+            self.loss = replicated(Loss(model.to(self.device), self.dtype))
+        else:  # only shards of it come to the device
+            self.loss = sharded(Loss(model, self.dtype, sharded=True), model.blocks, self.device)
+
+    def _from_first(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The optimizer's tensors, read by the first rank."""
+        if self.ranks.world == 1:
+            return dict(stored)
+        tensors = {}
+        for name, parameter in self.model.named_parameters():
+            for key, shape in (("step", ()), ("exp_avg", parameter.shape), ("exp_avg_sq", parameter.shape)):
+                full = stored[f"{name}/{key}"] if self.ranks.is_first else torch.empty(shape)
+                self.ranks.spread(full)
+                tensors[f"{name}/{key}"] = full
+        return tensors
 
     def begin(self, *, stacked: int = 1) -> None:
         """Say in the manifest that the restored model is being trained from now on, `stacked` models a step."""
-        config, run, corpus, model = self.config, self.run, self.corpus, self.model
+        config, run, corpus = self.config, self.run, self.corpus
         torch.set_float32_matmul_precision(self._precision)
+        self.step, self._began = self.start, time.perf_counter()
+        if not self.ranks.is_first:
+            return
         corpus.tokenizer.save(run.tokenizer_path)
         run.update_manifest(
             run=run.name, digest=self.digest, identity=self._identity, config=configs.to_dict(self._resolved),
@@ -126,17 +203,37 @@ class Session:
             tokenizer={
                 "name": corpus.tokenizer.name, "digest": corpus.tokenizer.digest, "n_vocab": corpus.tokenizer.n_vocab,
             },
-            params=model.n_parameters(), dtype=DTYPE_NAMES[self.dtype], device=device_name(self.device),
+            params=self.model.n_parameters(), dtype=DTYPE_NAMES[self.dtype], device=device_name(self.device),
             device_type=self.device.type, matmul_precision=self._precision, stacked=stacked,
-            attention_backend=training_kernel(model, config.train.ctx, self.dtype),
-            compiled=compiles(config.train, self.device), environment=environment(),
+            attention_backend=self._kernel(), compiled=compiles(config.train, self.device), environment=environment(),
+            world_size=self.ranks.world, parallel=self.parallel, spread=self._spread_so_far(),
             started=self._begun.get("started", time.time()),
         )  # fmt: skip
         run.rewind(self.start)
         self._tracker = Tracker(
             config.track, name=run.name, run_id=self.digest[:16], folder=run.path, facts=configs.to_dict(self._resolved)
         )
-        self.step, self._began = self.start, time.perf_counter()
+        self._began = time.perf_counter()
+
+    def _kernel(self) -> str:
+        """The attention kernel of the training."""
+        model, config = self.model, self.config
+        if self.parallel == "fsdp":  # shards can only be read in a pass; and one layer's kernel is that of all
+            one_layer = dataclasses.replace(config, model=dataclasses.replace(config.model, n_layer=1))
+            model = build_model(one_layer, 2, scaling=self.scaling, original_ctx=self.original_ctx).to(self.device)
+        return training_kernel(model, config.train.ctx, self.dtype)
+
+    def _spread_so_far(self) -> list[dict[str, Any]]:
+        """The ranks that trained the run, and from which step on; with more than one entry resuming was not bit-exact.
+
+        [{"step", "world_size", "parallel"}]: in one process (1, null), which is also what older runs had.
+        """
+        plain = {"step": 0, "world_size": 1, "parallel": None}
+        before = self._begun.get("spread", [plain] if self._begun else [])
+        kept = [entry for entry in before if entry["step"] < self.start]
+        now = {"step": self.start, "world_size": self.ranks.world, "parallel": self.parallel}
+        same = kept and {**kept[-1], "step": self.start} == now
+        return kept if same else [*kept, now]
 
     def batch_at(self, step: int) -> NDArray[np.int64]:
         """The windows of a step, (batch_size, ctx + 1)."""
@@ -170,46 +267,76 @@ class Session:
         if done.settled and (self.is_last(step) or step % train.eval_every == 0):
             model.eval()
             model.progress(step / train.steps)
-            line["val_nll"] = validation_nll(model, self._validation, dtype=self.dtype, batch=train.micro)
+            line["val_nll"] = validation_nll(
+                model, self._validation, dtype=self.dtype, batch=self._micro, loss=self.loss, ranks=self.ranks
+            )
             self._best = min(self._best, line["val_nll"])
             model.train()
-        self.run.append_metrics(line)
-        self._tracker.log(line)
+        if self.ranks.is_first:
+            self.run.append_metrics(line)
+            self._tracker.log(line)
         progress("train", step, train.steps, loss=done.loss, tokens_per_s=speed, run=self.run.name)
         if step in self.keep:
-            self.run.save_kept(self.keep[step], step, model.state_dict())
+            weights = self._whole(model.state_dict())
+            if self.ranks.is_first:
+                self.run.save_kept(self.keep[step], step, weights)
         due = done.settled and (self.is_last(step) or bool(caught) or step % train.checkpoint_every == 0)
         if due:
             self._save()
         return due
 
     def _save(self) -> None:
-        tensors = {"model": self.model.state_dict(), "optimizer": optimizer_tensors(self.model, self.optimizer)}
-        state = {"best_val_nll": self._best if math.isfinite(self._best) else None}
+        tensors = {
+            "model": self._whole(self.model.state_dict()),
+            "optimizer": self._whole(optimizer_tensors(self.model, self.optimizer)),
+        }
+        if not self.ranks.is_first:
+            return
+        state: dict[str, Any] = {
+            "best_val_nll": self._best if math.isfinite(self._best) else None, "digest": self.digest,
+            "dtype": DTYPE_NAMES[self.dtype], "matmul_precision": self._precision,
+        }  # fmt: skip
+        if self.is_last(self.step):  # a manifest that is lost after this can be made again
+            self._summary = state["summary"] = self._summarised()
         self.run.save_step(self.step, tensors, state, last=self.is_last(self.step))
+
+    def _whole(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Named tensors in full; on another rank than the first, nothing."""
+        if self.parallel == "fsdp":
+            return whole(tensors)
+        return tensors if self.ranks.is_first else {}
 
     def broke(self, error: NonFiniteLossError) -> None:
         """The weights before the bad step are kept, and the run has failed."""
         if self.step > self.start:
             self._save()
+        if not self.ranks.is_first:
+            return
         self.run.update_manifest(status="failed", error=str(error), failed_step=error.step)
         self._tracker.finish(failed=True)
 
     def stopped(self) -> None:
         """The run was saved and goes on another time."""
-        self._tracker.finish(failed=True)
+        if self.ranks.is_first:
+            self._tracker.finish(failed=True)
 
     def crashed(self, error: BaseException) -> None:
+        if not self.ranks.is_first:
+            return
         with suppress(OSError):  # of a full disk: then the run shows as interrupted
             self.run.update_manifest(status="failed", error=f"{type(error).__name__}: {error}")
         self._tracker.finish(failed=True)
 
     def finish(self) -> None:
         """The last step was made."""
-        bytes_per_token = _bytes_per_target(self._validation, self.corpus.tokenizer)
-        summary = _summary(self.run, self.config, self._best, bytes_per_token)
-        self.run.update_manifest(status="done", finished=time.time(), **summary)
+        if not self.ranks.is_first:
+            return
+        self.run.update_manifest(status="done", finished=time.time(), **(self._summary or self._summarised()))
         self._tracker.finish()
+
+    def _summarised(self) -> dict[str, Any]:
+        bytes_per_token = _bytes_per_target(self._validation, self.corpus.tokenizer)
+        return _summary(self.run, self.config, self._best, bytes_per_token)
 
     def result(self, *, skipped: bool) -> dict[str, Any]:
         """The `train` object of the JSON contract, of a finished run."""
@@ -244,6 +371,25 @@ def training_scaling(config: Config, original_ctx: int) -> Method:
     if not dynamic and SCALINGS[scaling.name].idle(applied_parameters(resolved, original_ctx), config.train.ctx):
         raise ValueError(f"scaling={scaling.name} with factor {factor:g} changes nothing; give scaling.factor=4, say")
     return resolved
+
+
+def rank_micro(config: TrainConfig, world: int) -> int:
+    """Sequences in one forward pass of a rank: train.micro_batch_size, or all of its share of the batch.
+
+    `ValueError` for a batch that the ranks do not divide, and a share that its passes do not.
+    """
+    size = config.batch_size
+    if size % world:
+        near = [n for n in (size - size % world, size + world - size % world) if n]
+        raise ValueError(
+            f"train.batch_size={size} cannot be shared by {world} ranks; use {' or '.join(str(n) for n in near)}"
+        )
+    share = size // world
+    if share > config.micro and share % config.micro:
+        raise ValueError(
+            f"train.micro_batch_size must divide a rank's share, {share} of train.batch_size={size}, not {config.micro}"
+        )
+    return min(config.micro, share)
 
 
 def kept_steps(config: TrainConfig) -> dict[int, float]:
@@ -285,25 +431,29 @@ def compiles(config: TrainConfig, device: torch.device) -> bool:
     return device.type == "cuda" if config.compile is None else config.compile
 
 
-def compile_blocks(model: GPT, *, cache_dir: str) -> None:
+def compile_blocks(model: GPT, *, parallel: str | None = None) -> None:
     """Compile each block in place: names of the parameters stay, and identical blocks share one compilation.
 
-    What is compiled is kept in the cache folder for the next run, unless TORCHINDUCTOR_CACHE_DIR names another place.
+    What is compiled is kept for the next run: where TORCHINDUCTOR_CACHE_DIR says, else in a folder that is this user's
+    alone, as torch reads pickles there. The cache of corpora may be shared.
+    `parallel`: ddp or fsdp, of a model that is spread over ranks already.
     """
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(cache_dir).expanduser() / "inductor"))
+    private = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ropelab-compiled"
+    with suppress(OSError):  # a home that cannot be written: torch has a place of its own
+        private.mkdir(mode=0o700, parents=True, exist_ok=True)
+        private.chmod(0o700)
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(private))
+    if parallel == "ddp":
+        # a block is smaller than a bucket of gradients: there is nothing to split a compiled one for
+        torch._dynamo.config.optimize_ddp = False
     for block in model.blocks:
-        block.compile(dynamic=False)
+        if parallel == "fsdp":  # what gathers the block's weights stays outside of what is compiled
+            block.forward = torch.compile(block.forward, dynamic=False)
+        else:
+            block.compile(dynamic=False)
 
 
-def _restore(checkpoint: Path, model: GPT, optimizer: torch.optim.AdamW) -> tuple[int, float]:
-    state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-    model.load_state_dict(runs.load_tensors(checkpoint / "model.safetensors"), strict=True)
-    load_optimizer_tensors(model, optimizer, runs.load_tensors(checkpoint / "optimizer.safetensors"))
-    best = state["best_val_nll"]
-    return state["step"], math.inf if best is None else best
-
-
-def _found_from_anywhere(text: DataConfig) -> DataConfig:
+def found_from_anywhere(text: DataConfig) -> DataConfig:
     """The same text by an absolute path, so that an evaluation from another folder finds it; hub names stay."""
     if text.path is None or not Path(text.path).expanduser().exists():
         return text

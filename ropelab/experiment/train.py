@@ -12,13 +12,14 @@ from typing import Any
 
 from ropelab.experiment.session import Session, compile_blocks, compiles
 from ropelab.progress import Progress, silent
+from ropelab.ranks import ALONE, SIGNALS, Ranks
 from ropelab.schema import Config
 from ropelab.stacking import check_stackable, stacked_steps
 from ropelab.training import NonFiniteLossError, steps
 
 
 class Interrupted(Exception):
-    """SIGINT or SIGTERM came, and the run was saved; `signum` says which."""
+    """SIGINT, SIGTERM or SIGUSR2 came, and the run was saved; `signum` says which."""
 
     def __init__(self, signum: int, run: str, step: int) -> None:
         super().__init__(f"{run} saved at step {step}; the same command goes on from there")
@@ -27,7 +28,10 @@ class Interrupted(Exception):
 
 @contextmanager
 def interrupts() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in a list instead of dying of them; a second one is obeyed at once."""
+    """Collect the signals that stop a training in a list instead of dying of them; a second one is obeyed at once.
+
+    SIGINT, SIGTERM, and SIGUSR2, by which Slurm can say that a job's time is nearly over.
+    """
     caught: list[int] = []
 
     def handle(signum: int, frame: FrameType | None) -> None:
@@ -36,7 +40,7 @@ def interrupts() -> Iterator[list[int]]:
             os.kill(os.getpid(), signum)
         caught.append(signum)
 
-    before = {signum: signal.signal(signum, handle) for signum in (signal.SIGINT, signal.SIGTERM)}
+    before = {signum: signal.signal(signum, handle) for signum in SIGNALS}
     try:
         yield caught
     finally:
@@ -44,29 +48,37 @@ def interrupts() -> Iterator[list[int]]:
             signal.signal(signum, handler)
 
 
-def train(config: Config, *, progress: Progress = silent) -> dict[str, Any]:
+def train(config: Config, *, progress: Progress = silent, ranks: Ranks = ALONE) -> dict[str, Any]:
     """Train the run that `config` describes: from its last checkpoint, or not at all when it is finished.
 
     Returns the `train` object of the JSON contract. Raises `ValueError` for a configuration that cannot be trained
     (before anything is written), `NonFiniteLossError`, and `Interrupted` after saving.
+
+    With `ranks` all of them call it with one configuration and train the run together.
     """
-    session = Session(config, progress)
-    if session.run.is_done():
-        return session.result(skipped=True)
-    session.run.path.mkdir(exist_ok=True)
-    with session.run.locked(), interrupts() as caught:
-        session.restore()
-        session.begin()
-        if compiles(config.train, session.device):
-            compile_blocks(session.model, cache_dir=config.cache_dir)
+    progress = progress if ranks.is_first else silent
+    session = Session(config, progress, ranks)
+    ranks.check_alike("run", session.digest)
+    ranks.connect(session.device)
+    if ranks.told(session.is_done):
+        return ranks.told(lambda: session.result(skipped=True))
+    with session.held(), interrupts() as caught:
+        with ranks.agreed():
+            session.restore()
+            if compiles(config.train, session.device):
+                compile_blocks(session.model, parallel=session.parallel)
+            session.begin()
         try:
             for done in steps(
                 session.model, session.optimizer, session.batch_at, config.train, start=session.start,
                 dtype=session.dtype, positions_at=session.positions_at, settle_at=session.settles,
+                loss=session.loss, ranks=ranks,
             ):  # fmt: skip
-                saved = session.take(done, progress, caught)
-                if caught and saved and not session.is_last(done.step):
-                    raise Interrupted(caught[0], session.run.name, done.step)
+                # whichever rank a signal came to, all stop at one step: where they have waited for the device anyway
+                signals = ranks.signals(caught) if done.settled else ()
+                saved = session.take(done, progress, signals)
+                if signals and saved and not session.is_last(done.step):
+                    raise Interrupted(signals[0], session.run.name, done.step)
         except NonFiniteLossError as error:
             session.broke(error)
             raise
@@ -74,10 +86,11 @@ def train(config: Config, *, progress: Progress = silent) -> dict[str, Any]:
             session.stopped()
             raise
         except BaseException as error:
-            session.crashed(error)
-            raise
+            cause = ranks.cause(error)
+            session.crashed(cause)
+            raise cause from None if cause is not error else error.__cause__
         session.finish()
-    return session.result(skipped=False)
+    return ranks.told(lambda: session.result(skipped=False))
 
 
 def train_together(
@@ -97,7 +110,7 @@ def train_together(
     if len({session.digest for session in sessions}) < len(sessions):
         raise ValueError("the same run is there twice; a stack trains each once")
     results: dict[int, dict[str, Any] | NonFiniteLossError] = {}
-    skipped = {index for index, session in enumerate(sessions) if session.run.is_done()}
+    skipped = {index for index, session in enumerate(sessions) if session.is_done()}
     rest = [index for index in range(len(sessions)) if index not in skipped]
     if rest:
         check_stackable([sessions[index].fresh_model() for index in rest], first.config.train.ctx)

@@ -1,0 +1,151 @@
+"""tokenizer.json, the format of the `tokenizers` library: our tokenisers written to it, and any read from it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ropelab.data.tokenizers import Bpe, Bytes, Tokenizer, Tokens, alphabet
+
+if TYPE_CHECKING:
+    import tokenizers
+
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # a byte that no token holds, in vocabularies with byte fallback
+_SPACE = "▁"  # U+2581, for a space in vocabularies of SentencePiece
+
+
+class Fast(Tokenizer):
+    """A tokeniser of the `tokenizers` library, of a checkpoint whose text pieces are not ours.
+
+    source: the parsed tokenizer.json. rows: ids that the model has, where they are more than the tokeniser's.
+    Special tokens are never added. Byte lengths are those of the tokens' text: `keeps_bytes` says whether they add up.
+    ValueError: it is no tokenizer.json.
+    """
+
+    name = "fast"
+
+    def __init__(self, source: Mapping[str, Any], rows: int = 0) -> None:
+        self._source = dict(source) | {"padding": None, "truncation": None}
+        try:
+            size = self._encoder.get_vocab_size(with_added_tokens=True)
+            vocabulary = self._encoder.get_vocab(with_added_tokens=True)
+        except Exception as error:  # the library raises a plain Exception
+            raise ValueError(
+                f"the checkpoint's tokenizer.json cannot be read ({' '.join(str(error).split())})"
+            ) from None
+        self.size = max(size, 1 + max(vocabulary.values(), default=0))
+        self.n_vocab = max(self.size, rows) + 1
+        self.byte_lengths = np.zeros(self.n_vocab - 1, np.int64)
+        added = {token["content"] for token in self._source.get("added_tokens") or []}
+        by_letter = alphabet() if _byte_level(self._source) else None
+        for token, index in vocabulary.items():
+            self.byte_lengths[index] = _n_bytes(token, None if token in added else by_letter)
+
+    def definition(self) -> dict[str, Any]:
+        return {"name": self.name, "rows": self.n_vocab - 1, "source": self._source}
+
+    @cached_property
+    def _encoder(self) -> tokenizers.Tokenizer:
+        from tokenizers import Tokenizer as Encoder
+
+        return Encoder.from_str(json.dumps(self._source))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Tokens]:
+        encoded = self._encoder.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(one.ids, self.dtype) for one in encoded]
+
+    def decode_bytes(self, tokens: ArrayLike) -> bytes:
+        ids = [token for token in np.asarray(tokens).tolist() if token != self.separator]
+        return self._encoder.decode(ids, skip_special_tokens=False).encode()
+
+
+def _byte_level(source: Mapping[str, Any]) -> bool:
+    """Are the tokens written in GPT-2's alphabet of bytes?"""
+    kinds = []
+    for part in ("pre_tokenizer", "decoder"):
+        found = source.get(part) or {}
+        steps = found.get("pretokenizers") or found.get("decoders") or [found]
+        kinds += [step.get("type") for step in steps]
+    return "ByteLevel" in kinds
+
+
+def _n_bytes(token: str, by_letter: Mapping[str, int] | None) -> int:
+    if by_letter is not None:
+        return len(token)  # a letter is a byte
+    if _BYTE.fullmatch(token):
+        return 1
+    return len(token.replace(_SPACE, " ").encode())
+
+
+def keeps_bytes(tokenizer: Tokenizer, documents: Sequence[Tokens], n_bytes: NDArray[np.int64]) -> bool:
+    """Do the byte lengths of the tokens add up to those of the texts? A space put before a text is allowed."""
+    sums = np.array([tokenizer.byte_lengths[tokens].sum() for tokens in documents])
+    return bool((np.abs(sums - n_bytes) <= 1).all())
+
+
+def to_json(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The tokenizer.json of one of ours, without its separator: no text has it and no model predicts it."""
+    from tokenizers import Tokenizer as Encoder
+    from tokenizers import decoders, pre_tokenizers
+    from tokenizers.models import BPE
+
+    if isinstance(tokenizer, Fast):
+        return dict(tokenizer.definition()["source"])
+    if isinstance(tokenizer, Bytes):
+        encoder = Encoder(BPE(alphabet(), []))
+    else:
+        assert isinstance(tokenizer, Bpe)
+        known = tokenizer.definition()
+        merges = [tuple(pair.split(" ")) for pair in known["merges"]]
+        encoder = Encoder(BPE({token: index for index, token in enumerate(known["vocabulary"])}, merges))
+    encoder.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=isinstance(tokenizer, Bpe))
+    encoder.decoder = decoders.ByteLevel()
+    written: dict[str, Any] = json.loads(encoder.to_str())
+    return written
+
+
+def from_json(source: Mapping[str, Any], rows: int) -> Tokenizer:
+    """The tokeniser of a tokenizer.json for a model of `rows` tokens: one of ours where it is one, else a `Fast`.
+
+    ValueError: it has ids that the model has not.
+    """
+    found = _ours(source)
+    # GPT-2's last token ends documents, which is what the separator is
+    if found is not None and rows in (found.n_vocab - 1, found.n_vocab):
+        return found
+    fast = Fast(source, rows)
+    if fast.size > rows:
+        raise ValueError(
+            f"the tokeniser has {fast.size} tokens and the model {rows}: they do not belong together; give the "
+            "checkpoint its own tokenizer.json"
+        )
+    return fast
+
+
+def _ours(source: Mapping[str, Any]) -> Tokenizer | None:
+    """`Bytes` or `Bpe`, if every text has the same tokens under it; None else."""
+    model = source.get("model") or {}
+    before = source.get("pre_tokenizer") or {}
+    plain = model.get("type") == "BPE" and not source.get("normalizer") and before.get("type") == "ByteLevel"
+    odd = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")
+    if not plain or before.get("add_prefix_space") or any(model.get(key) for key in odd):
+        return None
+    vocabulary = sorted(model["vocab"], key=model["vocab"].__getitem__)
+    added = {token["content"] for token in source.get("added_tokens") or []}
+    if sorted(model["vocab"].values()) != list(range(len(vocabulary))):
+        return None
+    if vocabulary and added == {vocabulary[-1]} and vocabulary[-1] == "<|endoftext|>":
+        vocabulary.pop()
+        added = set()
+    if added or any(letter not in alphabet() for token in vocabulary for letter in token):
+        return None
+    merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
+    if before.get("use_regex", True):
+        return Bpe("gpt2" if len(vocabulary) == 50256 else "bpe", vocabulary, merges)
+    return Bytes() if model["vocab"] == alphabet() and not merges else None

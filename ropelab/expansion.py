@@ -1,0 +1,147 @@
+"""Hydra's override grammar for sweeps: `pos=rope,alibi seed=range(0,3)` to the points of their product.
+
+Here is also the way through to Hydra's own launchers, for those who prefer them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ropelab import config
+
+LITERAL = ("eval.ctx",)  # keys whose commas are their own: a ladder of lengths is one value
+
+
+def expand(overrides: Sequence[str]) -> list[list[str]]:
+    """The points of a sweep, each a list of `KEY=VALUE`; the last override turns fastest.
+
+    Values may be `a,b`, `choice(a,b)`, `range(0,3)`, `glob(r*)`, `sort(...)`, `shuffle(...)`. What is no value of that
+    grammar is taken as it stands, so that a path may hold any character. `ValueError` for what cannot be a sweep.
+    """
+    keys = [override.partition("=")[0] for override in overrides]
+    twice = next((key for key in keys if keys.count(key) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{twice} is given twice; give it once, with all its values: {twice}=A,B")
+    with _Grammar() as grammar:
+        choices = [
+            [f"{key}={value}" if "=" in override else override for value in grammar.values(override)]
+            for key, override in zip(keys, overrides, strict=True)
+        ]
+    return [list(point) for point in itertools.product(*choices)]
+
+
+def named(name: str) -> list[str]:
+    """The overrides of `configs/sweep/NAME.yaml`, or of a FILE.yaml: one `KEY: VALUES` a line, as on the command line.
+
+    `ValueError` for an unknown name or a file of another shape.
+    """
+    import yaml
+
+    path = Path(name).expanduser()
+    if not path.is_file():
+        if name not in config.choices("sweep"):
+            raise ValueError(
+                f"unknown sweep '{name}'{config.nearest(name, config.choices('sweep'))}; or give a FILE.yaml, or "
+                "settings such as pos=rope,alibi"
+            )
+        path = config.config_dir() / "sweep" / f"{name}.yaml"
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} is no YAML: {error}") from None
+    if not isinstance(found, dict) or not found:
+        raise ValueError(f"{path} holds no settings; write lines such as pos: rope,alibi")
+    overrides = []
+    for key, value in found.items():
+        if isinstance(value, list | dict):
+            raise ValueError(f"{path}: {key} takes its values as on the command line, such as {key}: rope,alibi")
+        overrides.append(f"{key}={_spelled(value)}")
+    return overrides
+
+
+class _Grammar:
+    """Hydra's parser of overrides, with our groups for `glob`."""
+
+    def __enter__(self) -> _Grammar:
+        from hydra import initialize_config_dir
+        from hydra.core.global_hydra import GlobalHydra
+        from hydra.core.override_parser.overrides_parser import OverridesParser
+
+        self._initialized = initialize_config_dir(str(config.config_dir().resolve()), version_base="1.3")
+        self._initialized.__enter__()
+        loader = GlobalHydra.instance().config_loader()
+        self._parser = OverridesParser.create(config_loader=loader)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._initialized.__exit__(*error)
+
+    def values(self, override: str) -> list[str]:
+        """The texts that one override's value stands for."""
+        from hydra.core.override_parser.types import Transformer
+        from hydra.errors import HydraException, OverrideParseException
+
+        key, equals, text = override.partition("=")
+        if not equals or key in LITERAL or key[:1] in ("+", "~") or "@" in key:
+            return [text]  # `config.load` says what is wrong with it
+        try:
+            (parsed,) = self._parser.parse_overrides([override])
+        except OverrideParseException:
+            return [text]
+        if not parsed.is_sweep_override():
+            return [text]
+        try:
+            values = list(parsed.sweep_iterator(transformer=Transformer.identity))
+        except HydraException as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{override}: {reason}; use a,b or range(0,3) or glob(r*) for a group") from None
+        if not values:
+            raise ValueError(f"{override} stands for no value")
+        return [_spelled(value) for value in values]
+
+
+def _spelled(value: Any) -> str:
+    """A parsed value as `config.load` reads it."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return f"[{','.join(_spelled(item) for item in value)}]"
+    if isinstance(value, str | int | float):
+        return str(value)
+    if hasattr(value, "quote"):  # Hydra's QuotedString
+        return str(value.text)
+    raise ValueError(f"{value} cannot be one of several values; use a,b or one range, choice or glob")
+
+
+def run_with_hydra(overrides: Sequence[str], work: Callable[[list[str]], Any]) -> None:
+    """Hydra's own multirun over our configuration: its sweepers and launchers, its folders, its messages, its exit.
+
+    `work` gets the overrides of each point and must be importable by name in the process that runs it.
+    """
+    import hydra
+    from omegaconf import DictConfig
+
+    def job(composed: DictConfig) -> Any:
+        from hydra.core.global_hydra import GlobalHydra
+        from hydra.core.hydra_config import HydraConfig
+
+        # read as everywhere else, by our own types; in a process that is Hydra's already
+        point = [item.replace("\\:", ":") for item in HydraConfig.get().overrides.task]
+        outer = GlobalHydra.instance().hydra
+        GlobalHydra.instance().clear()
+        try:
+            return work(point)
+        finally:
+            GlobalHydra.instance().hydra = outer
+
+    asks = {"--cfg", "-c", "--info", "-i", "--hydra-help", "--package", "-p", "--resolve"}
+    told = [override for override in overrides if override not in ("-m", "--multirun")]
+    multirun = [] if asks & {item.partition("=")[0] for item in told} else ["--multirun"]
+    sys.argv = ["ropelab sweep", *multirun, "hydra.job.name=ropelab", *told]
+    hydra.main(version_base="1.3", config_path=str(config.config_dir().resolve()), config_name="config")(job)()

@@ -1,0 +1,35 @@
+"""What a run folder says of how it was trained, checked against what it says of itself: it may be a stranger's."""
+
+from __future__ import annotations
+
+from ropelab import config as configs
+from ropelab import data
+from ropelab.runs import RunDir, RunError
+from ropelab.schema import Config
+
+
+def trained_config(run: RunDir) -> Config:
+    """The configuration in a run's manifest. `RunError`, with the version that wrote it, where this one cannot read it.
+
+    It is plain JSON into dataclasses: nothing in it is expanded, and no name in it is imported.
+    """
+    manifest = run.manifest()
+    made = manifest.get("environment", {}).get("ropelab", "another version")
+    try:
+        return configs.from_dict(manifest.get("config", {}))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(
+            f"{run.manifest_path}: {error}; ropelab {made} made this run: use that version, or train the run again"
+        ) from None
+
+
+def run_tokenizer(run: RunDir) -> data.Tokenizer:
+    """The run's own tokeniser. `RunError` where the file is damaged, or not the one that the run was trained with."""
+    fix = "restore it, or train with the run's settings again, which writes it anew"
+    try:
+        tokenizer = data.load_tokenizer(run.tokenizer_path)
+    except ValueError as error:
+        raise RunError(f"{error}; {fix}") from None
+    if tokenizer.digest != run.manifest().get("tokenizer", {}).get("digest"):
+        raise RunError(f"{run.tokenizer_path} is not the tokeniser that {run.name} was trained with; {fix}")
+    return tokenizer

@@ -1,0 +1,71 @@
+"""The points of a sweep, checked before anything starts, and the runs and evaluations that they come to."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ropelab import config as configs
+from ropelab.experiment.evaluate import ladder_of
+from ropelab.experiment.session import Session, found_from_anywhere
+from ropelab.progress import Progress
+from ropelab.schema import Config
+
+
+@dataclasses.dataclass
+class Tasks:
+    """What a sweep comes to. `invalid`: points that cannot be, and why; their training is left out.
+
+    tasks: {"run": folder name, "points": the points that asked for it, "config", "evaluations": [{"eval", "scaling"}]}.
+    """
+
+    tasks: list[dict[str, Any]]
+    invalid: list[tuple[str, str]]
+
+
+def plan_tasks(points: Sequence[tuple[str, Config]], progress: Progress) -> Tasks:
+    """Each run once, with every evaluation that a point asks of it: `eval.scalings` each, or as it was trained.
+
+    The text is read and tokenised here, once. The device is not looked for: another machine may do the work.
+    """
+    tasks: dict[str, dict[str, Any]] = {}
+    invalid: list[tuple[str, str]] = []
+    for done, (label, config) in enumerate(points):
+        progress("check", done, len(points))
+        try:
+            session = Session(dataclasses.replace(config, device="cpu"), progress)
+            resolved = dataclasses.replace(config, scaling=session.scaling)
+        except ValueError as error:
+            invalid.append((label, str(error)))
+            continue
+        asked = []
+        for question in questions(config):
+            item = question["scaling"]
+            scaling = None if item is None else configs.parse_scaling(item)
+            try:
+                ladder_of(resolved, session.original_ctx, config.eval, scaling=scaling)
+            except ValueError as error:
+                invalid.append((label if item is None else f"{label}, evaluated with {item}", str(error)))
+                continue
+            asked.append(question)
+        # whoever works on it may stand in another folder
+        placed = dataclasses.replace(
+            config, data=found_from_anywhere(config.data), runs_dir=str(session.run.path.parent.resolve()),
+            cache_dir=str(Path(config.cache_dir).expanduser().resolve()),
+        )  # fmt: skip
+        task = tasks.setdefault(
+            session.run.name,
+            {"run": session.run.name, "points": [], "config": configs.to_dict(placed), "evaluations": []},
+        )
+        task["points"].append(label)
+        task["evaluations"] += [question for question in asked if question not in task["evaluations"]]
+    progress("check", len(points), len(points))
+    return Tasks(list(tasks.values()), invalid)
+
+
+def questions(config: Config) -> list[dict[str, Any]]:
+    """The evaluations that follow a training: under each of `eval.scalings`, or once, as it was trained (None)."""
+    tree = {**configs.to_dict(config)["eval"], "scalings": []}
+    return [{"eval": tree, "scaling": item} for item in config.eval.scalings or (None,)]

@@ -1,0 +1,299 @@
+"""A checkpoint of transformers under our protocols: the same targets, rows, store and intervals as a run of ours."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+from torch.nn import functional as F
+
+from ropelab import config as configs
+from ropelab import data, files
+from ropelab.experiment import NO_SCALING, encoding_of, environment
+from ropelab.experiment.evaluate import Evaluated, evaluate_subject, ladder_of, same_text
+from ropelab.experiment.memory import Plan, fit
+from ropelab.experiment.models import check_applied, spectrum_digest
+from ropelab.experiment.subject import At, Loaded, Subject, Text
+from ropelab.huggingface import checkpoint, rotary
+from ropelab.model import logits_held
+from ropelab.positions import SCALINGS, PositionEncoding, Rope
+from ropelab.progress import Progress, silent
+from ropelab.ranks import ALONE, Ranks
+from ropelab.schema import Config, DataConfig, EvalConfig, Method
+from ropelab.training import matmul_precision
+
+RECORD = "ropelab/run.json"  # in an exported folder: the run that it was
+
+
+class Checkpoint(Subject):
+    """A checkpoint of transformers, before its weights are read.
+
+    name: folder or name on the hub. text: what to score; None: of a folder that was exported, the text that its run
+    was trained on, else the default corpus. `ValueError` for what cannot be evaluated.
+    """
+
+    def __init__(self, name: str, config: Config, text: DataConfig | None) -> None:
+        self.source = name
+        self.folder = checkpoint.find(name)
+        self.config = checkpoint.read_config(self.folder)
+        body = self.config.get_text_config()
+        self._skeleton = checkpoint.skeleton(self.config)
+        rows = self._skeleton.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        self.tokenizer = checkpoint.read_tokenizer(self.folder, rows)
+        self._weights = sum(p.numel() for p in self._skeleton.parameters())
+        self.labels = rotary.declared(self.config)
+        self._handles = rotary.handles(self._skeleton, self.labels)
+        self.rotary = bool(self._handles)
+        self._longest = 0  # text that a pass will read
+        record = files.read_json(self.folder / RECORD)
+        self.record: dict[str, Any] = record if isinstance(record, dict) else {}
+        self.max_ctx = checkpoint.longest_trained(self.config)
+        self._own: dict[str, Any] | None = self.record.get("run")
+        own_text = None if self._own is None else configs.from_dict(self._own["config"]).data
+        self._text = text or own_text or config.data
+        self._own_text = own_text
+
+        pos, scaling = self._positions(body)
+        parameters = self.labels.get(rotary.scaled_label(self.labels), {}) if self.labels else {}
+        lasting = self.record.get("train_ctx") or self.max_ctx
+        if lasting is None:
+            raise ValueError(f"{name} does not say its length: config.json has none of {', '.join(checkpoint.LENGTHS)}")
+        # Phi-3 says it beside its rotary parameters
+        stated = parameters.get("original_max_position_embeddings") or getattr(
+            body, "original_max_position_embeddings", None
+        )
+        self.original_ctx = int(self.record.get("original_ctx") or min(stated or lasting, lasting))
+        heads = int(body.num_attention_heads)
+        d_head = self._d_head(body)
+        tree = configs.to_dict(config)
+        tree["pos"] = {"name": pos.name, **pos.parameters}
+        tree["scaling"] = {"name": scaling.name, **scaling.parameters}
+        tree["data"] = configs.to_dict(configs.load())["data"] | vars(self._text)
+        tree["model"] = {
+            "name": self.config.model_type, "n_layer": int(body.num_hidden_layers), "d_model": heads * d_head,
+            "n_head": heads, "qk_norm": False,
+        }  # fmt: skip
+        tree["train"] |= {"ctx": int(lasting)}
+        tree["seed"] = 0
+        self.trained = configs.from_dict(tree)
+        self.digest = checkpoint.digest(self.folder)
+        self.name = f"hf-{checkpoint.slug(name)}-{self.digest[:8]}"
+        self.results = Path(config.runs_dir).expanduser() / self.name / "results"
+        self.facts = {
+            "source": name, "architecture": type(self._skeleton).__name__, "checkpoint": self.digest[:16],
+            "transformers": transformers.__version__,
+        }  # fmt: skip
+        self.manifest = {
+            "run": self.name, "digest": self.digest, "identity": {"checkpoint": self.digest},
+            "config": configs.to_dict(self.trained), "status": "checkpoint", "train_ctx": int(lasting),
+            "original_ctx": self.original_ctx, "parent": None, "corpus": {"name": self._text.name},
+            "params": self._weights, "device": None, "environment": environment(), **self.facts,
+        }  # fmt: skip
+
+    def _d_head(self, body: Any) -> int:
+        pairs = self._pairs()
+        stated = getattr(body, "head_dim", None) or body.hidden_size // body.num_attention_heads
+        return max(int(stated), 2 * pairs)
+
+    def _pairs(self) -> int:
+        """R/2 of the layers that a scaling is for; 0 without rotation."""
+        if not self.rotary:
+            return 0
+        label = rotary.scaled_label(self.labels)
+        handle = next(one for one in self._handles if one.label == label)
+        return len(getattr(self._skeleton.get_submodule(handle.path), f"{handle.prefix}inv_freq"))
+
+    def _positions(self, body: Any) -> tuple[Method, Method]:
+        """Encoding and scaling of the checkpoint as it is."""
+        if self.rotary:
+            parameters = self.labels[rotary.scaled_label(self.labels)]
+            pos = rotary.encoding_of(parameters, pairs=self._pairs(), d_head=self._d_head(body))
+            try:
+                return pos, rotary.scaling_of(parameters, self.max_ctx)
+            except (KeyError, TypeError):
+                raise ValueError(
+                    f"{self.source}: its rotary parameters lack a key of rope_type '{parameters.get('rope_type')}'"
+                ) from None
+        if self.config.model_type in ("mpt", "bloom") or getattr(body, "alibi", False):
+            return configs.load(["pos=alibi"]).pos, NO_SCALING
+        limit = checkpoint.table_rows(self._skeleton, self.config)
+        return Method("none", {}) if limit is None else configs.load(["pos=learned"]).pos, NO_SCALING
+
+    def check(self, config: EvalConfig, scaling: Method | None) -> None:
+        """`ValueError` for lengths, scalings and controls that the checkpoint cannot have, before any work."""
+        if config.window is not None:
+            raise ValueError("eval.window masks keys in our own models; leave it out with --hf")
+        if config.baseline is not None:
+            raise ValueError("eval.baseline=unigram counts a run's training text; that of a checkpoint is not known")
+        if scaling is not None and scaling.name != "none":
+            if not self.rotary:
+                raise ValueError(
+                    f"scaling={scaling.name} needs a rotary model; {self.source} ({self.config.model_type}) turns "
+                    "nothing that ropelab can reach"
+                )
+            if not SCALINGS[scaling.name].spectral:
+                able = ", ".join(name for name, method in SCALINGS.items() if method.spectral)
+                raise ValueError(f"scaling={scaling.name} changes attention itself; with --hf there are {able}")
+        ladder = ladder_of(self.trained, self.original_ctx, config, scaling=scaling)
+        if self.trained.pos.name == "learned":
+            rows = checkpoint.table_rows(self._skeleton, self.config)
+            if rows is not None and max(ladder.methods) > rows:
+                raise ValueError(
+                    f"--ctx {max(ladder.methods)}: the positions of {self.source} end at {rows}; use --ctx {rows}"
+                )
+
+    def text(self, other: DataConfig | None, which: str, cache_dir: str, progress: Progress) -> Text:
+        assert other is None  # a checkpoint is made with its text
+        cache = Path(cache_dir).expanduser()
+        own = self._own_text is not None and same_text(self._text, self._own_text)
+        if which != "test" and not own:
+            raise ValueError(f"eval.split={which} belongs to the text of a run of ours; other text is all test")
+        corpus = data.prepare(
+            self._text, cache_dir=cache, evaluate_only=not own, tokenizer=self.tokenizer, progress=progress
+        )
+        split = corpus.test if which == "test" else corpus.validation
+        documents = [split.document(i) for i in range(len(split))]
+        return Text(split, corpus.digest, corpus.name, None, data.keeps_bytes(self.tokenizer, documents, split.n_bytes))
+
+    def plan(
+        self,
+        encodings: Mapping[int, PositionEncoding],
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        limit_gb: float | None,
+    ) -> Plan:
+        self._longest = max(encodings)
+        weights = self._weights * dtype.itemsize
+        needed = {ctx: self._pass_bytes(ctx, device) for ctx in encodings}
+        return fit(needed, device, limit_gb=limit_gb, weights=weights)
+
+    def _pass_bytes(self, ctx: int, device: torch.device) -> Callable[[int], int]:
+        """Bytes of a pass over n tokens in windows of `ctx` beside the weights: an upper bound, in fp32."""
+        body = self.config.get_text_config()
+        width, heads = int(body.hidden_size), int(body.num_attention_heads)
+        keys = int(getattr(body, "num_key_value_heads", None) or heads)
+        d_head = self._d_head(body)
+        inner = (
+            max(
+                int(getattr(body, key, None) or 0)
+                for key in ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "moe_intermediate_size")
+            )
+            or 4 * width
+        )
+        inner *= int(getattr(body, "num_experts_per_tok", None) or 1)
+        entries = int(body.vocab_size)
+        eager = getattr(self._skeleton.config, "_attn_implementation", None) == "eager" or (
+            self.config.model_type in ("mpt", "bloom")
+        )
+        held = logits_held(device, training=False)
+
+        def needed(tokens: int) -> int:
+            length = min(tokens, ctx)
+            each = 6 * width + 4 * heads * d_head + 3 * keys * d_head + 4 * inner + 4 * self._pairs()
+            # scores of all pairs of a layer, where a kernel does not avoid them, and masks of True and False
+            square = length * length * (4 * heads * (tokens // length) if eager else 1)
+            head = 3 * min(tokens * entries, max(held, entries))
+            blocks = 2**25 if device.type == "cpu" else 2**28
+            return 4 * (tokens * each + square + head + blocks)
+
+        return needed
+
+    def load(self, device: torch.device, dtype: torch.dtype, *, window: int | None, kept: bool) -> Loaded:
+        plain = kept or not self.rotary
+        config = self.config if plain else rotary.without_scaling(self.config)
+        if self.config.model_type == "mpt":  # its biases are as long as this says
+            config.max_seq_len = max(self._longest, config.max_seq_len)
+        model = checkpoint.load(self.folder, config, dtype).to(device)
+        return _LoadedCheckpoint(self, model, device, kept)
+
+    def keep(self) -> None:
+        folder = self.results.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        files.write_json(folder / "manifest.json", self.manifest)
+
+
+class _LoadedCheckpoint(Loaded):
+    def __init__(self, source: Checkpoint, model: Any, device: torch.device, kept: bool) -> None:
+        self._source, self._device, self._kept = source, device, kept
+        self._head = checkpoint.Head(model)
+        self._rotary = rotary.Rotary(model, source.labels) if source.rotary else None
+        trained = source.trained
+        self._plain = encoding_of(trained, NO_SCALING, source.original_ctx)
+        self.precision = matmul_precision(device, trained.model.d_model)
+
+    def at(self, ctx: int, method: Method, encoding: PositionEncoding) -> At:
+        if self._rotary is None:
+            says = f"{self._source.digest} {self._source.trained.pos.name}"
+            return At(hashlib.sha256(says.encode()).hexdigest(), False, False, self._scorer(ctx))
+        assert isinstance(encoding, Rope)
+        assert isinstance(self._plain, Rope)
+        if self._kept:
+            self._rotary.reset()
+            relative = 5e-6 * method.parameters.get("factor", 1.0)  # what fp32 makes of transformers' ramps
+        else:
+            self._rotary.set(encoding.spectrum(ctx), self._plain.inv_freq())
+            relative = 5e-7
+        found = rotary.difference(self._rotary.read(ctx), encoding, ctx, relative=relative)
+        if found is not None:
+            asked = "without a scaling" if method.name == "none" else f"under scaling={method.name}"
+            raise ValueError(
+                f"at {ctx} tokens the loaded model does not turn as RoPE {asked} does: {found}; its numbers would be "
+                "those of something else"
+            )
+        spectrum = spectrum_digest(encoding, ctx)
+        idle = check_applied(method, self._plain, self._source.original_ctx, ctx, spectrum)
+        return At(spectrum, idle, encoding.length_dependent, self._scorer(ctx))
+
+    def _scorer(self, ctx: int) -> Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float32]]:
+        first = True
+
+        @torch.no_grad()
+        def scorer(inputs: NDArray[np.int64], targets: NDArray[np.int64]) -> NDArray[np.float32]:
+            nonlocal first
+            watched = self._rotary.watched() if first and self._rotary is not None else None
+            hidden = self._head.hidden(torch.from_numpy(inputs).to(self._device))  # (B, ctx, C)
+            if watched is not None:
+                watched()
+            first = False
+            scored = hidden[:, -targets.shape[1] :].flatten(0, 1)  # (B, scored, C) -> (N, C)
+            wanted = torch.from_numpy(targets).to(self._device).flatten()  # (N,)
+            rows = max(1, logits_held(self._device, training=False) // self._source.tokenizer.n_vocab)
+            parts = [
+                F.cross_entropy(self._head.logits(scored[low : low + rows]), wanted[low : low + rows], reduction="none")
+                for low in range(0, len(wanted), rows)
+            ]
+            losses: NDArray[np.float32] = torch.cat(parts).view(targets.shape).cpu().numpy()
+            return losses
+
+        return scorer
+
+
+def evaluate(
+    source: Checkpoint,
+    config: EvalConfig,
+    *,
+    scaling: Method | None = None,
+    device: str = "auto",
+    cache_dir: str,
+    progress: Progress = silent,
+    notice: Callable[[str], None] = lambda line: None,
+    ranks: Ranks = ALONE,
+) -> Evaluated:
+    """Perplexity of a checkpoint over a ladder of contexts, as `experiment.evaluate` of a run.
+
+    `scaling` replaces the checkpoint's own (`none` removes it; None keeps it as transformers applies it). What the
+    loaded model turns by is read back at every length. `ValueError` as `Checkpoint.check`, and where that is not what
+    was asked for.
+    """
+    source.check(config, scaling)
+    return evaluate_subject(
+        source, config, scaling=scaling, device=device, cache_dir=cache_dir, progress=progress, notice=notice,
+        ranks=ranks,
+    )  # fmt: skip

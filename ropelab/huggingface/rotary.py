@@ -1,0 +1,391 @@
+"""Rotary parameters in transformers' words, and the rotary modules of a loaded model: set, and read back.
+
+transformers 5 says `rope_parameters`, one dict or one a layer type; 4.x says `rope_theta` and `rope_scaling`. A loaded
+model turns its queries and keys by modules that hold `inv_freq` and `attention_scaling`, whatever its layout of pairs:
+any spectrum is applied by writing these two, and read back from the cosines and sines that the module returns.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ropelab import config as configs
+from ropelab.positions import SCALINGS, Rope
+from ropelab.positions.scaling import Spectrum
+from ropelab.schema import Method
+
+OTHER_MODALITIES = ("vision", "visual", "audio", "speech")
+LOCAL = ("sliding", "local", "chunked")  # layers that see a window only: a scaling leaves them as they were trained
+
+
+# --- configurations -------------------------------------------------------------------------------------------------
+
+
+def declared(config: Any) -> dict[str, dict[str, Any]]:
+    """Rotary parameters of a configuration by layer type ("" where all layers are alike), in transformers 5's words."""
+    text = config.get_text_config()
+    found = getattr(text, "rope_parameters", None)
+    if found:
+        if all(value is None or isinstance(value, Mapping) for value in found.values()):
+            return {label: dict(value) for label, value in found.items() if value}
+        return {"": dict(found)}
+    base = getattr(text, "rope_theta", None) or getattr(text, "rotary_emb_base", None)
+    if base is None:
+        return {}
+    scaling = dict(getattr(text, "rope_scaling", None) or {})
+    share = getattr(text, "partial_rotary_factor", None) or getattr(text, "rotary_pct", None) or 1.0
+    kind = scaling.pop("type", "default")
+    one = {"rope_theta": base, "partial_rotary_factor": share, "rope_type": kind, **scaling}
+    original = getattr(text, "original_max_position_embeddings", None)
+    if original is not None:
+        one["original_max_position_embeddings"] = original
+    local = getattr(text, "rope_local_base_freq", None)
+    if local is None:
+        return {"": one}
+    return {"full_attention": one, "sliding_attention": {"rope_type": "default", "rope_theta": local}}
+
+
+def scaled_label(labels: Mapping[str, Any]) -> str:
+    """The layer type that a scaling is for: the one that sees all of the text."""
+    return next((label for label in labels if not any(word in label for word in LOCAL)), next(iter(labels)))
+
+
+def without_scaling(config: Any) -> Any:
+    """A copy of a configuration whose scaled layers turn as they did before any scaling."""
+    plain = copy.deepcopy(config)
+    text = plain.get_text_config()
+    labels = declared(config)
+    label = scaled_label(labels)
+    kept: dict[str, Any] = {
+        key: labels[label][key] for key in ("rope_theta", "partial_rotary_factor") if key in labels[label]
+    }
+    if labels[label].get("rope_type") == "proportional":  # how p-RoPE is trained, not a scaling
+        kept = {**kept, "rope_type": "proportional"}
+    else:
+        kept["rope_type"] = "default"
+    if getattr(text, "rope_parameters", None):
+        text.rope_parameters = {**labels, label: kept} if label else kept
+    else:
+        text.rope_scaling = None
+    return plain
+
+
+def encoding_of(parameters: Mapping[str, Any], *, pairs: int, d_head: int) -> Method:
+    """The encoding that a checkpoint was trained with: RoPE, or p-RoPE where its pairs are `proportional`."""
+    fraction = 2 * pairs / d_head
+    if int(d_head * fraction) < 2 * pairs:  # the product is rounded
+        fraction = math.nextafter(fraction, 2)
+    rope = {"base": float(parameters["rope_theta"]), "layout": "half"}
+    if parameters.get("rope_type") == "proportional":
+        return Method("p_rope", {**rope, "p": float(parameters.get("partial_rotary_factor", 1.0))})
+    return Method("rope", {**rope, "fraction": fraction})
+
+
+def scaling_of(parameters: Mapping[str, Any], max_ctx: int | None) -> Method:
+    """The scaling that rotary parameters ask for, as one of ours; `max_ctx`: max_position_embeddings.
+
+    `ValueError` for a type that is none of ours.
+    """
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    factor = parameters.get("factor")
+    original = parameters.get("original_max_position_embeddings")
+    if factor is None and original and max_ctx:
+        factor = max_ctx / original
+    factor = float(factor or 1.0)
+    if kind == "default" or (kind == "proportional" and factor == 1):
+        return Method("none", {})
+    if kind in ("linear", "proportional"):
+        return _with_defaults("linear", factor=factor)
+    if kind == "dynamic":
+        return _with_defaults("dynamic_ntk", factor=factor, original_ctx=max_ctx)
+    if kind == "llama3":
+        keys = ("low_freq_factor", "high_freq_factor")
+        return _with_defaults(
+            "llama3", factor=factor, original_ctx=original, **{key: float(parameters[key]) for key in keys}
+        )
+    if kind == "yarn":
+        return _with_defaults(
+            "yarn", factor=factor, original_ctx=original,
+            beta_fast=float(parameters.get("beta_fast") or 32), beta_slow=float(parameters.get("beta_slow") or 1),
+            truncate=parameters.get("truncate", True), attention_factor=_yarn_attention(parameters, factor),
+        )  # fmt: skip
+    if kind in ("longrope", "su"):
+        return _with_defaults(
+            "longrope", factor=max(factor, 1.0), original_ctx=original,
+            long_factors=[float(x) for x in parameters["long_factor"]],
+            short_factors=[float(x) for x in parameters["short_factor"]],
+            attention_factor=parameters.get("attention_factor"),
+        )  # fmt: skip
+    raise ValueError(
+        f"the checkpoint's rotary type '{kind}' is none that ropelab knows; --scaling none evaluates it without"
+    )
+
+
+def _with_defaults(name: str, **given: Any) -> Method:
+    """A scaling with the defaults of its YAML where nothing is given."""
+    defaults = configs.load([f"scaling={name}"]).scaling.parameters
+    return Method(name, {**defaults, **given})
+
+
+def _yarn_attention(parameters: Mapping[str, Any], factor: float) -> float | None:
+    """transformers' attention factor: given, or of DeepSeek's two temperatures; None: YaRN's."""
+    given = parameters.get("attention_factor")
+    mscale, mscale_all = parameters.get("mscale"), parameters.get("mscale_all_dim")
+    if given is not None or not (mscale and mscale_all):
+        return None if given is None else float(given)
+    if factor <= 1:
+        return 1.0
+    return float(0.1 * mscale * math.log(factor) + 1) / float(0.1 * mscale_all * math.log(factor) + 1)
+
+
+class Written(NamedTuple):
+    """What a rotary encoding comes to in a configuration."""
+
+    base: float
+    type_: dict[str, Any]  # rope_type and its keys, without base and share of the dimensions
+    max_ctx: int  # max_position_embeddings, from which `dynamic` takes its original length
+
+
+def written(encoding: Rope, pos: Method, scaling: Method, *, original_ctx: int, max_ctx: int | None) -> Written:
+    """A rotary encoding under a scaling (its factor a number) in transformers' words.
+
+    `max_ctx`: the longest text that the model is said to hold; None: original_ctx times the factor. `ValueError` with
+    the reason where transformers has no word for it.
+    """
+    name, given = scaling.name, dict(scaling.parameters)
+    original_ctx = given.get("original_ctx") or original_ctx
+    factor = given.get("factor", 1.0)
+    pairs = encoding.rotated // 2
+    reach = max_ctx or math.ceil(original_ctx * factor)
+    if pos.name == "p_rope" and name not in ("none", "linear"):
+        raise ValueError(f"scaling={name} on p-RoPE: transformers' `proportional` knows only a linear factor")
+    if pos.name == "p_rope":
+        return Written(encoding.base, _proportional(pos.parameters["p"], factor), reach)
+    kind: dict[str, Any]
+    base = encoding.base
+    match name:
+        case "none":
+            kind = {"rope_type": "default"}
+        case "linear":
+            kind = {"rope_type": "linear", "factor": factor}
+        case "ntk":  # a larger base is all it is
+            kind, base = {"rope_type": "default"}, base * factor ** (pairs / (pairs - 1))
+        case "dynamic_ntk":
+            if max_ctx not in (None, original_ctx):
+                raise ValueError("--max-ctx: transformers' `dynamic` reads the original length there; leave it out")
+            kind, reach = {"rope_type": "dynamic", "factor": factor}, original_ctx
+        case "yarn" | "ntk_by_parts":
+            if given["ramp"] != "index":
+                raise ValueError(
+                    f"scaling={name} with ramp={given['ramp']}: transformers has YaRN's released ramp only"
+                )
+            kind = {
+                "rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original_ctx,
+                "beta_fast": given["beta_fast"], "beta_slow": given["beta_slow"], "truncate": given["truncate"],
+                "attention_factor": encoding.spectrum(reach).attention_factor,
+            }  # fmt: skip
+        case "llama3":
+            kind = {
+                "rope_type": "llama3", "factor": factor, "original_max_position_embeddings": original_ctx,
+                "low_freq_factor": given["low_freq_factor"], "high_freq_factor": given["high_freq_factor"],
+            }  # fmt: skip
+        case "longrope":
+            if given["start_tokens"]:
+                raise ValueError("scaling=longrope with start_tokens: transformers turns all positions alike")
+            kind = {
+                "rope_type": "longrope", "factor": factor, "original_max_position_embeddings": original_ctx,
+                "short_factor": list(given["short_factors"] or given["long_factors"]),
+                "long_factor": list(given["long_factors"]),
+                "attention_factor": encoding.spectrum(reach).attention_factor,
+            }  # fmt: skip
+        case "proportional":
+            if pos.parameters["fraction"] != 1:
+                raise ValueError("scaling=proportional on partial rotary: transformers spreads it over the whole head")
+            kind = _proportional(given["p"], factor)
+        case _ if SCALINGS[name].dynamic:
+            raise ValueError(f"scaling={name} follows the length in a way that transformers does not know")
+        case _:
+            raise ValueError(f"scaling={name}: transformers has nothing like it")
+    return Written(base, kind, reach)
+
+
+def _proportional(p: float, factor: float) -> dict[str, Any]:
+    scaled = {} if factor == 1 else {"factor": factor}
+    return {"rope_type": "proportional", "partial_rotary_factor": float(p), **scaled}
+
+
+# --- a loaded model -------------------------------------------------------------------------------------------------
+
+
+class Handle(NamedTuple):
+    """One spectrum of a loaded model."""
+
+    path: str  # of its module
+    prefix: str  # of its attributes: "", or the layer type and an underscore
+    label: str  # layer type, "" where all are alike
+
+
+def handles(model: nn.Module, labels: Mapping[str, Any]) -> list[Handle]:
+    """The spectra of a model whose configuration declares rotary parameters for `labels`."""
+    found = []
+    for path, module in model.named_modules():
+        if any(word in path for word in OTHER_MODALITIES):
+            continue
+        for name in module._buffers:
+            prefix = name.removesuffix("inv_freq")
+            if name == prefix or prefix.endswith(("original_", "long_", "short_")):
+                continue
+            label = prefix.removesuffix("_")
+            if not label and "" not in labels and labels:  # transformers 4: a module for each
+                local = any(word in path for word in LOCAL)
+                label = next((key for key in labels if any(word in key for word in LOCAL) == local), "")
+            found.append(Handle(path, prefix, label))
+    return found
+
+
+class Turns(NamedTuple):
+    """What a rotary module returns for positions 0 .. T-1: cosines and sines with the attention factor, (T, R/2)."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def spectrum(self) -> Spectrum:
+        """The frequencies and the attention factor that they come from; positions 0 and 1 say it all."""
+        factor = self.cos[0, 0].double().item()
+        inv_freq = torch.atan2(self.sin[1].double(), self.cos[1].double())
+        return Spectrum(inv_freq.cpu(), factor)
+
+
+class Rotary:
+    """The rotary modules of a loaded model."""
+
+    def __init__(self, model: nn.Module, labels: Mapping[str, Any]) -> None:
+        self._model = model
+        self.handles = handles(model, labels)
+        self.label = scaled_label(labels)
+        self._pristine = {path: copy.deepcopy(model.get_submodule(path)) for path in {h.path for h in self.handles}}
+        self._calls: dict[tuple[str, str], tuple[Tensor, ...]] = {}
+
+    def _scaled(self) -> Iterator[tuple[Handle, nn.Module]]:
+        for handle in self.handles:
+            if handle.label == self.label:
+                yield handle, self._model.get_submodule(handle.path)
+
+    def reset(self) -> None:
+        """The modules as they were loaded: `dynamic` remembers the longest text that it has seen."""
+        for path, module in self._pristine.items():
+            parent, _, leaf = path.rpartition(".")
+            setattr(self._model.get_submodule(parent), leaf, copy.deepcopy(module))
+
+    def set(self, spectrum: Spectrum, plain: Tensor) -> None:
+        """Turn by another spectrum from now on; `plain` (R/2,) fp64 is the one of the first start tokens."""
+        self.reset()
+        for handle, module in self._scaled():
+            buffer = getattr(module, f"{handle.prefix}inv_freq")
+            buffer.copy_(spectrum.inv_freq)
+            name = f"{handle.prefix}attention_scaling"
+            if not hasattr(module, name) and spectrum.attention_factor != 1:
+                raise ValueError(f"{type(module).__name__} has no attention factor; use a scaling without one")
+            setattr(module, name, spectrum.attention_factor)
+            if spectrum.start_tokens:
+                module.forward = _starting(module.forward, buffer, spectrum, plain, handle)
+
+    def read(self, ctx: int) -> Turns:
+        """What the scaled layers turn by in a text of `ctx` tokens. `ValueError` where two modules disagree."""
+        read = [_read(module, handle, ctx) for handle, module in self._scaled()]
+        if any(not torch.equal(read[0].cos, other.cos) for other in read[1:]):
+            raise ValueError("the rotary modules of one layer type turn differently: no one spectrum says what they do")
+        return read[0]
+
+    def watched(self) -> Callable[[], None]:
+        """Watch the modules in the next forward pass; what is returned ends that, and checks that it used them.
+
+        `ValueError` where the pass was made without what `read` had read.
+        """
+        hooks, seen = [], set[str]()
+        for handle, module in self._scaled():
+
+            def hook(module: nn.Module, args: Any, kwargs: Any, out: Any, handle: Handle = handle) -> None:
+                label = kwargs.get("layer_type", args[2] if len(args) > 2 else handle.label)
+                if label == handle.label or not handle.prefix:
+                    seen.add(handle.path)
+
+            hooks.append(module.register_forward_hook(hook, with_kwargs=True))
+
+        def end() -> None:
+            for one in hooks:
+                one.remove()
+            if not seen:
+                raise ValueError("the model made its pass without its rotary modules: no scaling can be applied to it")
+
+        return end
+
+
+def _starting(
+    forward: Callable[..., Any], buffer: Tensor, spectrum: Spectrum, plain: Tensor, handle: Handle
+) -> Callable[..., Any]:
+    """A rotary module's forward whose first positions turn by the plain spectrum."""
+
+    def both(x: Tensor, position_ids: Tensor, *rest: Any, **named: Any) -> Any:
+        label = named.get("layer_type", rest[0] if rest else handle.label)
+        if handle.prefix and label != handle.label:
+            return forward(x, position_ids, *rest, **named)
+        buffer.copy_(plain)
+        first = forward(x, position_ids, *rest, **named)
+        buffer.copy_(spectrum.inv_freq)
+        later = forward(x, position_ids, *rest, **named)
+        early = (position_ids < spectrum.start_tokens)[..., None]  # (B, T, 1)
+        if isinstance(first, Tensor):
+            return torch.where(early, first, later)
+        return tuple(torch.where(early, one, other) for one, other in zip(first, later, strict=True))
+
+    return both
+
+
+@torch.no_grad()
+def _read(module: nn.Module, handle: Handle, ctx: int) -> Turns:
+    buffer = getattr(module, f"{handle.prefix}inv_freq")
+    x = torch.zeros(1, 1, 1, device=buffer.device)  # fp32, whatever the weights are
+    positions = torch.arange(ctx, device=buffer.device)[None]  # (1, T)
+    out = module(x, positions, handle.label) if handle.prefix else module(x, positions)
+    cos, sin = (out.real, out.imag) if isinstance(out, Tensor) else out
+    cos, sin, pairs = cos[0].float(), sin[0].float(), len(buffer)  # (T, R/2), or (T, R) where a pair is there twice
+    if cos.shape[-1] == 2 * pairs:
+        halves = torch.equal(cos[:, :pairs], cos[:, pairs:])
+        cos, sin = (cos[:, :pairs], sin[:, :pairs]) if halves else (cos[:, 0::2], sin[:, 0::2])
+    if cos.shape[-1] != pairs:
+        raise ValueError(
+            f"{type(module).__name__} returns {cos.shape[-1]} angles for {pairs} pairs: its form is unknown"
+        )
+    return Turns(cos, sin)
+
+
+def difference(read: Turns, encoding: Rope, ctx: int, *, relative: float) -> str | None:
+    """How the turns of a loaded model differ from those that an encoding asks for; None where they do not.
+
+    `relative`: the error of a frequency that fp32 explains.
+    """
+    asked = encoding.spectrum(ctx)
+    found = read.spectrum()
+    if abs(found.attention_factor - asked.attention_factor) > 1e-5:
+        return f"its attention factor is {found.attention_factor:.6g} where {asked.attention_factor:.6g} is due"
+    if read.cos.shape[1] != len(asked.inv_freq):
+        return f"it turns {read.cos.shape[1]} pairs where {len(asked.inv_freq)} are due"
+    angles = encoding.angles(torch.arange(ctx), ctx)  # (T, R/2) fp64
+    at = [0, 1, *(t for t in (ctx // 2, ctx - 1) if t > 1)]  # positions
+    for position in at:
+        due = angles[position]
+        got = torch.stack((read.cos[position], read.sin[position])).double().cpu() / asked.attention_factor
+        off = (got - torch.stack((due.cos(), due.sin()))).abs().amax(0)  # (R/2,)
+        # fp32 rounds the frequency and its product with the position
+        bad = off > relative * due.abs() + 2e-6
+        if bool(bad.any()):
+            pair = int(bad.nonzero()[0])
+            return f"pair {pair} of position {position} is off by {off[pair]:.2g} in its cosine or sine"
+    return None

@@ -1,0 +1,306 @@
+"""A sweep: many runs from one command; its folder, and how each of its runs stands. Free of torch.
+
+    <runs_dir>/sweeps/<name>/
+        manifest.json        the settings, the points, and the tasks they come to: a run and its evaluations each
+        answers/0007.json    what became of task 7: its results, or why it ended
+        jobs/0007.json       the job of task 7 on a cluster
+        logs/, spool/        of jobs; the spool is submitit's own, private and never read back
+        lock                 held while the sweep is worked on from this machine
+
+A task is done when its run and the evaluations are there: the folder says what was asked and what was said, and the
+run folders say what is true.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import fcntl
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ropelab import files
+from ropelab.runs import RunDir, RunError
+
+PENDING, RUNNING, DONE, FAILED, CANCELLED, LOST = "PENDING", "RUNNING", "DONE", "FAILED", "CANCELLED", "LOST"
+UNFINISHED = (FAILED, CANCELLED, LOST)  # what `retry` starts again
+TAIL = 5  # lines of a log in a failure's note
+
+
+class Standing(NamedTuple):
+    """How one task stands."""
+
+    task: int
+    run: str
+    state: str
+    step: int | None
+    steps: int
+    note: str
+
+
+class Sweep:
+    """The folder of one sweep."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        manifest = files.read_json(path / "manifest.json")
+        if not isinstance(manifest, dict) or not isinstance(manifest.get("tasks"), list):
+            raise RunError(f"{path / 'manifest.json'} is missing or damaged; give the `ropelab sweep` command again")
+        self.manifest: dict[str, Any] = manifest
+        self.tasks: list[dict[str, Any]] = manifest["tasks"]
+        for task in self.tasks:
+            # a stranger's sweep must not lead out of the folder of runs
+            if not isinstance(task, dict) or Path(str(task.get("run"))).name != task.get("run"):
+                raise RunError(f"{path / 'manifest.json'} names a run that is no name; it was altered")
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def launcher(self) -> str:
+        """Who works on it, as last launched: local | slurm."""
+        return str(self.manifest.get("launcher", {}).get("name", "local"))
+
+    def run(self, index: int) -> RunDir:
+        return RunDir(self.path.parent.parent / self.tasks[index]["run"])
+
+    # --- answers
+
+    def _answer_path(self, index: int) -> Path:
+        return self.path / "answers" / f"{index:04d}.json"
+
+    def answer(self, index: int) -> dict[str, Any] | None:
+        """What was said of a task last: results, {"error"}, {"cancelled"}, or None."""
+        found = files.read_json(self._answer_path(index))
+        return found if isinstance(found, dict) else None
+
+    def say(self, index: int, answer: Mapping[str, Any]) -> None:
+        files.write_json(self._answer_path(index), {**answer, "said": time.time()})
+
+    def forget(self, index: int) -> None:
+        """A task is to be worked on anew: what was said of it before is no longer so."""
+        self._answer_path(index).unlink(missing_ok=True)
+        self._job_path(index).unlink(missing_ok=True)
+
+    # --- jobs
+
+    def jobs(self) -> dict[int, str]:
+        """The last job of each task on a cluster."""
+        found = {int(path.stem): files.read_json(path) for path in (self.path / "jobs").glob("[0-9]*.json")}
+        return {index: str(known["job"]) for index, known in found.items() if isinstance(known, dict)}
+
+    def add_job(self, index: int, job: str) -> None:
+        """Note the job of a task: a file each, since jobs note themselves."""
+        files.write_json(self._job_path(index), {"job": job})
+
+    def _job_path(self, index: int) -> Path:
+        return self.path / "jobs" / f"{index:04d}.json"
+
+    def log_tail(self, index: int) -> str:
+        """The last lines of a job's log, in one line."""
+        job = self.jobs().get(index)
+        if job is None:
+            return ""
+        for log in sorted(self.logs.glob(f"{job}_*.err"), key=lambda path: path.stat().st_mtime_ns, reverse=True):
+            lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+            if lines:
+                return " | ".join(line.strip() for line in lines[-TAIL:])
+        return ""
+
+    # --- one worker at a time
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the sweep for one launch; a dead process does not keep it. `RunError` when another one holds it."""
+        with (self.path / "lock").open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunError(
+                    f"{self.name} is being worked on by another process; `ropelab status {self.name}` shows it"
+                ) from None
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            yield
+
+    def holder(self) -> int | None:
+        """The process on this machine that works on the sweep now."""
+        try:
+            with (self.path / "lock").open("r") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return int(file.read() or 0) or None
+        except (OSError, ValueError):
+            pass
+        return None
+
+    # --- how it stands
+
+    def is_done(self, index: int) -> bool:
+        """Are the run and every evaluation there?"""
+        answer = self.answer(index)
+        if answer is None or "train" not in answer:
+            return False
+        try:
+            finished = self.run(index).manifest().get("status") == "done"
+        except RunError:
+            return False
+        losses = [self.run(index).results / Path(str(item["losses"])).name for item in answer.get("evaluations", [])]
+        results = [path.with_suffix(".json") for path in losses]
+        return finished and all(path.is_file() for path in (*losses, *results))
+
+    def results(self, index: int) -> list[dict[str, Any]]:
+        """The `eval` objects of a task that is done."""
+        answer = self.answer(index)
+        if answer is None or "train" not in answer:
+            return []
+        return [item["result"] for item in answer["evaluations"]]
+
+    def finished(self) -> list[RunDir]:
+        """The runs that are done with their evaluations."""
+        return [self.run(index) for index in range(len(self.tasks)) if self.is_done(index)]
+
+    def standings(self, scheduled: Mapping[str, str] | None = None) -> list[Standing]:
+        """How every task stands. `scheduled`: the states of jobs as the cluster tells them, by job."""
+        working = self.holder() is not None
+        jobs = self.jobs()
+        return [self._standing(index, working, jobs.get(index), scheduled or {}) for index in range(len(self.tasks))]
+
+    def _standing(self, index: int, working: bool, job: str | None, scheduled: Mapping[str, str]) -> Standing:
+        task, run, answer = self.tasks[index], self.run(index), self.answer(index)
+        state, note = PENDING, ""
+        told = scheduled.get(job) if job is not None else None
+        if self.is_done(index):
+            state = DONE  # a result comes before the scheduler knows that its job has ended
+        elif answer is not None and "error" in answer:
+            state, note = FAILED, str(answer["error"])
+        elif answer is not None and "cancelled" in answer:
+            state, note = CANCELLED, str(answer["cancelled"])
+        elif answer is not None and "train" in answer:
+            state, note = LOST, "its run or evaluations are gone; `ropelab retry` makes them again"
+        elif told is not None:
+            state, note = _of_job(told)
+            if state == FAILED:
+                note = f"{note}: {self.log_tail(index)}"
+        elif job is not None:
+            state, note = LOST, f"the cluster no longer knows job {job}, and there is no result"
+        elif working:
+            state = RUNNING if _status(run) == "running" else PENDING
+        elif self.manifest.get("launched"):
+            state, note = LOST, "its process is gone, and there is no result"
+        else:
+            note = "not launched"
+        step = None if state in (PENDING, DONE) else _last_step(run)
+        return Standing(index, task["run"], state, step, task["config"]["train"]["steps"], note)
+
+
+def _of_job(told: str) -> tuple[str, str]:
+    """What a job's state means for a task without a result."""
+    if told in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD"):
+        return PENDING, told.lower() if told != "PENDING" else ""
+    if told in ("RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING", "STAGE_OUT"):
+        return RUNNING, told.lower() if told != "RUNNING" else ""
+    if told.startswith("CANCELLED"):
+        return CANCELLED, "cancelled on the cluster"
+    if told == "COMPLETED":
+        return LOST, "the cluster says COMPLETED, but there is no result"
+    return (
+        FAILED,
+        f"the cluster says {told}",
+    )  # FAILED, TIMEOUT, OUT_OF_MEMORY, NODE_FAIL, PREEMPTED, BOOT_FAIL, DEADLINE
+
+
+def _status(run: RunDir) -> str:
+    try:
+        return run.status()
+    except RunError:
+        return "none"
+
+
+def _last_step(run: RunDir) -> int | None:
+    """The step of the last whole line of a run's metrics, without reading the whole file."""
+    import json
+
+    try:
+        with run.metrics_path.open("rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - 4096))
+            lines = file.read().splitlines()
+    except OSError:
+        return None
+    for line in reversed(lines):
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            return int(json.loads(line)["step"])
+    return None
+
+
+def create(
+    runs_dir: Path, stem: str, tasks: Sequence[Mapping[str, Any]], *, settings: Sequence[str], points: Sequence[Any]
+) -> Sweep:
+    """The sweep of these tasks: a new folder, or the one that they had before. `OSError` where it cannot be written."""
+    digest = files.digest_of([[task["run"], task["evaluations"]] for task in tasks])
+    path = runs_dir / "sweeps" / f"{stem}-{digest[:8]}"
+    known = files.read_json(path / "manifest.json")
+    kept = {key: known[key] for key in ("created", "launched", "launcher") if key in known} if known else {}
+    files.write_json(
+        path / "manifest.json",
+        {
+            "sweep": path.name, "digest": digest, "created": time.time(), **kept,
+            "settings": list(settings), "points": list(points), "tasks": list(tasks),
+        },
+    )  # fmt: skip
+    return Sweep(path)
+
+
+def launched(sweep: Sweep, launcher: Mapping[str, Any]) -> None:
+    """Note with what the sweep is being worked on."""
+    sweep.manifest = {**sweep.manifest, "launched": time.time(), "launcher": dict(launcher)}
+    files.write_json(sweep.path / "manifest.json", sweep.manifest)
+
+
+def all_sweeps(runs_dir: Path) -> list[Path]:
+    """Every sweep folder, the latest last."""
+    found = [path.parent for path in (runs_dir / "sweeps").glob("*/manifest.json")]
+    return sorted(found, key=lambda path: (path / "manifest.json").stat().st_mtime_ns)
+
+
+def is_sweep(name: str, runs_dir: Path) -> bool:
+    """Does a path or a whole name stand for a sweep, or the beginning of one whose stem is `sweep`?"""
+    places = (Path(name).expanduser(), runs_dir / "sweeps" / name)
+    return any((place / "manifest.json").is_file() and place.parent.name == "sweeps" for place in places) or any(
+        path.name.rpartition("-")[0] == name.rpartition("-")[0] and path.name.startswith(name)
+        for path in all_sweeps(runs_dir)
+        if "-" in name
+    )
+
+
+def find_sweep(name: str | None, runs_dir: Path) -> Sweep:
+    """The sweep that a path, a name or an unambiguous beginning of one names; the latest for None. `RunError` else."""
+    known = all_sweeps(runs_dir)
+    if name is None:
+        if not known:
+            raise RunError(f"there is no sweep in {runs_dir}; start one: ropelab sweep pos=rope,alibi seed=0,1,2")
+        return Sweep(known[-1])
+    for candidate in (Path(name).expanduser(), runs_dir / "sweeps" / name):
+        if (candidate / "manifest.json").is_file():
+            return Sweep(candidate)
+    matches = [path for path in known if path.name.startswith(name) or path.name.rpartition("-")[2] == name]
+    if len(matches) == 1:
+        return Sweep(matches[0])
+    if matches:
+        listed = ", ".join(path.name for path in matches[:8])
+        raise RunError(f"'{name}' names {len(matches)} sweeps: {listed}; give more of the name of one")
+    close = difflib.get_close_matches(name, [path.name for path in known], n=1, cutoff=0.4)
+    listed = ", ".join(path.name for path in known[-5:]) or "none"
+    hint = f"did you mean {close[0]}?" if close else f"those in {runs_dir}: {listed}"
+    raise RunError(f"there is no sweep '{name}'; {hint}")

@@ -1,0 +1,348 @@
+"""kill -9 at random instants of training, evaluation, tokenising, search and sweep; each resumed until it ends.
+
+    python scripts/soak.py --kills 100 [--seed 0] [--jobs train,eval] [--out FILE.json]
+
+Every job is first done without a stop. Then it is done again and again in a fresh copy of the same folder, killed up to
+three times on its way, each time at an instant drawn uniformly over the job, and started anew by the same command until
+it ends by itself. What the folder then holds is compared with what the job without a stop left: every tensor by its
+bytes, every line of the metrics, manifest, results and cache file; a leftover temporary file is a difference. Figures
+that no two runs share (speed, times, free memory) are left out.
+
+The processes are real ones and SIGKILL is a real one. They are forked from a server that has imported the program, so
+that the kills fall into the work and not into four seconds of imports. Exit status 1 when a trial was not equal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import platform
+import random
+import shutil
+import signal
+import string
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+if __name__ == "__main__":  # one thread: bit-equal numbers need equal sums, and the kills many processes
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+PRELOADED = ["ropelab.cli", "ropelab.experiment.search", "ropelab.figures", "ropelab.report", "hydra", "tokenizers"]
+SHAPE = ("model.n_layer=2", "model.d_model=32", "model.n_head=2", "train.ctx=32", "train.batch_size=4", "device=cpu")
+LOOSE = {  # JSON fields that two equal runs do not share
+    "started", "finished", "tokens_per_s", "mtime_ns", "memory_planned_mb", "environment", "seal", "sha256", "metrics",
+    "losses_sha256",
+}  # fmt: skip
+KILLS_A_TRIAL = 3
+PATIENCE = 600.0  # seconds after which a job that does not end has failed
+
+
+class Job(NamedTuple):
+    """A command that is killed, and those that have to be done before it.
+
+    Arguments may hold {work}, the folder that is compared, and {text}, a folder of texts.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    before: tuple[tuple[str, ...], ...] = ()
+
+
+PLACES = ("data.path={text}", "runs_dir={work}/runs", "cache_dir={work}/cache")
+OWN = ("runs_dir={work}/runs", "cache_dir={work}/cache", "device=cpu")
+SETTINGS = ("data=text", *PLACES, *SHAPE)
+TRAINED = ("train", "--pos", "rope", *SETTINGS, "train.steps=20", "train.dtype=fp32")
+EVERY = ("train.steps=60", "train.checkpoint_every=6", "train.eval_every=9", "train.keep=[0.5]")
+JOBS = (
+    Job("train", ("train", "--pos", "rope", *SETTINGS, *EVERY, "train.dtype=fp32")),
+    Job("train-bf16", ("train", "--pos", "learned", *SETTINGS, *EVERY, "train.dtype=bf16")),
+    Job(
+        "eval",
+        ("eval", "rope", *OWN, "--ctx", "512", "--protocol", "last", "eval.last=16",
+         "eval.scalings=[none,linear:16,yarn:16,ntk:16]"),
+        (TRAINED,),
+    ),
+    Job("tokenise", ("data", "prepare", "data=text", *PLACES, "data.tokenizer=bpe", "data.vocab_size=900")),
+    Job(
+        "search",
+        ("search", "longrope", "rope", *OWN, "--ctx", "256", "search.population=8", "search.iterations=3",
+         "search.mutations=4", "search.crossovers=4", "search.parents=3", "search.samples=2"),
+        (TRAINED,),
+    ),
+)  # fmt: skip
+# `ropelab sweep` starts processes of its own; they are killed with it
+SWEEP = Job("sweep", ("sweep", "pos=rope,alibi", "seed=0,1", *SETTINGS, "train.steps=40", "train.checkpoint_every=5"))
+
+
+def jobs() -> tuple[Job, ...]:
+    """The jobs that this version of the program has."""
+    from ropelab.cli import app
+
+    commands = {command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands}
+    return (*JOBS, SWEEP) if "sweep" in commands else JOBS
+
+
+# --- processes ------------------------------------------------------------------------------------------------------
+
+
+def run(arguments: list[str], log: str, folder: str) -> None:
+    """A `ropelab` command in this process, which is a session of its own; what it says goes to a file."""
+    os.setsid()
+    os.chdir(folder)
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    os.environ["COLUMNS"] = "100"
+    sys.argv = ["ropelab", *arguments]
+    from ropelab.cli import main
+
+    main()
+
+
+class Server:
+    """Starts commands as processes that have imported the program already."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(PRELOADED)
+
+    def start(self, arguments: list[str]) -> Any:
+        process = self._context.Process(target=run, args=(arguments, str(self.log), str(self._folder)))
+        process.start()
+        return process
+
+    @property
+    def log(self) -> Path:
+        return self._folder / "log.txt"
+
+    def finish(self, arguments: list[str]) -> float:
+        """Run a command to its end; the seconds that it took. `RuntimeError` with its words when it failed."""
+        began = time.monotonic()
+        process = self.start(arguments)
+        process.join(PATIENCE)
+        took = time.monotonic() - began
+        if process.exitcode != 0:
+            stop(process)
+            said = self.log.read_text(encoding="utf-8", errors="replace")[-2000:]
+            raise RuntimeError(f"ropelab {arguments[0]} ended with {process.exitcode}:\n{said}")
+        return took
+
+
+def stop(process: Any) -> None:
+    """SIGKILL for a process and those that it started."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)  # its session, once it has one
+    except ProcessLookupError:
+        process.kill()
+    process.join()
+
+
+# --- what is compared -----------------------------------------------------------------------------------------------
+
+
+def digests(work: Path) -> dict[str, str]:
+    """Digests of all that a folder holds, by what they are of: tensors and JSON by content, other files by bytes."""
+    found = {}
+    for path in sorted(work.rglob("*")):
+        name = path.relative_to(work).as_posix()
+        if any(part.startswith(".") for part in path.relative_to(work).parts):
+            if path.is_file() or not any(path.iterdir()):
+                found[f"leftover {name}"] = "left by a killed process"
+        elif not path.is_file() or path.name == "lock" or path.suffix == ".png":
+            continue
+        elif path.suffix == ".safetensors":
+            for tensor, digest in _tensors(path).items():
+                found[f"{name} {tensor}"] = digest
+        elif path.suffix == ".jsonl":
+            lines = path.read_text(encoding="utf-8").split("\n")
+            for number, line in enumerate(lines):
+                found[f"{name} line {number + 1}"] = _json(json.loads(line)) if line else "empty"
+        elif path.suffix == ".json":
+            found[name] = _json(json.loads(path.read_bytes()))
+        else:
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+def _tensors(path: Path) -> dict[str, str]:
+    import torch
+    from safetensors.torch import load_file
+
+    return {
+        f"{name} {tensor.dtype} {tuple(tensor.shape)}": hashlib.sha256(
+            tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        ).hexdigest()
+        for name, tensor in load_file(path).items()
+    }
+
+
+def _json(value: Any) -> str:
+    def strict(inner: Any) -> Any:
+        if isinstance(inner, dict):
+            return {key: strict(each) for key, each in inner.items() if key not in LOOSE}
+        return [strict(each) for each in inner] if isinstance(inner, list) else inner
+
+    return hashlib.sha256(json.dumps(strict(value), sort_keys=True).encode()).hexdigest()
+
+
+def differences(one: dict[str, str], other: dict[str, str]) -> list[str]:
+    return [name for name in {**one, **other} if one.get(name) != other.get(name)]
+
+
+# --- trials ---------------------------------------------------------------------------------------------------------
+
+
+class Bench:
+    """One job: its folder as it is before, what it comes to without a stop, and how long that takes."""
+
+    def __init__(self, job: Job, root: Path, server: Server) -> None:
+        self.job, self._server = job, server
+        self._work, self._prepared = root / "work", root / f"prepared-{job.name}"
+        self._text = root / "text"
+        shutil.rmtree(self._work, ignore_errors=True)
+        self._work.mkdir()
+        for command in job.before:
+            server.finish(self._filled(command))
+        self._work.rename(self._prepared)
+        took = []
+        wholes = []
+        for _ in range(2):  # twice: what two undisturbed runs do not share cannot be asked of a disturbed one
+            self._fresh()
+            took.append(server.finish(self._filled(job.command)))
+            wholes.append(digests(self._work))
+        if odd := differences(*wholes):
+            raise RuntimeError(f"{job.name} gives other results each time, without any kill: {odd[:5]}")
+        self.whole, self.seconds = wholes[0], min(took)
+        shutil.rmtree(self._work)
+
+    def _filled(self, command: tuple[str, ...]) -> list[str]:
+        return [item.format(work=self._work, text=self._text) for item in command]
+
+    def _fresh(self) -> None:
+        shutil.rmtree(self._work, ignore_errors=True)
+        shutil.copytree(self._prepared, self._work)  # with the times of the files
+
+    def trial(self, draw: random.Random, kills: int) -> dict[str, Any]:
+        """The job with up to `kills` kills: {"kills", "instants": seconds after each start, "differences"}."""
+        self._fresh()
+        instants: list[float] = []
+        for _ in range(kills):
+            process = self._server.start(self._filled(self.job.command))
+            instant = draw.uniform(0, self.seconds)
+            process.join(instant)
+            if process.exitcode is not None:
+                break  # it was faster
+            stop(process)
+            if process.exitcode == -signal.SIGKILL:
+                instants.append(round(instant, 3))
+        try:
+            self._server.finish(self._filled(self.job.command))
+            odd = differences(self.whole, digests(self._work))
+        except RuntimeError as error:
+            odd = [str(error)]
+        return {"kills": len(instants), "instants": instants, "differences": odd}
+
+
+def write_texts(folder: Path, draw: random.Random) -> None:
+    """Text files of random words: varied, so that none of it counts as overlap between training and test text."""
+    words = ["".join(draw.choices(string.ascii_lowercase, k=draw.randint(2, 9))) for _ in range(4000)]
+    folder.mkdir()
+    for index in range(24):
+        lines = [" ".join(draw.choices(words, k=12)) for _ in range(40)]
+        (folder / f"{index:02}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def soak(
+    kills: int, *, seed: int, only: tuple[str, ...] = (), say: Callable[[str], None] = lambda line: None
+) -> dict[str, Any]:
+    """So many kills, shared by the jobs; what came of them, by job and in all."""
+    draw = random.Random(seed)
+    chosen = [job for job in jobs() if not only or job.name in only]
+    if unknown := set(only) - {job.name for job in chosen}:
+        raise ValueError(f"there is no job {', '.join(sorted(unknown))}; jobs: {', '.join(job.name for job in jobs())}")
+    with tempfile.TemporaryDirectory(prefix="ropelab-soak-") as folder:
+        root = Path(folder)
+        write_texts(root / "text", draw)
+        server = Server(root)
+        results: dict[str, list[dict[str, Any]]] = {job.name: [] for job in chosen}
+        seconds = {}
+        for number, job in enumerate(chosen):
+            bench = Bench(job, root, server)
+            seconds[job.name] = round(bench.seconds, 2)
+            wanted = (kills + len(chosen) - 1 - number) // len(chosen)  # the first jobs have one more
+            done = 0
+            while done < wanted:
+                trial = bench.trial(draw, min(draw.randint(1, KILLS_A_TRIAL), wanted - done))
+                if not trial["kills"]:
+                    continue
+                done += trial["kills"]
+                results[job.name].append(trial)
+                verdict = "equal" if not trial["differences"] else f"DIFFERENT: {trial['differences'][:3]}"
+                say(f"{job.name}: {done} of {wanted} kills, {len(results[job.name])} trials; the last one {verdict}")
+    summary = {
+        name: {
+            "seconds_without_a_stop": seconds[name],
+            "trials": len(trials),
+            "equal_trials": sum(not trial["differences"] for trial in trials),
+            "kills": sum(trial["kills"] for trial in trials),
+            "kills_in_equal_trials": sum(trial["kills"] for trial in trials if not trial["differences"]),
+        }
+        for name, trials in results.items()
+    }
+    in_all = {
+        key: sum(of_job[key] for of_job in summary.values())
+        for key in ("trials", "equal_trials", "kills", "kills_in_equal_trials")
+    }
+    return {**in_all, "jobs": summary, "trials_of_jobs": results}
+
+
+def about() -> dict[str, Any]:
+    """Where this was measured."""
+    from ropelab.experiment import device_name, environment, resolve_device
+
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "device": device_name(resolve_device("cpu")),
+        "cores": len(os.sched_getaffinity(0)),
+        "system": platform.system(),
+        **environment(),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="kill -9 at random instants; each resumed until it ends")
+    parser.add_argument("--kills", type=int, default=100, help="how many in all (default 100)")
+    parser.add_argument("--seed", type=int, default=0, help="of the instants and of the texts")
+    parser.add_argument("--jobs", default="", help="some of train,train-bf16,eval,tokenise,search,sweep (default: all)")
+    parser.add_argument("--out", type=Path, help="a JSON file for what came of it")
+    given = parser.parse_args()
+    began = time.monotonic()
+    only = tuple(name for name in given.jobs.split(",") if name)
+    found = soak(given.kills, seed=given.seed, only=only, say=lambda line: print(line, flush=True))
+    for name, of_job in found["jobs"].items():
+        print(
+            f"{name:<12} {of_job['kills']:>4} kills in {of_job['trials']} trials: "
+            f"{of_job['equal_trials']} of {of_job['trials']} equal"
+        )
+    print(
+        f"{found['kills_in_equal_trials']} of {found['kills']} kills ended in what the job gives without a stop "
+        f"({found['equal_trials']} of {found['trials']} trials), {time.monotonic() - began:.0f} s"
+    )
+    if given.out is not None:
+        command = f"python scripts/soak.py --kills {given.kills} --seed {given.seed}"
+        written = {"command": command, "seconds": round(time.monotonic() - began), **about(), **found}
+        given.out.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+    return 0 if found["equal_trials"] == found["trials"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

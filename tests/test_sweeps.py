@@ -1,0 +1,494 @@
+"""Sweeps on this machine: Hydra's grammar, checks before anything starts, real worker processes, kills, and re-runs."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ropelab import cli, expansion, launcher, runs, sweeping, sweeps
+from ropelab import config as configs
+from ropelab.schema import LocalLauncher, SlurmLauncher
+from ropelab.sweeps import Sweep
+from tests.test_runs import _one_thread, home, tiny  # noqa: F401 (fixtures)
+
+Run = Callable[..., tuple[int, str, str]]
+SMALL = (
+    "data=text", "model.n_layer=1", "model.d_model=16", "model.n_head=2", "train.ctx=32", "train.batch_size=2",
+    "train.steps=8", "train.eval_every=5", "train.dtype=fp32", "device=cpu", "eval.ctx=64",
+)  # fmt: skip
+LONG = ("train.steps=700", "train.eval_every=700", "train.checkpoint_every=100")
+
+
+@pytest.fixture
+def ropelab(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """The command in this process: (exit status, stdout, stderr)."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["ropelab", *arguments])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        told = capsys.readouterr()
+        status = ended.value.code
+        assert status is None or isinstance(status, int)
+        assert "Traceback" not in told.err
+        return status or 0, told.out, told.err
+
+    return run
+
+
+@pytest.fixture
+def here(home: Path, tmp_path: Path) -> tuple[str, ...]:  # noqa: F811
+    """Settings of a sweep of tiny runs in a folder of its own."""
+    folders = f"data.path={home / 'corpus'}", f"cache_dir={home / 'cache'}", f"runs_dir={tmp_path / 'runs'}"
+    return (*SMALL, *folders)
+
+
+def changed(settings: tuple[str, ...], *other: str) -> tuple[str, ...]:
+    """Settings with some of their keys, or more of them, set otherwise."""
+    keys = {item.partition("=")[0] for item in other}
+    return (*(item for item in settings if item.partition("=")[0] not in keys), *other)
+
+
+def command(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "ropelab", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def weights(runs_dir: Path) -> dict[str, dict[str, torch.Tensor]]:
+    return {run.name: run.load_weights() for run in runs.all_runs(runs_dir)}
+
+
+def assert_equal(found: dict[str, dict[str, torch.Tensor]], expected: dict[str, dict[str, torch.Tensor]]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensors in found.items():
+        assert tensors.keys() == expected[name].keys()
+        for key, tensor in tensors.items():
+            assert torch.equal(tensor, expected[name][key]), f"{name} {key}"
+
+
+def waited_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.05)
+
+
+# --- the grammar ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "points"),
+    [
+        (["pos=rope,alibi", "seed=range(0,2)"],
+         [["pos=rope", "seed=0"], ["pos=rope", "seed=1"], ["pos=alibi", "seed=0"], ["pos=alibi", "seed=1"]]),
+        (["pos=glob(kerple*)"], [["pos=kerple_log"], ["pos=kerple_power"]]),
+        (["pos=glob([kerple*,x*],exclude=*log)"], [["pos=kerple_power"], ["pos=xpos"]]),
+        (["seed=choice(3,5)"], [["seed=3"], ["seed=5"]]),
+        (["seed=sort(3,1,2,reverse=true)"], [["seed=3"], ["seed=2"], ["seed=1"]]),
+        (["train.lr=1e-3,2e-3"], [["train.lr=0.001"], ["train.lr=0.002"]]),
+        (["train.grad_clip=null,0.5"], [["train.grad_clip=null"], ["train.grad_clip=0.5"]]),
+        (["train.compile=true,null"], [["train.compile=true"], ["train.compile=null"]]),
+        (["train.keep=[0.5,0.25],[]"], [["train.keep=[0.5,0.25]"], ["train.keep=[]"]]),
+        (["eval.scalings=[none],[none,yarn:8]"], [["eval.scalings=[none]"], ["eval.scalings=[none,yarn:8]"]]),
+        (["eval.scalings=[none,yarn:8]"], [["eval.scalings=[none,yarn:8]"]]),  # one list is one value
+        (["eval.ctx=512,8192"], [["eval.ctx=512,8192"]]),  # a ladder is one value
+        (["data.path=/x/a(b, c"], [["data.path=/x/a(b, c"]]),  # not of the grammar: as it stands
+        (["data.path='/x/a,b',/y"], [["data.path=/x/a,b"], ["data.path=/y"]]),
+    ],
+)  # fmt: skip
+def test_values_are_expanded_as_hydra_does(overrides: list[str], points: list[list[str]]) -> None:
+    assert expansion.expand(overrides) == points
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.lists(st.lists(st.integers(0, 99), min_size=1, max_size=4, unique=True), min_size=1, max_size=3))
+def test_the_points_are_the_product_of_all_values(values: list[list[int]]) -> None:
+    """Every combination is there once, the last key turning fastest, whatever the values are."""
+    keys = ["seed", "train.steps", "train.ctx"][: len(values)]
+    points = expansion.expand([f"{key}={','.join(map(str, of))}" for key, of in zip(keys, values, strict=True)])
+    expected: list[list[str]] = [[]]
+    for key, of in zip(keys, values, strict=True):
+        expected = [[*point, f"{key}={value}"] for point in expected for value in of]
+    assert points == expected
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["seed=interval(0,1)"], "use a,b or range"),
+        (["seed=range(3,0)"], "stands for no value"),
+        (["pos=glob(nothing*)"], "stands for no value"),
+        (["seed=0,1", "seed=2"], "seed is given twice"),
+        (["seed=range(0,2),7"], "one of several values"),
+    ],
+)
+def test_what_is_no_sweep_is_refused(overrides: list[str], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        expansion.expand(overrides)
+
+
+@pytest.mark.parametrize("name", configs.choices("sweep"))
+def test_shipped_sweeps_compose(name: str) -> None:
+    points = expansion.expand(expansion.named(name))
+    assert len(points) > 1
+    for point in points:
+        configs.load(point)
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "pos: [rope, alibi]\n", "", "pos: {a: 1}\n", "a: b: c\n"])
+def test_a_sweep_file_of_another_shape_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "mine.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"mine\.yaml"):
+        expansion.named(str(tmp_path / "mine.yaml"))
+
+
+def test_launcher_settings_are_read_by_their_types() -> None:
+    slurm = configs.launcher("slurm", ["launcher.partition=gpu", "launcher.gpus=2", "launcher.setup=[module load x]"])
+    assert isinstance(slurm, SlurmLauncher)
+    assert (slurm.partition, slurm.gpus, slurm.setup, slurm.account) == ("gpu", 2, ("module load x",), None)
+    assert configs.launcher("local", []) == LocalLauncher(jobs=None, stack=1)
+    for name, override, said in (
+        ("slurm", "launcher.gpu=1", "did you mean launcher.gpus"),
+        ("slurm", "launcher.time_min=0", ">= 1"),
+        ("slurm", "launcher.mem_gb=lots", "takes a number"),
+        ("local", "launcher.partition=x", "no setting"),
+        ("sge", "", "unknown launcher"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            configs.launcher(name, [override] if override else [])
+
+
+# --- bad input ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "needs values to combine"),
+        (["nosuch"], "unknown sweep 'nosuch'"),
+        (["pos=ropes"], "did you mean rope"),
+        (["pos=rope", "trian.lr=1"], "unknown key 'trian.lr'"),
+        (["pos=rope", "+x=1"], "are not supported"),
+        (["pos=rope", "--launcher", "slrum"], "unknown launcher 'slrum'"),
+        (["pos=rope", "--launcher", "local", "launcher=slurm"], "given 2 times"),
+        (["pos=rope", "--wait"], "--wait belongs to --launcher slurm"),
+        (["pos=rope", "--emit-sbatch"], "--emit-sbatch belongs to"),
+        (["pos=rope", "runs_dir=a,b"], "runs_dir takes one value"),
+        (["pos=rope", "device=cpu,auto"], "device takes one value"),
+        (["pos=rope", "launcher.jobs=0"], "launcher.jobs must be >= 1"),
+        (["pos=rope", "hydra/launcher=basic", "--launcher", "slurm"], "give one of them"),
+        (["pos=rope", "eval.protocol=nonsense"], "eval.protocol must be one of"),
+    ],
+)
+def test_mistakes_end_with_2_before_anything_is_written(
+    ropelab: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, out, err = ropelab("sweep", *arguments)
+    assert (status, out) == (2, "")
+    assert said in err
+    assert not list(tmp_path.rglob("manifest.json"))
+
+
+def test_invalid_points_are_listed_and_can_be_left_out(ropelab: Run, here: tuple[str, ...], tmp_path: Path) -> None:
+    asked = ("sweep", "pos=rope,alibi", "eval.scalings=[none,yarn]", *here)
+    status, _, err = ropelab(*asked)
+    assert status == 2
+    assert "invalid: pos=alibi, evaluated with yarn: scaling=yarn applies to" in err
+    assert "1 of 2 points cannot be; --skip-invalid" in err
+    assert not (tmp_path / "runs" / "sweeps").exists()
+    status, out, err = ropelab(*asked, "--skip-invalid", "--dry-run", "--json")
+    assert status == 0
+    tasks = json.loads(out)["tasks"]
+    assert [[one["scaling"] for one in task["evaluations"]] for task in tasks] == [["none", "yarn"], ["none"]]
+    status, _, err = ropelab("sweep", "pos=alibi", "scaling=yarn,linear", "--skip-invalid", *here)
+    assert status == 2
+    assert "no point of this sweep can be" in err
+    assert not (tmp_path / "runs" / "sweeps").exists()
+
+
+def test_slurm_without_slurm_is_said(ropelab: Run, here: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
+    status, _, err = ropelab("sweep", "pos=rope", "--launcher", "slurm", *here)
+    assert status == 2
+    assert "not on PATH" in err
+    monkeypatch.setenv("SLURM_CONF", "/nosuch/slurm.conf")
+    status, _, err = ropelab("sweep", "pos=rope", "--launcher", "slurm", *here)
+    assert status == 2
+    assert "SLURM_CONF=/nosuch/slurm.conf names no file" in err
+
+
+# --- real work ------------------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_trains_evaluates_and_does_nothing_twice(
+    ropelab: Run, here: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ("sweep", "pos=rope,alibi", "seed=0,1", "eval.protocol=last", "eval.last=8", *here)
+    status, out, err = ropelab(*asked, "--json")
+    assert status == 0, err
+    told = json.loads(out)
+    assert [one["state"] for one in told["runs"]] == ["DONE"] * 4
+    assert [(item["pos"], item["seed"]) for item in told["results"]] == [
+        ("rope", 0), ("rope", 1), ("alibi", 0), ("alibi", 1),
+    ]  # fmt: skip
+    assert {item["protocol"]["name"] for item in told["results"]} == {"last"}
+
+    monkeypatch.setattr(launcher, "_start", pytest.fail)  # whatever starts now is one too many
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.safetensors")}
+    status, out, err = ropelab(*asked, "--json")
+    assert status == 0
+    assert json.loads(out)["results"] == told["results"]
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.safetensors")} == before
+
+    (name,) = [path.name for path in sweeps.all_sweeps(tmp_path / "runs")]
+    status, _, err = ropelab("report", name, f"runs_dir={tmp_path / 'runs'}", "-o", str(tmp_path / "page"))
+    assert status == 0, err
+    rows = (tmp_path / "page" / "results.csv").read_text(encoding="utf-8")
+    assert rows.count("rope") >= 2
+
+
+def test_a_missing_result_is_made_again_and_only_that(ropelab: Run, here: tuple[str, ...], tmp_path: Path) -> None:
+    asked = ("sweep", "pos=rope,alibi", *here)
+    assert ropelab(*asked)[0] == 0
+    (sweep,) = [Sweep(path) for path in sweeps.all_sweeps(tmp_path / "runs")]
+    before = weights(tmp_path / "runs")
+    for file in sweep.run(1).results.iterdir():
+        file.unlink()
+    stands = sweeping.standings(sweep)
+    assert [one.state for one in stands] == ["DONE", "LOST"]
+    said = sweep.answer(0)
+    status, out, _ = ropelab("retry", f"runs_dir={tmp_path / 'runs'}", "--json")
+    assert status == 0
+    assert [one["state"] for one in json.loads(out)["runs"]] == ["DONE", "DONE"]
+    assert Sweep(sweep.path).answer(0) == said
+    assert_equal(weights(tmp_path / "runs"), before)
+
+
+def test_one_failure_leaves_the_others_alone(ropelab: Run, here: tuple[str, ...], tmp_path: Path) -> None:
+    diverges = ("train.lr=1e-3,1e30", "train.warmup_steps=0")
+    status, out, err = ropelab("sweep", "pos=rope", *diverges, *here, "--json")
+    assert status == 1
+    assert [one["state"] for one in json.loads(out)["runs"]] == ["DONE", "FAILED"]
+    assert len(json.loads(out)["results"]) == 1
+    assert "FAILED: rope-text" in err
+    assert "at step 2" in err
+    assert "1 of 2 runs are not done" in err
+    status, out, _ = ropelab("status", f"runs_dir={tmp_path / 'runs'}")
+    assert status == 0
+    assert "the loss became" in out
+
+
+def test_a_killed_sweep_goes_on_to_the_same_numbers(ropelab: Run, here: tuple[str, ...], tmp_path: Path) -> None:
+    """Killed with -9: its workers save and end by themselves, `status` says LOST, `retry` finishes."""
+    straight = changed(here, f"runs_dir={tmp_path / 'straight'}", *LONG)
+    assert ropelab("sweep", "pos=rope,alibi", *straight)[0] == 0
+    process = command("sweep", "pos=rope,alibi", *changed(here, *LONG))
+    runs_dir = tmp_path / "runs"
+
+    def steps() -> list[int]:
+        found = sweeps.all_sweeps(runs_dir)
+        return [one.step or 0 for one in sweeping.standings(Sweep(found[-1]))] if found else [0]
+
+    waited_for(lambda: min(steps()) > random.Random(3).randint(20, 250))
+    process.kill()
+    process.communicate()
+    waited_for(lambda: all(run.status() == "interrupted" for run in runs.all_runs(runs_dir)))
+    stands = sweeping.standings(sweeps.find_sweep(None, runs_dir))
+    assert [one.state for one in stands] == ["LOST", "LOST"]
+    saved = [max(run.path.glob("checkpoints/step-*")).name for run in runs.all_runs(runs_dir)]
+    assert any(not name.endswith("00") for name in saved)  # saved when left alone, not at the 100th step before
+    assert ropelab("retry", f"runs_dir={runs_dir}")[0] == 0
+    assert_equal(weights(runs_dir), weights(tmp_path / "straight"))
+
+
+def test_cancel_stops_a_sweep_of_another_process(ropelab: Run, here: tuple[str, ...], tmp_path: Path) -> None:
+    where = f"runs_dir={tmp_path / 'runs'}"
+    asked = ("sweep", "pos=rope,alibi", "launcher.jobs=1", *changed(here, "train.steps=100000"))
+    process = command(*asked)
+    waited_for(lambda: any(run.metrics() for run in runs.all_runs(tmp_path / "runs")))
+    status, _, err = ropelab(*asked)
+    assert status == 2
+    assert "is being worked on by another process" in err
+    assert ropelab("cancel", where)[0] == 0
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "goes on" in err
+    status, out, _ = ropelab("status", where, "--json")
+    assert status == 0
+    notes = [(one["state"], one["note"]) for one in json.loads(out)["runs"]]
+    assert [state for state, _ in notes] == ["CANCELLED", "CANCELLED"]  # at most one of them ran
+    assert "saved at step" in notes[0][1]
+    assert notes[1][1] == "not started"
+    status, _, err = ropelab("collect", where)
+    assert status == 1
+    assert "2 of 2 runs are not done" in err
+    assert "nothing of it is waiting or running" in ropelab("cancel", where)[2]
+
+
+def test_alike_runs_can_share_a_stack(ropelab: Run, here: tuple[str, ...], tmp_path: Path) -> None:
+    """Two seeds trained in one batched step are two runs with results, like any others."""
+    status, out, err = ropelab("sweep", "pos=rope", "seed=0,1", "launcher.stack=2", *here, "--json")
+    assert status == 0, err
+    assert [one["state"] for one in json.loads(out)["runs"]] == ["DONE", "DONE"]
+    assert [run.manifest()["stacked"] for run in runs.all_runs(tmp_path / "runs")] == [2, 2]
+
+
+# --- the launcher ---------------------------------------------------------------------------------------------------
+
+
+class Recorded:
+    """Workers that only say what they were given."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.given: list[tuple[int, int, str | None]] = []
+        self.most = 0
+        self._running = 0
+        monkeypatch.setattr(launcher, "_start", self._start)
+
+    def _start(self, task: dict[str, Any], index: int, lines: launcher.Lines, gpu: str | None = None) -> Any:
+        self.given.append((index, task["threads"], gpu))
+        self._running += 1
+        self.most = max(self.most, self._running)
+        recorded = self
+
+        class Process:
+            stdin = io.StringIO()
+
+            def wait(self) -> int:
+                recorded._running -= 1
+                return 0
+
+        lines.put((index, {"train": index}))
+        lines.put((index, None))
+        return Process()
+
+
+def test_each_gpu_gets_one_run_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded = Recorded(monkeypatch)
+    ended: list[int] = []
+    answers, stopped = launcher.run_side_by_side(
+        [{}] * 5, slots=8, gpus=["0", "3"], progress=lambda *_, **__: None, ended=lambda index, _: ended.append(index)
+    )
+    assert (stopped, [answer["train"] for answer in answers], sorted(ended)) == (None, [0, 1, 2, 3, 4], [0, 1, 2, 3, 4])
+    assert recorded.most == 2
+    assert {gpu for _, _, gpu in recorded.given} == {"0", "3"}
+    assert {threads for _, threads, _ in recorded.given} == {4}  # the cores are shared between the two
+
+
+@pytest.mark.parametrize(("jobs", "slots", "most", "threads"), [(1, 8, 1, 8), (3, 8, 3, 2), (4, 2, 4, 1)])
+def test_the_cap_holds(monkeypatch: pytest.MonkeyPatch, jobs: int, slots: int, most: int, threads: int) -> None:
+    recorded = Recorded(monkeypatch)
+    launcher.run_side_by_side([{}] * 6, slots=slots, jobs=jobs, progress=lambda *_, **__: None)
+    assert recorded.most == most
+    assert {given for _, given, _ in recorded.given} == {threads}
+
+
+# --- the folder -----------------------------------------------------------------------------------------------------
+
+
+def made(tmp_path: Path, home: Path, n: int = 3) -> Sweep:  # noqa: F811
+    config = configs.to_dict(tiny(home, tmp_path))
+    tasks = [{"run": f"run-{i}", "points": [], "config": config, "evaluations": []} for i in range(n)]
+    return sweeps.create(tmp_path, "sweep", tasks, settings=["seed=0,1,2"], points=["a"])
+
+
+@pytest.mark.parametrize(
+    ("told", "state"),
+    [
+        ("PENDING", "PENDING"), ("RUNNING", "RUNNING"), ("COMPLETING", "RUNNING"), ("CANCELLED", "CANCELLED"),
+        ("FAILED", "FAILED"), ("TIMEOUT", "FAILED"), ("OUT_OF_MEMORY", "FAILED"), ("NODE_FAIL", "FAILED"),
+        ("COMPLETED", "LOST"), (None, "LOST"),
+    ],
+)  # fmt: skip
+def test_a_job_without_a_result_stands_as_the_cluster_says(
+    tmp_path: Path, home: Path, told: str | None, state: str  # noqa: F811
+) -> None:  # fmt: skip
+    sweep = made(tmp_path, home)
+    sweep.add_job(1, "7_1")
+    sweeps.launched(sweep, {"name": "slurm"})
+    sweep.logs.mkdir()
+    (sweep.logs / "7_1_0.err").write_text("first\nslurmstepd: killed\n", encoding="utf-8")
+    one = sweep.standings({} if told is None else {"7_1": told})[1]
+    assert one.state == state
+    if state == "FAILED":
+        assert one.note == f"the cluster says {told}: first | slurmstepd: killed"
+
+
+def test_an_answer_wins_over_the_cluster(tmp_path: Path, home: Path) -> None:  # noqa: F811
+    sweep = made(tmp_path, home)
+    sweep.add_job(0, "7_0")
+    sweep.say(0, {"error": "ValueError: no"})
+    assert sweep.standings({"7_0": "COMPLETED"})[0][2:] == ("FAILED", None, 8, "ValueError: no")
+    sweep.say(0, {"train": {}, "evaluations": []})
+    assert sweep.standings({"7_0": "RUNNING"})[0].state == "LOST"  # its run is not there
+    sweep.run(0).path.mkdir()
+    sweep.run(0).update_manifest(status="done")
+    assert sweep.standings({"7_0": "RUNNING"})[0].state == "DONE"
+    sweep.forget(0)
+    assert sweep.standings({})[0].note == "not launched"
+
+
+@pytest.mark.parametrize("run", ["../x", "/etc", "a/b", 3, None])
+def test_an_altered_sweep_cannot_lead_out_of_the_folder_of_runs(tmp_path: Path, home: Path, run: Any) -> None:  # noqa: F811
+    sweep = made(tmp_path, home)
+    file = sweep.path / "manifest.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content["tasks"][1]["run"] = run
+    file.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(runs.RunError, match="altered"):
+        Sweep(sweep.path)
+
+
+def test_sweeps_are_found_by_the_beginning_of_their_names(tmp_path: Path, home: Path) -> None:  # noqa: F811
+    with pytest.raises(runs.RunError, match="there is no sweep in"):
+        sweeps.find_sweep(None, tmp_path)
+    one, other = made(tmp_path, home, 2), made(tmp_path, home, 3)
+    assert sweeps.find_sweep(None, tmp_path).name == other.name
+    assert sweeps.find_sweep(one.name[:9], tmp_path).name == one.name
+    assert sweeps.find_sweep(str(one.path), tmp_path).name == one.name
+    with pytest.raises(runs.RunError, match="names 2 sweeps"):
+        sweeps.find_sweep("sweep", tmp_path)
+    with pytest.raises(runs.RunError, match="did you mean"):
+        sweeps.find_sweep(one.name.replace("sweep-", "swep-"), tmp_path)
+    (one.path / "manifest.json").write_text("{", encoding="utf-8")
+    with pytest.raises(runs.RunError, match="missing or damaged"):
+        sweeps.find_sweep(one.name, tmp_path)
+
+
+def test_a_worker_left_alone_saves_and_ends(home: Path, tmp_path: Path) -> None:  # noqa: F811
+    """Its stdin closes, as when the process that started it was killed."""
+    task = {
+        "config": configs.to_dict(tiny(home, tmp_path, "train.steps=100000", "train.checkpoint_every=100000")),
+        "evaluations": [], "threads": 1,
+    }  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ropelab.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdin is not None
+    process.stdin.write(json.dumps(task) + "\n")
+    process.stdin.flush()
+    waited_for(lambda: any(run.metrics() for run in runs.all_runs(tmp_path)))
+    process.stdin.close()
+    process.stdin = None
+    out, _ = process.communicate(timeout=60)
+    assert "saved at step" in json.loads(out.splitlines()[-1])["cancelled"]
+    (run,) = runs.all_runs(tmp_path)
+    assert run.latest_checkpoint() is not None
+    assert process.returncode == 0
