@@ -80,6 +80,11 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else f"; valid: {', '.join(options)}"
 
 
+def keys() -> list[str]:
+    """Every key that a run can be told by, dotted; of a method's parameters those of the default one."""
+    return _all_keys(_compose({}))
+
+
 def load(overrides: Sequence[str] = (), *, parent: Mapping[str, Any] | None = None) -> Config:
     """Compose the shipped configuration with overrides such as `pos=alibi` and `train.lr=1e-3`.
 

@@ -11,6 +11,7 @@ from typing import Any
 Progress = Callable[..., None]
 """progress(description, done, total, **facts): told of work as it goes; draws nothing itself."""
 
+SHOWN = 12  # bars that may stand there when they are full
 LINE_EVERY = 20.0  # seconds between lines where there is no terminal
 
 
@@ -65,6 +66,8 @@ class Bar:
         if name not in self._tasks:
             self._tasks[name] = self._progress.add_task(name, total=total, facts="")
         self._progress.update(self._tasks[name], completed=done, total=total, facts="  ".join(words))
+        if done >= total and len(self._tasks) > SHOWN:  # of a sweep those that are at work stay in view
+            self._progress.remove_task(self._tasks.pop(name))
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 TIMEOUT = timedelta(minutes=60)  # for a rank that does not come to where the others wait for it
 PATIENCE = timedelta(hours=24)  # for the first rank, while it prepares the text
 GRACE = 5.0  # seconds in which a rank that failed says so, after its connections broke
-LINGER = 20.0  # seconds that a rank which leaves waits for the others to do so
+PRECEDENCE = 2.0  # seconds in which the first rank may fail by the same cause as another, and is the one to say it
+LINGER = 10.0  # seconds that a rank which leaves waits for the others to do so
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)  # those that stop a training; the first of them counts
 STATE_BYTES = 16  # of a parameter in training: weight, gradient and the optimizer's two moments, fp32
 
@@ -97,11 +98,18 @@ def first_host(nodes: str) -> str:
 
 
 class Elsewhere(Exception):
-    """Another rank failed and has said why; this one ends with the same exit status, and says nothing."""
+    """Another rank failed and has said why; this one ends with the same exit status, and says nothing.
 
-    def __init__(self, rank: int, status: int, said: str) -> None:
+    signum: the signal that stopped them all, where that was why.
+    """
+
+    def __init__(self, rank: int, status: int, said: str, signum: int | None) -> None:
         super().__init__(f"rank {rank} failed: {said}")
-        self.status = status
+        self.status, self.signum = status, signum
+
+
+class RankGone(ConnectionError):
+    """Another rank ended without a word, as by SIGKILL or with its machine."""
 
 
 @contextlib.contextmanager
@@ -109,7 +117,8 @@ def joined(status_of: Callable[[BaseException], int]) -> Iterator[Ranks]:
     """This process among those that were started together, for as long as a command takes; `ALONE` if it is alone.
 
     `status_of` says the exit status that an exception leads to. The first rank that fails tells the others, and of all
-    of them only that one's exception leaves; the others leave with `Elsewhere`. `ConnectionError` where a rank is gone.
+    of them only that one's exception leaves; the others leave with `Elsewhere`, or with `RankGone` where it could not
+    tell them anything.
     """
     launch = launched()
     if launch is None:
@@ -123,7 +132,7 @@ def joined(status_of: Callable[[BaseException], int]) -> Iterator[Ranks]:
     except BaseException as error:
         cause = ranks.cause(error)
         _let_go(error)
-        ranks.leave(failed=True)
+        ranks.leave(failed=True, gone=isinstance(cause, RankGone))
         if cause is error:
             raise
         raise cause from None
@@ -176,8 +185,12 @@ class Ranks:
 
     @contextlib.contextmanager
     def agreed(self) -> Iterator[None]:
-        """On all ranks: nobody leaves before everybody is through, and all do if one fails."""
+        """On all ranks: what each does by itself; nobody goes on before everybody is through."""
         yield
+        self.meet()
+
+    def meet(self) -> None:
+        """On all ranks: nobody goes on before everybody is here. `Elsewhere` if one failed instead."""
         if self.world > 1:
             key = self._key("agreed")
             if self._store.add(f"{key}/count", 1) == self.world:
@@ -203,7 +216,7 @@ class Ranks:
                 raise self._elsewhere()
             waited = time.monotonic() - began
             if waited > patience.total_seconds():
-                raise ConnectionError(f"a rank did not come within {patience}: see its own output")
+                raise RankGone(f"a rank did not come within {patience}: see its own output")
             time.sleep(min(max(waited / 20, 0.001), 0.25))
 
     def _elsewhere(self) -> Elsewhere:
@@ -214,24 +227,28 @@ class Ranks:
     def cause(self, error: BaseException) -> BaseException:
         """What is to be raised for an exception: itself, `Elsewhere` if another rank failed first, or that one is gone.
 
-        The other ranks are told of it. Told again of the same failure it says the same.
+        The other ranks are told of it, and of what happened to all of them at once the first one's is the one that is
+        raised. Told again of the same failure it says the same.
         """
         if self.world == 1 or isinstance(error, Elsewhere):
             return error
         broken = _is_broken_connection(error)
-        said = json.dumps({"rank": self.rank, "status": self._status_of(error), "said": _words(error)})
+        signum = getattr(error, "signum", None)
+        said = json.dumps(
+            {"rank": self.rank, "status": self._status_of(error), "said": _words(error), "signum": signum}
+        )
         try:
-            deadline = time.monotonic() + GRACE
-            while broken and not self._store.check(["failed"]) and time.monotonic() < deadline:
+            deadline = time.monotonic() + (GRACE if broken else 0 if self.is_first else PRECEDENCE)
+            while not self._store.check(["failed"]) and time.monotonic() < deadline:
                 time.sleep(0.05)
             first = self._store.compare_set("failed", "", said)
         except RuntimeError:
-            return ConnectionError("the first rank is gone; nothing is known of its end here")
+            return RankGone("the first rank is gone: see its own output; the same command goes on")
         if json.loads(first)["rank"] != self.rank:
             return self._elsewhere()
-        return ConnectionError(f"another rank is gone: {_words(error)}") if broken else error
+        return RankGone(f"another rank is gone: {_words(error)}; the same command goes on") if broken else error
 
-    def leave(self, *, failed: bool) -> None:
+    def leave(self, *, failed: bool, gone: bool = False) -> None:
         """End the group, whoever is in it still.
 
         After a failure all wait for each other for a while, so that a launcher which ends the rest when one process
@@ -248,7 +265,7 @@ class Ranks:
             left = self._store.add("left", 1)
             deadline = time.monotonic() + LINGER
             stays = failed or (self.is_first and not self._launch.served)
-            while stays and left < self.world and time.monotonic() < deadline:
+            while stays and left < self.world - gone and time.monotonic() < deadline:
                 time.sleep(0.02)
                 left = self._store.add("left", 0)
 
@@ -262,8 +279,8 @@ class Ranks:
         import torch.distributed as dist
         from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
-        with self.agreed():  # the group waits long for a rank that failed before it
-            self.check_alike("kind of device", device.type)
+        self.check_alike("kind of device", device.type)
+        self.meet()  # the group would wait long for a rank that failed before
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group(
@@ -351,8 +368,9 @@ def _is_broken_connection(error: BaseException) -> bool:
 
 
 def _words(error: BaseException) -> str:
-    """The first line of what an exception says."""
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
+    """The first line of what an exception says; of gloo's without the place in its source and its guesses."""
+    line = next(iter(str(error).splitlines()), "") or type(error).__name__
+    return re.sub(r"^\[\S*\.cc:\d+\] ", "", line).partition(". This is typically")[0]
 
 
 # --- a model over the ranks -----------------------------------------------------------------------------------------

@@ -57,6 +57,10 @@ class RunError(ValueError):
     """A run that cannot be used: missing, unfinished, locked, or altered."""
 
 
+class RunBusyError(RunError):
+    """Another process writes the run."""
+
+
 # --- identity -------------------------------------------------------------------------------------------------------
 
 
@@ -260,7 +264,7 @@ class RunDir:
                 pause = next(pauses)
                 if pause is None:
                     os.close(handle)
-                    raise RunError(refused) from None
+                    raise RunBusyError(refused) from None
                 time.sleep(pause)
             except FileNotFoundError:
                 os.close(handle)

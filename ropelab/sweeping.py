@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -121,9 +123,6 @@ def stop(sweep: Sweep) -> tuple[int, int | None]:
 
     `SchedulerError` where Slurm does not answer.
     """
-    import os
-    import signal
-
     jobs = sweep.jobs()
     waiting = [one.task for one in standings(sweep) if one.state in (PENDING, RUNNING) and one.task in jobs]
     cluster.cancel([jobs[index] for index in waiting])

@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from ropelab.ranks import ALONE, Ranks
+from ropelab.runs import RunBusyError
 
 Progress = Callable[..., None]
+BUSY = 5.0  # seconds between two looks at a run that another process writes
 PROGRESS_EVERY = 0.25  # seconds between progress lines
 
 
@@ -52,12 +54,22 @@ def work(task: dict[str, Any], progress: Progress, ranks: Ranks = ALONE) -> dict
     import torch
 
     torch.set_num_threads(task["threads"])
-    from ropelab import experiment
-
     if "stack" in task:
         return {"stack": _stacked(task["stack"], progress)}
-    trained = experiment.train(_configuration(task), progress=progress, ranks=ranks)
-    return _evaluated(task, trained, progress, ranks)
+    if ranks.world > 1:
+        return _done_with(task, progress, ranks)
+    while True:  # a run that two sweeps have in common is trained by one, and then there for the other
+        try:
+            return _done_with(task, progress, ranks)
+        except RunBusyError as busy:
+            print(f"ropelab: {busy}; waiting for it", file=sys.stderr, flush=True)
+            time.sleep(BUSY)
+
+
+def _done_with(task: dict[str, Any], progress: Progress, ranks: Ranks) -> dict[str, Any]:
+    from ropelab import experiment
+
+    return _evaluated(task, experiment.train(_configuration(task), progress=progress, ranks=ranks), progress, ranks)
 
 
 def work_for_hydra(point: list[str]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ that the kills fall into the work and not into four seconds of imports. Exit sta
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import multiprocessing
@@ -29,6 +30,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,6 +43,7 @@ LOOSE = {  # JSON fields that two equal runs do not share
     "started", "finished", "tokens_per_s", "mtime_ns", "memory_planned_mb", "environment", "seal", "sha256", "metrics",
     "losses_sha256",
 }  # fmt: skip
+LEFT_OUT = ("runs/sweeps/",)  # how a sweep went, with its processes and times; what came of it is in the runs
 KILLS_A_TRIAL = 3
 PATIENCE = 600.0  # seconds after which a job that does not end has failed
 
@@ -54,6 +57,7 @@ class Job(NamedTuple):
     name: str
     command: tuple[str, ...]
     before: tuple[tuple[str, ...], ...] = ()
+    share: int = 3  # of the kills
 
 
 PLACES = ("data.path={text}", "runs_dir={work}/runs", "cache_dir={work}/cache")
@@ -78,8 +82,13 @@ JOBS = (
         (TRAINED,),
     ),
 )  # fmt: skip
-# `ropelab sweep` starts processes of its own; they are killed with it
-SWEEP = Job("sweep", ("sweep", "pos=rope,alibi", "seed=0,1", *SETTINGS, "train.steps=40", "train.checkpoint_every=5"))
+# `ropelab sweep` starts processes of its own: every other time they are killed with it, else they work on alone
+SWEEP = Job(
+    "sweep",
+    ("sweep", "pos=rope,alibi", *SETTINGS, "train.steps=40", "train.checkpoint_every=5",
+     "train.dtype=fp32", "eval.ctx=64", "eval.tokens=2000", "launcher.jobs=2"),
+    share=1,
+)  # fmt: skip
 
 
 def jobs() -> tuple[Job, ...]:
@@ -100,11 +109,19 @@ def run(arguments: list[str], log: str, folder: str) -> None:
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
-    os.environ["COLUMNS"] = "100"
+    if arguments[0] == "sweep":  # on one core every run has one thread, however many runs are left to share the cores
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     sys.argv = ["ropelab", *arguments]
     from ropelab.cli import main
 
     main()
+
+
+def wait_for(pid: int) -> None:
+    """Until a process that is not ours has ended."""
+    end = time.monotonic() + PATIENCE
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < end:
+        time.sleep(0.05)
 
 
 class Server:
@@ -137,13 +154,28 @@ class Server:
         return took
 
 
-def stop(process: Any) -> None:
-    """SIGKILL for a process and those that it started."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)  # its session, once it has one
-    except ProcessLookupError:
-        process.kill()
+def stop(process: Any, *, others: bool = True) -> list[int]:
+    """SIGKILL for a process and, with `others`, for those that it started; those that are left."""
+    started = _descendants(process.pid)
+    process.kill()
     process.join()
+    for pid in started if others else ():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return [] if others else started
+
+
+def _descendants(pid: int) -> list[int]:
+    """The processes that a process started, and those that these started."""
+    parents = {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdecimal():
+            with contextlib.suppress(OSError):
+                parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+    found = [pid]
+    for each in found:
+        found += [child for child, parent in parents.items() if parent == each]
+    return found[1:]
 
 
 # --- what is compared -----------------------------------------------------------------------------------------------
@@ -154,6 +186,8 @@ def digests(work: Path) -> dict[str, str]:
     found = {}
     for path in sorted(work.rglob("*")):
         name = path.relative_to(work).as_posix()
+        if name.startswith(LEFT_OUT):
+            continue
         if any(part.startswith(".") for part in path.relative_to(work).parts):
             if path.is_file() or not any(path.iterdir()):
                 found[f"leftover {name}"] = "left by a killed process"
@@ -235,17 +269,20 @@ class Bench:
         """The job with up to `kills` kills: {"kills", "instants": seconds after each start, "differences"}."""
         self._fresh()
         instants: list[float] = []
+        left: list[int] = []
         for _ in range(kills):
             process = self._server.start(self._filled(self.job.command))
             instant = draw.uniform(0, self.seconds)
             process.join(instant)
             if process.exitcode is not None:
                 break  # it was faster
-            stop(process)
+            left += stop(process, others=draw.random() < 0.5)
             if process.exitcode == -signal.SIGKILL:
                 instants.append(round(instant, 3))
         try:
             self._server.finish(self._filled(self.job.command))
+            for pid in left:
+                wait_for(pid)
             odd = differences(self.whole, digests(self._work))
         except RuntimeError as error:
             odd = [str(error)]
@@ -278,7 +315,8 @@ def soak(
         for number, job in enumerate(chosen):
             bench = Bench(job, root, server)
             seconds[job.name] = round(bench.seconds, 2)
-            wanted = (kills + len(chosen) - 1 - number) // len(chosen)  # the first jobs have one more
+            parts = [0, *accumulate(each.share for each in chosen)]
+            wanted = kills * parts[number + 1] // parts[-1] - kills * parts[number] // parts[-1]
             done = 0
             while done < wanted:
                 trial = bench.trial(draw, min(draw.randint(1, KILLS_A_TRIAL), wanted - done))

@@ -136,12 +136,27 @@ def check_against_the_loop(case: dict[str, Any], device: torch.device, *, rtol: 
 
 
 @pytest.mark.parametrize("gained", ["plain", "gained"])
-@pytest.mark.parametrize(("length", "window"), [(1, None), (130, None), (150, 20)])
+@pytest.mark.parametrize(("length", "window"), [(1, None), (70, None), (80, 20)])
 def test_decays_alone_equal_the_plain_loop(length: int, window: int | None, gained: str) -> None:
     """As encodings that read the text have them, in every kernel; several blocks of the backward pass."""
     case = {"length": length, "window": window, "decay": gained, "rows": 64, "training": length > 1, "seed": length}
     rest = {"bias": False, "by_query": False, "block": None, "far": None, "scale": False}
     check_against_the_loop({**case, **rest}, CPU, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_of_steps_do_not_drift_along_a_long_text() -> None:
+    """The gradient of a step is a sum over all later tokens: what each row of dS is off by must not add up in it."""
+    length = 2048
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, weights = torch.randn(4, 1, 1, length, 16, generator=generator).unbind(0)
+    steps = torch.rand(1, 1, length, generator=generator).requires_grad_()
+    total = steps.double().cumsum(-1)
+    scores = q.double() @ k.double().mT / 4 - (total[..., None] - total[..., None, :])
+    future = torch.ones(length, length, dtype=torch.bool).triu_(1)
+    expected = scores.masked_fill(future, -math.inf).softmax(-1) @ v.double()
+    out = Attend(length, bias=Bias(decays=True), device=CPU, training=True)(q, k, v, decay=Decay(total))
+    got, want = (torch.autograd.grad((x * weights).sum(), steps, retain_graph=True)[0] for x in (out, expected))
+    assert (got - want).abs().max() < 4e-5 * want.abs().max()
 
 
 def test_the_gradient_of_a_bias_is_the_same_every_time() -> None:

@@ -35,3 +35,15 @@ def test_a_log_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys:
             clock[0] = float(second)
             bar("train", second, 100, run="rope-x", loss=2.0)
     assert capsys.readouterr().err.splitlines() == ["train rope-x: 20%  loss 2.000", "train rope-x: 40%  loss 2.000"]
+
+
+def test_of_a_long_sweep_only_the_runs_at_work_stay_in_view(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with Bar() as bar:
+        for number in range(40):
+            bar("train", 5, 10, run=f"run-{number}")
+            bar("train", 10, 10, run=f"run-{number}")
+        bar("train", 5, 10, run="at-work")
+        assert len(bar._tasks) <= progress.SHOWN + 1
+        assert "train at-work" in bar._tasks
+        assert len(bar._progress.tasks) == len(bar._tasks)

@@ -318,6 +318,42 @@ def test_a_killed_sweep_goes_on_to_the_same_numbers(ropelab: Run, here: tuple[st
     assert_equal(weights(runs_dir), weights(tmp_path / "straight"))
 
 
+def test_a_run_that_two_sweeps_share_is_trained_once(ropelab: Run, here: tuple[str, ...], tmp_path: Path) -> None:
+    """The second sweep waits for the run that the first one trains."""
+    long = changed(here, "train.steps=500", "train.eval_every=500")
+    first = command("sweep", "pos=rope", *long)
+    waited_for(lambda: any(run.metrics() for run in runs.all_runs(tmp_path / "runs")))
+    status, out, err = ropelab("sweep", "pos=rope,alibi", *long, "--json")
+    assert status == 0, err
+    assert [one["state"] for one in json.loads(out)["runs"]] == ["DONE", "DONE"]
+    first.communicate(timeout=60)
+    assert first.returncode == 0
+    (shared, _) = Sweep(sweeps.all_sweeps(tmp_path / "runs")[-1]).tasks
+    assert [line["step"] for line in runs.RunDir(tmp_path / "runs" / shared["run"]).metrics()] == list(range(1, 501))
+
+
+def test_runs_are_listed_and_removed_by_what_they_have(ropelab: Run, here: tuple[str, ...], tmp_path: Path) -> None:
+    where = f"runs_dir={tmp_path / 'runs'}"
+    assert ropelab("sweep", "pos=rope,alibi", "train.lr=1e-3,2e-3", *here)[0] == 0
+
+    def listed(*wanted: str) -> list[str]:
+        status, out, err = ropelab("runs", where, *wanted, "--json")
+        assert status == 0, err
+        return sorted(one["run"].partition("-")[0] for one in json.loads(out))
+
+    assert listed() == ["alibi", "alibi", "rope", "rope"]
+    assert listed("pos=alibi", "train.lr=0.001") == ["alibi"]
+    assert listed("pos.base=1e4", "status=done") == ["rope", "rope"]
+    assert listed("seed=1") == listed("status=failed") == listed("pos=alibi", "pos.base=1e4") == []
+    for wanted, said in (("ops=rope", "did you mean pos?"), ("train.lrs=1", "did you mean train.lr?")):
+        status, _, err = ropelab("runs", where, wanted)
+        assert status == 2
+        assert said in err
+    assert ropelab("runs", "rm", where, "pos=alibi", "train.lr=2e-3", "--yes")[0] == 0
+    assert listed("train.lr=1e-3,2e-3") == ["alibi", "rope", "rope"]
+    assert "name" in ropelab("runs", "rm", where)[2]
+
+
 def test_cancel_stops_a_sweep_of_another_process(ropelab: Run, here: tuple[str, ...], tmp_path: Path) -> None:
     where = f"runs_dir={tmp_path / 'runs'}"
     asked = ("sweep", "pos=rope,alibi", "launcher.jobs=1", *changed(here, "train.steps=100000"))

@@ -41,7 +41,7 @@ BLOCK = 1024  # query rows of a block: large enough for the kernel, small enough
 # Numbers in a dense block of scores or masks: on a CPU 16 MB in fp32, which the heap hands out again without new pages,
 # elsewhere 128 MB.
 DENSE, DENSE_ELSEWHERE = 2**22, 2**25
-DENSE_BANDS = 2**28  # numbers of a bias by query that are made at a time where each layer makes its own: 1 GB
+DENSE_BANDS = 2**27  # numbers of a bias by query that are made at a time where each layer makes its own: 512 MB
 
 
 def choose_kernel(device: torch.device, length: int, *, training: bool, bias: Bias, dtype: torch.dtype) -> str:

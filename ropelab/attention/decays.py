@@ -35,10 +35,11 @@ def recomputed(
 
 
 class _Recomputed(torch.autograd.Function):
-    """Keeps q, k, v, the totals and the output; dS as in `recomputed`.
+    """Keeps q, k, v and the decays; dS as in `recomputed`.
 
     From dS: gain_i dS_ij is what total_j gains and total_i loses, -(total_i - total_j) dS_ij what gain_i gains. Rows of
-    dS add up to 0 but for rounding, whose running sum over the text would be large: what is lost is counted as well.
+    dS add up to 0 but for rounding, whose running sum over the text would be large: it is kept small, and what total_i
+    loses is counted.
     """
 
     @staticmethod
@@ -53,13 +54,13 @@ class _Recomputed(torch.autograd.Function):
             out[:, :, start:stop] = by_distance.fused(
                 q[:, :, start:stop], k[:, :, first:stop], v[:, :, first:stop], added
             )
-        ctx.save_for_backward(q, k, v, total, gain, out)
+        ctx.save_for_backward(q, k, v, total, gain)
         ctx.window = window
         return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, total, gain, out = ctx.saved_tensors
+        q, k, v, total, gain = ctx.saved_tensors
         batch, heads, length, d_head = q.shape
         rows = min(ROWS, length)
         dq = torch.empty_like(q)
@@ -73,11 +74,11 @@ class _Recomputed(torch.autograd.Function):
             for start in range(0, length, rows):
                 stop = min(start + rows, length)
                 first = _oldest(start, ctx.window)
-                query, due, given = (x[part, :, start:stop] for x in (q, gradient, out))  # (b, H, r, D)
+                query, due = q[part, :, start:stop], gradient[part, :, start:stop]  # (b, H, r, D)
                 key, value = k[part, :, first:stop], v[part, :, first:stop]  # (b, H, c, D)
                 query = query * d_head**-0.5
                 added = _mask(totals, gains, start, stop, first, ctx.window)
-                ds = score_gradients(query, key, value, due, given, added, dv[part, :, first:stop])
+                ds = score_gradients(query, key, value, due, None, added, dv[part, :, first:stop])
                 over = ds.sum(-1)  # (b, H, r)
                 of_query, of_key = _of_block(totals, start, stop, first)
                 weight = torch.ones_like(of_query) if gains is None else gains[..., start:stop].float()

@@ -95,18 +95,23 @@ class _Recomputed(torch.autograd.Function):
 
 
 def score_gradients(
-    query: Tensor, key: Tensor, value: Tensor, due: Tensor, given: Tensor, added: Tensor, dvalue: Tensor
+    query: Tensor, key: Tensor, value: Tensor, due: Tensor, given: Tensor | None, added: Tensor, dvalue: Tensor
 ) -> Tensor:
     """dS (b, H, r, c) fp32 of a block; the gradient of its values is added to `dvalue` (b, H, c, D) fp32.
 
     query, already scaled, due and given (b, H, r, D): `due` is the gradient of the output `given`. key, value
-    (b, H, c, D); `added` broadcasts to the scores.
+    (b, H, c, D); `added` broadcasts to the scores. Without `given`, which is rounded to its type, rows of dS add up to
+    0 as closely as fp32 allows.
     """
     scores = (query @ key.transpose(-2, -1)).float().add_(added)
     weights = torch.softmax(scores, dim=-1)
     dvalue += weights.to(due.dtype).transpose(-2, -1) @ due
+    dweights = (due @ value.transpose(-2, -1)).float()  # (b, H, r, c)
+    if given is None:
+        weighted = dweights.mul_(weights)
+        return weighted.addcmul_(weights, weighted.sum(-1, keepdim=True), value=-1)
     delta = (due.float() * given.float()).sum(-1, keepdim=True)  # (b, H, r, 1)
-    return (due @ value.transpose(-2, -1)).float().sub_(delta).mul_(weights)
+    return dweights.sub_(delta).mul_(weights)
 
 
 def _turned(x: Tensor, forwards: bool) -> Tensor:

@@ -1,13 +1,21 @@
 # Triton has no types, and annotations in its functions mean other things to it.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 # mypy: disable-error-code="import-untyped,import-not-found"
-"""Causal flash attention with a bias by distance for CUDA, in Triton: no (T, T) tensor, forward or backward.
+"""Causal flash attention with a bias for CUDA, in Triton: no scores are kept, forward or backward.
 
 Forward and backward follow Dao et al. 2022 (2205.14135) and Dao 2023 (2307.08691): online softmax in fp32, and scores
-computed again in the backward pass from the saved log of each row's sum. The bias is loaded tile by tile from its
-(H, T) vector. Entry (r, c) stands at the same distance in every tile of one block diagonal of the scores: the bias
-gradient adds these tiles up, then sums the one tile that is left along its diagonals.
-Every sum has a fixed order and nothing is added atomically, so equal inputs give equal bits.
+computed again in the backward pass from the saved log of each row's sum. What is added to the scores, in fp32:
+
+| bias        | BAND | tensor       | read                  | its gradient                                             |
+|-------------|------|--------------|-----------------------|----------------------------------------------------------|
+| by distance | 0    | (H, T)       | tile by tile          | tiles of a block diagonal, where entry (r, c) is always  |
+|             |      |              |                       | at one distance, added up; then sums along diagonals     |
+| by query    | > 0  | (H, N) bands | tile by tile          | each tile once, summed over the sequences                |
+| decays      | -1   | (3, B, H, T) | rows and columns of a | sums over rows of dS with the queries' gradient, over    |
+|             |      |              | tile                  | columns with the keys'                                   |
+
+Decays are the running total of a text as the sum of two fp32 numbers, and the gain. Every sum has a fixed order and
+nothing is added atomically, so equal inputs give equal bits.
 
 The kernels are tested in Triton's interpreter and compiled for sm_80 and sm_90. Their numbers and speed on a GPU are
 unmeasured.
@@ -93,8 +101,8 @@ def _store(x, strides, b, h, start, length, tile, D: tl.constexpr):
 def _scores(a, b, bias, stride, of_query, i, j, keys, window, scale, BAND: tl.constexpr):
     """Scores with biases in powers of 2, (M, N) fp32, -inf where query i does not see key j; and total_i - total_j.
 
-    a (M, PADDED) and b (N, PADDED), their products (M, N); i, j and `of_query` broadcast to that. The last of what is
-    returned is meant for decays.
+    a (M, PADDED) and b (N, PADDED), their products (M, N); i, j and `of_query` broadcast to that. Totals are those of
+    decays, else 0.
     """
     distance = i - j
     seen = (distance >= 0) & (distance < window)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,6 +20,9 @@ from ropelab.cli.options import (
     separate,
 )
 
+if TYPE_CHECKING:
+    from ropelab.runs import RunDir
+
 
 @app.command("runs")
 def list_runs(
@@ -28,18 +31,26 @@ def list_runs(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Remove without asking.")] = False,
     as_json: Json = False,
 ) -> None:
-    """The runs there are; `runs rm RUN ...` removes them after asking."""
+    """The runs there are, or those that fit: pos=rope,alibi status=done seed=0; `runs rm ...` removes after asking."""
     with reported():
         from ropelab import config, runs
 
         if "=" in action:
             arguments, action = [action, *(arguments or [])], "list"
         named, settings = separate(list(arguments or []))
-        runs_dir = Path(config.load(settings).runs_dir).expanduser()
+        folders = [item for item in settings if item.startswith(("runs_dir=", "cache_dir="))]
+        wanted = _wanted([item for item in settings if item not in folders])
+        runs_dir = Path(config.load(folders).runs_dir).expanduser()
         if action == "rm":
-            if not named:
-                raise ValueError("runs rm needs the runs to remove")
-            _remove([runs.find_run(name, runs_dir) for name in named], yes=yes)
+            if not named and not wanted:
+                raise ValueError(
+                    "runs rm needs the runs to remove: their names, or what they have, such as status=failed"
+                )
+            found = [runs.find_run(name, runs_dir) for name in named] or runs.all_runs(runs_dir)
+            found = [run for run in found if _fits(run, wanted)]
+            if not found:
+                say("no run fits; nothing was removed")
+            _remove(found, yes=yes)
             return
         if action != "list":
             raise ValueError(f"runs takes list or rm, not '{action}'")
@@ -50,16 +61,63 @@ def list_runs(
                 status, manifest = run.status(), run.manifest()
             except runs.RunError as error:  # one broken run must not hide the others
                 status, manifest = "damaged", {"error": str(error)}
+            if not _fits(run, wanted):
+                continue
             rows.append({"run": run.name, "status": status, **{key: manifest.get(key) for key in fields}})
         if as_json:
             print_json(rows)
             return
         if not rows:
-            say(f"there are no runs in {runs_dir}")
+            say(f"there are no runs in {runs_dir}{' that fit' if wanted else ''}")
         for row in rows:
             loss = "" if row["val_nll"] is None else f"val {row['val_nll']:.4f}"
             length = f"L={row['train_ctx'] or '?'}"
             print(plain(f"{row['run']:<44} {row['status']:<12} {length:<8} {loss}  {row['error'] or ''}".rstrip()))
+
+
+def _wanted(settings: list[str]) -> dict[str, list[str]]:
+    """`pos=rope,alibi status=done` as values by key. `ValueError` for a key that no run has."""
+    from ropelab import config
+
+    known = ["status", *config.keys()]
+    wanted: dict[str, list[str]] = {}
+    for item in settings:
+        key, _, text = item.partition("=")
+        if key in wanted:
+            raise ValueError(f"{key} is given twice; give it once, with all its values: {key}=A,B")
+        if key not in known and key.partition(".")[0] not in config.METHODS:
+            raise ValueError(f"runs are not told apart by '{key}'{config.nearest(key, known)}")
+        wanted[key] = text.split(",")
+    return wanted
+
+
+def _fits(run: RunDir, wanted: dict[str, list[str]]) -> bool:
+    """Has a run one of the values that are wanted of each key?"""
+    from ropelab.runs import RunError
+
+    for key, values in wanted.items():
+        try:
+            found: Any = run.status() if key == "status" else run.manifest().get("config")
+        except RunError:
+            found = "damaged" if key == "status" else None
+        if key != "status":
+            for part in key.split("."):
+                found = found.get(part) if isinstance(found, dict) else None
+            if isinstance(found, dict):
+                found = found.get("name")
+        if not any(_same(found, value) for value in values):
+            return False
+    return True
+
+
+def _same(found: Any, text: str) -> bool:
+    """Is a stored value what this text spells? 0.001 is 1e-3, and null is none."""
+    if found is None:
+        return text in ("null", "none")
+    try:
+        return not isinstance(found, bool) and float(found) == float(text)
+    except (TypeError, ValueError):
+        return str(found).lower() == text.lower()
 
 
 def _remove(found: list[Any], *, yes: bool) -> None:

@@ -21,7 +21,7 @@ SweepAndSettings = Annotated[
     list[str] | None,
     typer.Argument(metavar="[SWEEP] [runs_dir=FOLDER]", help="Its name or the beginning of it; else the latest."),
 ]
-POLL = 5.0  # seconds between two looks at a cluster
+POLL = 10.0  # seconds between two looks at a cluster
 
 
 @contextmanager

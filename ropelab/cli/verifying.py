@@ -19,6 +19,7 @@ def verify_resume(
     at: Annotated[
         int | None, typer.Option("--at", metavar="K", help="The step whose checkpoint is resumed (default: N / 2).")
     ] = None,
+    ranks: Annotated[int, typer.Option("--ranks", metavar="R", help="Processes that train together.")] = 1,
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="Have torch use its deterministic kernels.")
     ] = False,
@@ -40,7 +41,9 @@ def verify_resume(
 
         try:
             with Bar() as bar:
-                found = verifying.verify(resolved, steps=steps, at=at, deterministic=deterministic, progress=bar)
+                found = verifying.verify(
+                    resolved, steps=steps, at=at, world=ranks, deterministic=deterministic, progress=bar
+                )
         except RuntimeError as error:
             fail(1, str(error))
         if as_json:
@@ -79,10 +82,14 @@ def _print(found: dict[str, Any]) -> None:
     print(
         f"killed in step {found['killed_at']}, {found['steps_lost']} steps past the checkpoint of step {found['at']}; "
         f"{found['dtype']}, {'compiled' if found['compiled'] else 'eager'}, attention {found['attention_backend']}, "
-        f"{found['threads']} threads, torch {found['torch']}, {found['device']}"
+        f"{found['threads']} threads, {_of_ranks(found)}torch {found['torch']}, {found['device']}"
     )
     if found["equal"]:
         print("resuming is bit-exact here")
+
+
+def _of_ranks(found: dict[str, Any]) -> str:
+    return "" if found["world_size"] == 1 else f"{found['world_size']} ranks ({found['parallel']}), "
 
 
 def _word(facts: dict[str, Any]) -> str:

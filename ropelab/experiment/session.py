@@ -139,6 +139,9 @@ class Session:
         self.dtype = resolve_dtype(known.get("dtype", config.train.dtype), self.device)
         self._precision = known.get("matmul_precision") or matmul_precision(self.device, config.model.d_model)
         self._summary = state.get("summary")
+        threads = state.get("threads") or self._begun.get("environment", {}).get("threads")
+        if threads and self.device.type == "cpu":  # sums over other numbers of threads are rounded otherwise
+            torch.set_num_threads(threads)
         if self.parent is not None:
             model.load_state_dict(self.parent.run.load_weights(), strict=True)
         if found:
@@ -294,7 +297,7 @@ class Session:
             return
         state: dict[str, Any] = {
             "best_val_nll": self._best if math.isfinite(self._best) else None, "digest": self.digest,
-            "dtype": DTYPE_NAMES[self.dtype], "matmul_precision": self._precision,
+            "dtype": DTYPE_NAMES[self.dtype], "matmul_precision": self._precision, "threads": torch.get_num_threads(),
         }  # fmt: skip
         if self.is_last(self.step):  # a manifest that is lost after this can be made again
             self._summary = state["summary"] = self._summarised()

@@ -12,7 +12,7 @@ from typing import Any
 
 from ropelab.experiment.session import Session, compile_blocks, compiles
 from ropelab.progress import Progress, silent
-from ropelab.ranks import ALONE, SIGNALS, Ranks
+from ropelab.ranks import ALONE, SIGNALS, RankGone, Ranks
 from ropelab.schema import Config
 from ropelab.stacking import check_stackable, stacked_steps
 from ropelab.training import NonFiniteLossError, steps
@@ -81,13 +81,18 @@ def train(config: Config, *, progress: Progress = silent, ranks: Ranks = ALONE) 
                     raise Interrupted(signals[0], session.run.name, done.step)
         except NonFiniteLossError as error:
             session.broke(error)
+            ranks.meet()  # a launcher ends the others when one has ended: not before all is written
             raise
         except Interrupted:
             session.stopped()
+            ranks.meet()
             raise
         except BaseException as error:
             cause = ranks.cause(error)
-            session.crashed(cause)
+            if isinstance(cause, RankGone):  # nothing is wrong with the run
+                session.stopped()
+            else:
+                session.crashed(cause)
             raise cause from None if cause is not error else error.__cause__
         session.finish()
     return ranks.told(lambda: session.result(skipped=False))

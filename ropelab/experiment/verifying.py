@@ -31,9 +31,10 @@ from torch import Tensor
 
 from ropelab import config as configs
 from ropelab import files, runs
-from ropelab.experiment.session import Session, compiles
+from ropelab.experiment.session import Session, compiles, rank_micro
 from ropelab.experiment.train import train
 from ropelab.progress import Progress, silent
+from ropelab.ranks import joined
 from ropelab.runs import RunDir
 from ropelab.schema import Config
 
@@ -46,19 +47,29 @@ _WARNING = re.compile(r"^(\S+?)(\(.*?\))? does not have a deterministic implemen
 
 
 def verify(
-    config: Config, *, steps: int, at: int | None, deterministic: bool = False, progress: Progress = silent
+    config: Config,
+    *,
+    steps: int,
+    at: int | None,
+    world: int = 1,
+    deterministic: bool = False,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Train `steps` steps straight, and again with a kill after the checkpoint of step `at`, and compare.
 
-    All in a temporary folder that is removed; only the tokenised text stays in the cache. `deterministic` has torch use
-    its deterministic kernels. Returns {"equal", "cause": null | "kernels" | "resuming", "operations", "compared",
-    "differences", ...}. Where the two differ, the straight training is made a second time: does that one differ too, it
-    is the kernels, and `operations` are those that torch says have no deterministic kernel.
+    All in a temporary folder that is removed; only the tokenised text stays in the cache. `world`: so many ranks train
+    together, by torchrun. `deterministic` has torch use its deterministic kernels.
+
+    Returns {"equal", "cause": null | "kernels" | "resuming", "operations", "compared", "differences", ...}. Where the
+    two differ, the straight training is made a second time: does that one differ too, it is the kernels, and
+    `operations` are those that torch says have no deterministic kernel.
     `ValueError` for settings that cannot be trained; `RuntimeError` when a training breaks.
     """
     if steps < 2:
         raise ValueError(f"--steps must be at least 2, not {steps}")
     at = steps // 2 if at is None else at
+    if world < 1:
+        raise ValueError(f"--ranks must be at least 1, not {world}")
     if not 1 <= at < steps:
         raise ValueError(f"--at must be a step before the last, 1 to {steps - 1} with --steps {steps}, not {at}")
     killed_at = min(at + BEYOND, 2 * at, steps)  # 2 x at is saved only after it was told of: the kill comes before
@@ -67,11 +78,12 @@ def verify(
         short = _shortened(config, steps=steps, at=at)
         session = Session(dataclasses.replace(short, runs_dir=str(place / "straight")), progress)
         _check_compiler(short, session.device)
+        rank_micro(short.train, world)  # or `ValueError`: the ranks cannot share the batch
 
         def trained(where: str, *, kill_at: int | None = None, determined: bool = deterministic) -> dict[str, Any]:
             task = {
                 "config": configs.to_dict(dataclasses.replace(short, runs_dir=str(place / where))),
-                "kill_at": kill_at, "deterministic": determined,
+                "kill_at": kill_at, "deterministic": determined, "world": world,
             }  # fmt: skip
             return _in_a_process(task, place / f"{where}.task.json", f"{where} training", progress)
 
@@ -104,6 +116,8 @@ def verify(
         "killed_at": killed_at,
         "steps_lost": lost,
         "deterministic": deterministic,
+        "world_size": world,
+        "parallel": manifest.get("parallel"),
         **{key: manifest[key] for key in ("device", "dtype", "compiled", "attention_backend")},
         "torch": manifest["environment"]["torch"],
         "threads": manifest["environment"]["threads"],
@@ -239,9 +253,10 @@ def _in_a_process(task: dict[str, Any], path: Path, what: str, progress: Progres
     if task["deterministic"]:
         environment.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch refuses cuBLAS without it
     errors = path.with_suffix(".err")
+    together = ["torch.distributed.run", "--standalone", f"--nproc-per-node={task['world']}", "-m"]
     with errors.open("wb") as said:
         process = subprocess.Popen(
-            [sys.executable, "-m", "ropelab.experiment.verifying", str(path)],
+            [sys.executable, "-m", *(together if task["world"] > 1 else ()), "ropelab.experiment.verifying", str(path)],
             stdout=subprocess.PIPE, stderr=said, text=True, env=environment, start_new_session=True,
         )  # fmt: skip
         try:
@@ -285,15 +300,30 @@ def _work(task: dict[str, Any]) -> None:
             _tell({"first": first})
         _tell({"done": done, "total": total})
         if done == task["kill_at"]:
+            for pid in _launched_with_us() if task["world"] > 1 else ():
+                os.kill(pid, signal.SIGKILL)
             os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(60)  # the signal may take a moment: no step is made meanwhile
 
     if task["deterministic"]:
         torch.use_deterministic_algorithms(True, warn_only=True)
-    with warnings.catch_warnings(record=True) as caught:
+    with warnings.catch_warnings(record=True) as caught, joined(lambda error: 1) as ranks:
         warnings.simplefilter("always")
-        train(configs.from_dict(task["config"]), progress=telling)
-    _tell({"operations": _operations(str(warning.message) for warning in caught)})
+        train(configs.from_dict(task["config"]), progress=telling, ranks=ranks)
+    if ranks.is_first:
+        _tell({"operations": _operations(str(warning.message) for warning in caught)})
+
+
+def _launched_with_us() -> list[int]:
+    """torchrun, and the other ranks that it started: they are gone at once, as when a machine is."""
+    agent = os.getppid()
+    others = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdecimal() and int(folder.name) != os.getpid():
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                if int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == agent:
+                    others.append(int(folder.name))
+    return [*others, agent]
 
 
 def _operations(messages: Sequence[str] | Iterator[str]) -> list[str]:

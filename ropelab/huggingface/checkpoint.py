@@ -133,8 +133,11 @@ def _line(error: BaseException) -> str:
 
 def skeleton(config: Any) -> nn.Module:
     """The model without memory for its weights, to see what it is made of."""
-    with quiet(), torch.device("meta"):
-        model: nn.Module = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    try:
+        with quiet(), torch.device("meta"):
+            model: nn.Module = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    except Exception as error:  # a value that the model's class does not know
+        raise ValueError(f"transformers {transformers.__version__} cannot build this model ({_line(error)})") from None
     return model
 
 

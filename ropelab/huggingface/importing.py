@@ -16,14 +16,12 @@ from ropelab import config as configs
 from ropelab import data, files, runs
 from ropelab.experiment import NO_SCALING, build_model, encoding_of, environment
 from ropelab.huggingface import checkpoint, rotary, weights
-from ropelab.huggingface.evaluate import RECORD
+from ropelab.huggingface.recorded import Recorded, read, still_turns
 from ropelab.model import GPT
-from ropelab.positions import PositionEncoding, Rope, resolve_factor
+from ropelab.positions import Geometry, PositionEncoding
 from ropelab.progress import Progress, silent
 from ropelab.runs import RunDir
 from ropelab.schema import Config, DataConfig, Method, ModelConfig
-
-REST = "ropelab/rest.safetensors"
 
 
 def bring_in(name: str, config: Config, *, text: DataConfig | None, progress: Progress = silent) -> tuple[RunDir, bool]:
@@ -40,17 +38,16 @@ def bring_in(name: str, config: Config, *, text: DataConfig | None, progress: Pr
     for path in checkpoint.weight_files(folder):
         state |= runs.load_tensors(path)
     state = {_named(key, found.model_type): tensor for key, tensor in state.items()}
-    record = files.read_json(folder / RECORD)
-    record = record if isinstance(record, dict) else {}
-    exported: dict[str, Any] | None = record.get("run")
-    trained = None if exported is None else configs.from_dict(exported["config"])
+    record = read(folder)
+    exported = None if record is None else record.manifest
+    trained = None if record is None else record.trained
+    rest = {} if record is None else record.rest
 
-    pos, scaling, train_ctx, original_ctx = _positions(found, shape, state, record, trained)
+    pos, scaling, train_ctx, original_ctx = _positions(found, shape, state, record)
     interleaved = 0
     if pos.parameters.get("layout") == "interleaved":
         interleaved = int(shape.d_head * pos.parameters.get("fraction", 1.0)) // 2 * 2
     ours = weights.from_family(found.model_type, state, shape, interleaved=interleaved, tied=found.tie_word_embeddings)
-    rest = runs.load_tensors(folder / REST) if trained is not None and (folder / REST).is_file() else {}
     rows = len(ours["tokens.weight"])
     tokenizer = checkpoint.read_tokenizer(folder, rows)
     if tokenizer.n_vocab == rows + 1:
@@ -126,35 +123,24 @@ def _named(key: str, family: str) -> str:
 
 
 def _positions(
-    found: Any, shape: ModelConfig, state: Mapping[str, Tensor], record: Mapping[str, Any], trained: Config | None
+    found: Any, shape: ModelConfig, state: Mapping[str, Tensor], record: Recorded | None
 ) -> tuple[Method, Method, int, int]:
     """Encoding, scaling, training length and original length of a checkpoint.
 
     What an export says of its run holds as long as its configuration says the same.
     """
-    family = found.model_type
     longest = checkpoint.longest_trained(found)
     assert longest is not None
-    if family == "gpt_neox":
+    if found.model_type == "gpt_neox":
         (parameters,) = rotary.declared(found).values()
         scaling = rotary.scaling_of(parameters, longest)
-        pairs = _pairs(parameters, shape)
-        pos = rotary.encoding_of(parameters, pairs=pairs, d_head=shape.d_head)
+        pos = rotary.encoding_of(parameters, pairs=_pairs(parameters, shape), d_head=shape.d_head)
         original_ctx = int(parameters.get("original_max_position_embeddings") or longest)
-        if trained is None:
+        if record is None or not still_turns(record, pos, scaling, Geometry.of(shape, original_ctx)):
             return pos, scaling, longest, original_ctx
-        stated = record["scaling"]
-        method = Method(stated["name"], {key: value for key, value in stated.items() if key != "name"})
-        spectrum = _spectrum(trained, trained.pos, method, record["original_ctx"])
-        now = dataclasses.replace(trained, model=shape)
-        if _differs(spectrum, _spectrum(now, pos, scaling, original_ctx)):
-            return pos, scaling, longest, original_ctx  # the configuration was changed since
-        return trained.pos, method, record["train_ctx"], record["original_ctx"]
-    if trained is not None:
-        stated = record["scaling"]
-        method = Method(stated["name"], {key: value for key, value in stated.items() if key != "name"})
-        return trained.pos, method, record["train_ctx"], record["original_ctx"]
-    if family == "mpt":
+    if record is not None:
+        return record.trained.pos, record.scaling, record.train_ctx, record.original_ctx
+    if found.model_type == "mpt":
         return configs.load(["pos=alibi"]).pos, NO_SCALING, longest, longest
     if not state[weights.TABLE].any():
         return Method("none", {}), NO_SCALING, longest, longest
@@ -165,23 +151,6 @@ def _pairs(parameters: Mapping[str, Any], shape: ModelConfig) -> int:
     if parameters.get("rope_type") == "proportional":
         return shape.d_head // 2
     return (int(shape.d_head * parameters.get("partial_rotary_factor", 1.0)) + 1) // 2
-
-
-def _spectrum(trained: Config, pos: Method, scaling: Method, original_ctx: int) -> Rope:
-    factor = resolve_factor(scaling, longest=original_ctx, original_ctx=original_ctx)
-    encoding = encoding_of(dataclasses.replace(trained, pos=pos), factor, original_ctx)
-    assert isinstance(encoding, Rope)
-    return encoding
-
-
-def _differs(one: Rope, other: Rope) -> bool:
-    for ctx in (1, 4096, 2**17):
-        a, b = one.spectrum(ctx), other.spectrum(ctx)
-        if a.inv_freq.shape != b.inv_freq.shape or not torch.allclose(a.inv_freq, b.inv_freq, rtol=1e-6, atol=0):
-            return True
-        if abs(a.attention_factor - b.attention_factor) > 1e-6:
-            return True
-    return False
 
 
 @torch.no_grad()

@@ -197,7 +197,10 @@ def written(encoding: Rope, pos: Method, scaling: Method, *, original_ctx: int, 
             }  # fmt: skip
         case "longrope":
             if given["start_tokens"]:
-                raise ValueError("scaling=longrope with start_tokens: transformers turns all positions alike")
+                raise ValueError(
+                    "scaling=longrope with start_tokens: transformers turns all positions alike; search for factors "
+                    "with search.start_tokens=[0]"
+                )
             kind = {
                 "rope_type": "longrope", "factor": factor, "original_max_position_embeddings": original_ctx,
                 "short_factor": list(given["short_factors"] or given["long_factors"]),

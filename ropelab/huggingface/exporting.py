@@ -13,20 +13,20 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
+from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 
 import ropelab
 from ropelab import data, files
 from ropelab.experiment import encoding_of, load_model, resolve_device, set_encoding
 from ropelab.experiment.evaluate import TrainedRun
 from ropelab.experiment.stored import evaluations
-from ropelab.huggingface import card, checkpoint, rotary, weights
+from ropelab.huggingface import card, checkpoint, recorded, rotary, weights
 from ropelab.model import GPT, logits_held
 from ropelab.positions import PositionEncoding, Positions, Rope, resolve_factor
 from ropelab.progress import Progress, silent
 from ropelab.runs import RunDir
 from ropelab.schema import ContextLengthError, DataConfig, Method
 
-FOLDER = "ropelab"  # inside an export: what transformers has no place for, and what it must not read
 TOLERANCE = 1e-3  # of the parity report: nats, and of logits the share of the largest
 
 
@@ -88,9 +88,9 @@ def export(
         if method.name == "none":  # it is the table that is written out
             rest.pop("encoding.table", None)
         rest["separator"] = model.tokens.weight[-1].detach().clone()
-        (temporary / FOLDER).mkdir()
-        save_file({name: tensor.contiguous() for name, tensor in rest.items()}, temporary / FOLDER / "rest.safetensors")
-        files.write_json(temporary / FOLDER / "run.json", {
+        (temporary / recorded.FOLDER).mkdir()
+        save_file({name: tensor.contiguous() for name, tensor in rest.items()}, temporary / recorded.REST)
+        files.write_json(temporary / recorded.RUN, {
             "ropelab": ropelab.__version__, "run": subject.manifest, "train_ctx": train_ctx,
             "original_ctx": original_ctx, "scaling": {"name": method.name, **method.parameters},
         })  # fmt: skip
@@ -185,12 +185,17 @@ def _record(encoding: PositionEncoding, pos: Method, scaling: Method) -> Positio
         why = "a bias by distance that is not ALiBi's"
     elif record.slopes is not None and scaling.name != "none":
         why = "slopes that are not ALiBi's own"
-    elif record.slopes is not None and len(record.slopes) & (len(record.slopes) - 1):
-        why = f"{len(record.slopes)} heads: MPT's slopes are ALiBi's where the number of heads is a power of two"
-        raise ValueError(f"{named} is not exported: it has {why}")
+    elif record.slopes is not None and not torch.allclose(_mpt_slopes(len(record.slopes)), record.slopes, rtol=1e-6):
+        why = f"{len(record.slopes)} heads with slopes in ALiBi's order"
     else:
         return record
     raise ValueError(f"{named} is not exported: it has {why}, which no GPT-NeoX, MPT or GPT-2 of transformers has")
+
+
+def _mpt_slopes(heads: int) -> Tensor:
+    """The slopes of an MPT of so many heads, (H,): asked of transformers, whose order might be another."""
+    bias: Tensor = build_mpt_alibi_tensor(heads, 2)  # (H, 1, 2)
+    return -bias[:, 0, 0]
 
 
 @torch.no_grad()

@@ -20,15 +20,13 @@ from ropelab.experiment.evaluate import Evaluated, evaluate_subject, ladder_of, 
 from ropelab.experiment.memory import Plan, fit
 from ropelab.experiment.models import check_applied, spectrum_digest
 from ropelab.experiment.subject import At, Loaded, Subject, Text
-from ropelab.huggingface import checkpoint, rotary
+from ropelab.huggingface import checkpoint, recorded, rotary
 from ropelab.model import logits_held
-from ropelab.positions import SCALINGS, PositionEncoding, Rope
+from ropelab.positions import SCALINGS, Geometry, PositionEncoding, Rope
 from ropelab.progress import Progress, silent
 from ropelab.ranks import ALONE, Ranks
 from ropelab.schema import Config, DataConfig, EvalConfig, Method
 from ropelab.training import matmul_precision
-
-RECORD = "ropelab/run.json"  # in an exported folder: the run that it was
 
 
 class Checkpoint(Subject):
@@ -51,26 +49,28 @@ class Checkpoint(Subject):
         self._handles = rotary.handles(self._skeleton, self.labels)
         self.rotary = bool(self._handles)
         self._longest = 0  # text that a pass will read
-        record = files.read_json(self.folder / RECORD)
-        self.record: dict[str, Any] = record if isinstance(record, dict) else {}
+        self._rows: int | None = None  # of a table of positions
         self.max_ctx = checkpoint.longest_trained(self.config)
-        self._own: dict[str, Any] | None = self.record.get("run")
-        own_text = None if self._own is None else configs.from_dict(self._own["config"]).data
-        self._text = text or own_text or config.data
-        self._own_text = own_text
-
+        record = recorded.read(self.folder)
+        self._own_text = None if record is None else record.trained.data
+        self._text = text or self._own_text or config.data
         pos, scaling = self._positions(body)
         parameters = self.labels.get(rotary.scaled_label(self.labels), {}) if self.labels else {}
-        lasting = self.record.get("train_ctx") or self.max_ctx
+        lasting = self.max_ctx
         if lasting is None:
             raise ValueError(f"{name} does not say its length: config.json has none of {', '.join(checkpoint.LENGTHS)}")
         # Phi-3 says it beside its rotary parameters
         stated = parameters.get("original_max_position_embeddings") or getattr(
             body, "original_max_position_embeddings", None
         )
-        self.original_ctx = int(self.record.get("original_ctx") or min(stated or lasting, lasting))
+        self.original_ctx = min(int(stated or lasting), lasting)
         heads = int(body.num_attention_heads)
         d_head = self._d_head(body)
+        geometry = Geometry(heads * d_head, heads, self.original_ctx, int(body.num_hidden_layers))
+        # what an export says of its run holds as long as its configuration says the same
+        if record is not None and (not self.rotary or recorded.still_turns(record, pos, scaling, geometry)):
+            pos, scaling = record.trained.pos, record.scaling
+            lasting, self.original_ctx = record.train_ctx, record.original_ctx
         tree = configs.to_dict(config)
         tree["pos"] = {"name": pos.name, **pos.parameters}
         tree["scaling"] = {"name": scaling.name, **scaling.parameters}
@@ -122,8 +122,8 @@ class Checkpoint(Subject):
                 ) from None
         if self.config.model_type in ("mpt", "bloom") or getattr(body, "alibi", False):
             return configs.load(["pos=alibi"]).pos, NO_SCALING
-        limit = checkpoint.table_rows(self._skeleton, self.config)
-        return Method("none", {}) if limit is None else configs.load(["pos=learned"]).pos, NO_SCALING
+        self._rows = checkpoint.table_rows(self._skeleton, self.config)
+        return Method("none", {}) if self._rows is None else configs.load(["pos=learned"]).pos, NO_SCALING
 
     def check(self, config: EvalConfig, scaling: Method | None) -> None:
         """`ValueError` for lengths, scalings and controls that the checkpoint cannot have, before any work."""
@@ -141,12 +141,11 @@ class Checkpoint(Subject):
                 able = ", ".join(name for name, method in SCALINGS.items() if method.spectral)
                 raise ValueError(f"scaling={scaling.name} changes attention itself; with --hf there are {able}")
         ladder = ladder_of(self.trained, self.original_ctx, config, scaling=scaling)
-        if self.trained.pos.name == "learned":
-            rows = checkpoint.table_rows(self._skeleton, self.config)
-            if rows is not None and max(ladder.methods) > rows:
-                raise ValueError(
-                    f"--ctx {max(ladder.methods)}: the positions of {self.source} end at {rows}; use --ctx {rows}"
-                )
+        longest = max(ladder.methods)
+        if self._rows is not None and longest > self._rows:
+            raise ValueError(
+                f"--ctx {longest}: the positions of {self.source} end at {self._rows}; use --ctx {self._rows}"
+            )
 
     def text(self, other: DataConfig | None, which: str, cache_dir: str, progress: Progress) -> Text:
         assert other is None  # a checkpoint is made with its text

@@ -1,0 +1,210 @@
+"""`ropelab verify-resume`: that it proves what it says, and that it can tell what it was made to tell."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ropelab import config as configs
+from ropelab import training
+from ropelab.experiment import session, verifying
+from ropelab.model import GPT
+from tests.test_faults import ROOT, one_line, ropelab
+from tests.test_runs import write_corpus
+
+TINY = ("data=text", "model.n_layer=1", "model.d_model=16", "model.n_head=2", "train.ctx=32", "train.batch_size=2",
+        "train.dtype=fp32", "device=cpu")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    folder = tmp_path_factory.mktemp("verify")
+    write_corpus(folder / "text")
+    return f"data.path={folder / 'text'}", f"cache_dir={folder / 'cache'}", f"runs_dir={folder / 'runs'}"
+
+
+@pytest.fixture(autouse=True)
+def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """One thread, and a place for temporary folders that must be empty afterwards."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("ropelab-verify")] == []
+
+
+class Killed(BaseException):
+    """In this process a kill is an exception that nobody catches."""
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trainings in this process instead of processes of their own: without four seconds of imports each."""
+
+    def in_this_process(task: dict[str, Any], *_: Any) -> dict[str, Any]:
+        told: dict[str, Any] = {}
+
+        def kill(pid: int, signum: int) -> None:
+            raise Killed
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(verifying, "_tell", told.update)
+            patch.setattr(verifying.os, "kill", kill)
+            patch.setattr(session.Session, "crashed", lambda self, error: None)  # a dead process writes nothing
+            try:
+                verifying._work(task)
+                assert task["kill_at"] is None
+            except Killed:
+                assert told["done"] == task["kill_at"]
+            finally:
+                torch.use_deterministic_algorithms(False)
+        return told
+
+    monkeypatch.setattr(verifying, "_in_a_process", in_this_process)
+
+
+def verified(places: tuple[str, ...], *overrides: str, steps: int = 6, at: int | None = None) -> dict[str, Any]:
+    pairs = dict(item.split("=", 1) for item in (*TINY, *overrides))
+    resolved = configs.load([*(f"{key}={value}" for key, value in pairs.items()), *places])
+    return verifying.verify(resolved, steps=steps, at=at)
+
+
+@pytest.mark.parametrize(("ranks", "dtype"), [(1, "bf16"), (2, "fp32")])
+def test_the_command_with_real_processes_and_a_real_kill(places: tuple[str, ...], ranks: int, dtype: str) -> None:
+    """One process, and two ranks of torchrun that are killed with it."""
+    command = [sys.executable, "-m", "ropelab", "verify-resume", "--steps", "4", "--at", "2", "--json", *TINY[:-2]]
+    done = subprocess.run(
+        [*command, f"--ranks={ranks}", *places, f"train.dtype={dtype}", "device=cpu"],
+        cwd=ROOT, capture_output=True, text=True, timeout=500, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["equal"], found["cause"], found["differences"]) == (True, None, [])
+    assert (found["at"], found["killed_at"], found["steps_lost"]) == (2, 4, 2)
+    assert (found["dtype"], found["world_size"]) == (dtype, ranks)
+    assert found["parallel"] == (None if ranks == 1 else "ddp")
+    assert all(part["equal"] for part in found["compared"].values())
+    assert found["compared"]["optimizer"]["tensors"] == 3 * found["compared"]["weights"]["tensors"]
+    assert found["compared"]["metrics"]["lines"] == 4
+    assert not (Path(places[2].partition("=")[2])).exists()
+
+
+@pytest.mark.usefixtures("here")
+def test_compiled_blocks_resume_exactly(places: tuple[str, ...]) -> None:
+    if not shutil.which(os.environ.get("CXX", "g++")):
+        pytest.skip("there is no C compiler")
+    try:
+        found = verified(places, "train.compile=true", steps=4)
+    finally:
+        torch._dynamo.reset()
+    assert found["equal"]
+    assert found["compiled"]
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(("steps", "at", "killed_at"), [(2, 1, 2), (6, None, 5), (6, 5, 6), (7, 1, 2)])
+def test_every_step_can_be_resumed(places: tuple[str, ...], steps: int, at: int | None, killed_at: int) -> None:
+    found = verified(places, "pos=learned", steps=steps, at=at)
+    assert found["equal"]
+    assert (found["at"], found["killed_at"]) == (at or steps // 2, killed_at)
+    assert found["steps_lost"] == killed_at - found["at"]
+
+
+@pytest.mark.usefixtures("here")
+def test_the_settings_of_the_user_are_those_that_are_verified(places: tuple[str, ...]) -> None:
+    """A warm-up, validation and kept weights that fit a long training only."""
+    found = verified(places, "train.steps=5000", "train.warmup_steps=900", "train.keep=[0.001,0.5]", "pos=alibi",
+                     "track.wandb=online", "train.eval_every=1000")  # fmt: skip
+    assert found["equal"]
+    assert found["compared"]["best"]["best_val_nll"] > 0
+
+
+@pytest.mark.usefixtures("here")
+def test_a_fault_of_resuming_is_told_from_the_kernels(places: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Second moments that are lost: the straight training is the same each time."""
+    load = training.load_optimizer_tensors
+
+    def forgetful(model: GPT, optimizer: Any, tensors: dict[str, torch.Tensor]) -> None:
+        load(model, optimizer, {name: t * 0 if name.endswith("exp_avg_sq") else t for name, t in tensors.items()})
+
+    monkeypatch.setattr(session, "load_optimizer_tensors", forgetful)
+    found = verified(places)
+    assert (found["equal"], found["cause"], found["operations"]) == (False, "resuming", [])
+    first = found["differences"][0]
+    assert (first["what"], first["line"]) == ("metrics", 4)
+    assert first["straight"]["loss"] == first["resumed"]["loss"]  # the weights are still those of step 3
+    assert first["straight"]["val_nll"] != first["resumed"]["val_nll"]
+    parts = {difference["what"] for difference in found["differences"]}
+    assert {"model", "optimizer"} <= parts
+    assert not found["compared"]["weights"]["equal"]
+
+
+@pytest.mark.usefixtures("here")
+def test_a_kernel_that_is_not_deterministic_is_named(
+    places: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An operation that torch says has no deterministic kernel, and a sum that is another one each time."""
+    nll = GPT.nll
+    noise = torch.Generator()
+    noise.seed()
+
+    def noisy(self: GPT, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        torch.zeros(3).put_(torch.tensor([0, 0]), torch.tensor([1.0, 2.0]))
+        return nll(self, hidden, targets) * (1 + 1e-4 * float(torch.rand((), generator=noise)))
+
+    monkeypatch.setattr(GPT, "nll", noisy)
+    said = ropelab("verify-resume", "--steps", "4", *TINY, *places)
+    assert said.status == 1
+    one_line(said, "not by resuming", "put_", "also with torch's deterministic kernels")
+    assert "metrics: first at line 1: loss" in said.out
+    assert "weights" in said.out
+
+
+@pytest.mark.usefixtures("here")
+def test_a_training_that_begins_again_instead_of_going_on_is_no_proof(
+    places: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would end in equal numbers, too."""
+    monkeypatch.setattr("ropelab.experiment.session.latest_checkpoint", lambda *_: None)
+    with pytest.raises(RuntimeError, match="went on at step 1, not at step 4"):
+        verified(places)
+
+
+def test_mistakes_are_said_before_anything_is_trained(places: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verifying, "_in_a_process", lambda *_: pytest.fail("something was trained"))
+    for options, words in (
+        (("--steps", "1"), "--steps must be at least 2"),
+        (("--steps", "4", "--at", "4"), "--at must be a step before the last, 1 to 3"),
+        (("--at", "0"), "1 to 19"),
+        (("--ranks", "3"), "cannot be shared by 3 ranks"),
+        (("--ranks", "0"), "--ranks must be at least 1"),
+        (("pos=rope", "scaling=linear"), "changes nothing"),
+        (("parent=nothing",), "there is no run 'nothing'"),
+    ):
+        said = ropelab("verify-resume", *options, *TINY, *places)
+        assert said.status == 2
+        one_line(said, words)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    said = ropelab("verify-resume", *TINY, *places, "train.compile=true")
+    assert said.status == 2
+    one_line(said, "needs a C compiler", "no-such-compiler", "train.compile=false")
+
+
+def test_a_training_that_dies_is_said_with_its_words(places: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verifying.sys, "executable", shutil.which("false"))
+    said = ropelab("verify-resume", "--steps", "2", *TINY, *places)
+    assert said.status == 1
+    one_line(said, "the straight training ended with status 1, not 0")
