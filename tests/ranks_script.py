@@ -16,23 +16,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import save_file
 
-from ropelab import experiment
+from ropelab import evaluation, experiment
 from ropelab.cli.options import status_of
+from ropelab.experiment.evaluate import _score
 from ropelab.experiment.session import Session
 from ropelab.ranks import Elsewhere, Ranks, joined, replicated, sharded, whole
 from ropelab.runs import all_runs
 from ropelab.training import Loss, NonFiniteLossError, build_optimizer, steps, validation_nll
 from tests.test_runs import tiny
-from tests.test_training import gpt, recipe, windows
+from tests.test_training import Windows, gpt, recipe, windows
 
 STEPS = 4
 ENCODINGS = ("rope", "learned", "sinusoidal", "t5", "kerple_log", "fire", "cable", "fox")
 SHARDED = ("rope", "sinusoidal", "fire", "cable")  # those whose parameters are shaped otherwise than others'
 CHANGES = {"steps": STEPS, "micro_batch_size": 1, "grad_clip": 0.3, "activation_checkpointing": True}
 LONG = ("train.steps=60", "train.checkpoint_every=10", "train.eval_every=30")
+SCORED = ((10, 3), (9, 2), (1, 4))  # (windows, windows of a pass): of several passes, and of fewer than ranks
 OTHER_SEED = 1  # of the rank that was started with another command
 
 
@@ -87,6 +91,23 @@ def broken_on_one(kind: str, ranks: Ranks, out: Path) -> dict[str, Any]:
     if weights:
         save_file(weights, out / f"{kind}-broken.safetensors")
     return {"seen": seen}
+
+
+def scored(ranks: Ranks | None, count: int, rows: int) -> dict[str, Any]:
+    """Losses of a stand-in for a model over windows of 4 tokens, `rows` at a time, and the sizes of its passes."""
+    passes: list[int] = []
+
+    def scorer(inputs: Windows, targets: Windows) -> NDArray[np.float32]:
+        passes.append(len(inputs))
+        return (inputs[:, -2:] / 7 + targets + len(inputs) / 8).astype(np.float32)
+
+    laid = evaluation.Windows(4, 2, np.arange(count) % 2, np.arange(count))
+    documents = [np.arange(100, 150), np.arange(200, 250)]
+    if ranks is None:
+        losses = evaluation.score(laid, documents, scorer, rows=rows)
+    else:
+        losses = _score(laid, documents, scorer, rows, lambda tokens: None, ranks)
+    return {"losses": losses.tolist(), "passes": passes}
 
 
 def at_step(step: int, rank: int, do: Callable[[], None]) -> Callable[[], None]:
@@ -145,6 +166,7 @@ def main() -> None:
         ranks.connect(torch.device("cpu"))
         found = {f"ddp-{pos}": trained("ddp", pos, ranks, out) for pos in ENCODINGS}
         found |= {f"fsdp-{pos}": trained("fsdp", pos, ranks, out) for pos in SHARDED}
+        found |= {f"{count} by {rows}": scored(ranks, count, rows) for count, rows in SCORED}
         return found | {f"{kind}-broken": broken_on_one(kind, ranks, out) for kind in ("ddp", "fsdp")}
 
     def runs(ranks: Ranks) -> dict[str, Any]:

@@ -23,7 +23,7 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from ropelab import cli
+from ropelab import cli, files
 from ropelab.positions import ENCODINGS
 
 SHAPE = (
@@ -756,8 +756,7 @@ def broken(lab: Lab, tmp_path: Path) -> Path:
 
 
 def damage_manifest(run: Path, **changes: object) -> None:
-    manifest = json.loads((run / "manifest.json").read_text())
-    (run / "manifest.json").write_text(json.dumps({**manifest, **changes}))
+    files.write_sealed(run / "manifest.json", {**files.load_json(run / "manifest.json"), **changes})
 
 
 @pytest.mark.parametrize("damage", ["truncated", "one bit", "weights gone", "checkpoint gone", "state cut"])

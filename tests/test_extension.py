@@ -14,7 +14,7 @@ import pytest
 import torch
 from scipy import stats as scipy_stats
 
-from ropelab import config, experiment
+from ropelab import config, experiment, files
 from ropelab.positions.indices import drawn_positions
 from ropelab.runs import RunDir, recipe
 from ropelab.schema import Config, ContextLengthError, Method
@@ -300,7 +300,7 @@ def test_a_dropped_rotation_stays_dropped(folder: Path, parent: RunDir) -> None:
     assert model.prepare(16).record.rotation is None
     # the same weights as NoPE give the same losses
     row = evaluate(dropped, folder, "eval.ctx=64")["rows"][-1]
-    manifest = json.loads(dropped.manifest_path.read_text())
+    manifest = dropped.manifest()
     manifest["config"]["pos"] = {"name": "none"}
     as_nope = RunDir(folder / "as-nope")
     as_nope.path.mkdir()
@@ -309,7 +309,7 @@ def test_a_dropped_rotation_stays_dropped(folder: Path, parent: RunDir) -> None:
             target = as_nope.path / file.relative_to(dropped.path)
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(file.read_bytes())
-    as_nope.manifest_path.write_text(json.dumps(manifest))
+    files.write_sealed(as_nope.manifest_path, manifest)
     assert evaluate(as_nope, folder, "eval.ctx=64")["rows"][-1]["nll"] == row["nll"]
 
 

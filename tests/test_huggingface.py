@@ -29,7 +29,7 @@ from ropelab.schema import Method
 CTX = 32  # training length of everything here
 SHAPE = ("model.n_layer=2", "model.d_model=32", "model.n_head=4")
 CPU = torch.device("cpu")
-CHECKPOINTED = ("argparse", "calendar", "cmd", "codecs", "copy", "csv", "dis", "fnmatch", "glob", "string", "textwrap")
+MODULES = ("argparse", "calendar", "cmd", "codecs", "copy", "csv", "dis", "fnmatch", "glob", "string", "textwrap")
 
 
 class Place(NamedTuple):
@@ -47,10 +47,11 @@ class Place(NamedTuple):
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     """Real text: modules of the standard library, which no two share."""
     base = tmp_path_factory.mktemp("huggingface")
-    (base / "text").mkdir()
-    for name in CHECKPOINTED:
+    for number, name in enumerate(MODULES):
+        folder = base / "text" / ("test" if number < 4 else "validation" if number == 4 else "train")
+        folder.mkdir(parents=True, exist_ok=True)
         source = inspect.getsource(importlib.import_module(name))[:12000]
-        (base / "text" / f"{name}.txt").write_text(source, encoding="utf-8")
+        (folder / f"{name}.txt").write_text(source, encoding="utf-8")
     return Place(base, base / "text")
 
 
@@ -134,7 +135,7 @@ def ours(run: RunDir, ids: Tensor, scaling: Method = experiment.NO_SCALING) -> T
 def ids_of(run: RunDir, place: Place, length: int) -> Tensor:
     """Tokens (1, T) of real text."""
     tokenizer = data.load_tokenizer(run.tokenizer_path)
-    text = (place.text / "argparse.txt").read_text(encoding="utf-8")
+    text = (place.text / "test" / "argparse.txt").read_text(encoding="utf-8")
     return torch.from_numpy(tokenizer.encode(text)[:length].astype(np.int64))[None]
 
 
@@ -707,7 +708,7 @@ def test_bytes_of_tokens_of_another_tokeniser_are_known(place: Place, tmp_path: 
         "--json", *place.settings,
     ).stdout)  # fmt: skip
     row = result["rows"][0]
-    documents = sorted(place.text.iterdir())
+    documents = sorted((place.text / "test").iterdir())
     encoded = [tokenizer.encode(path.read_text(encoding="utf-8"))[1 : CTX + 1] for path in documents]
     n_bytes = sum(len(tokenizer.decode(tokens).encode()) for tokens in encoded)
     # a decoder takes one space off the beginning of what it is given
@@ -850,7 +851,9 @@ def test_what_a_checkpoint_cannot_have_is_refused(saved: Callable[[str], Path], 
     raw = json.loads((odd / "config.json").read_text())
     raw["rope_parameters"] |= {"rope_type": "axial"}
     (odd / "config.json").write_text(json.dumps(raw))
-    assert "'axial' is none that ropelab knows" in refused("eval", "--hf", odd, "--ctx", CTX, *text)
+    assert "cannot build this model (KeyError: 'axial')" in refused("eval", "--hf", odd, "--ctx", CTX, *text)
+    with pytest.raises(ValueError, match="'axial' is none that ropelab knows"):
+        rotary.scaling_of({"rope_type": "axial", "rope_theta": 10000.0}, CTX)
 
 
 def test_export_and_import_say_what_they_take(
@@ -936,7 +939,7 @@ def test_lm_evaluation_harness_gets_the_same_number(
     good("export", run.path, "-o", out, *place.settings)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    bodies = [path.read_text(encoding="ascii")[: 8 * CTX] for path in sorted(place.text.iterdir())[:4]]
+    bodies = [path.read_text(encoding="ascii")[: 8 * CTX] for path in sorted((place.text / "test").iterdir())]
     (tmp_path / "docs.jsonl").write_text("".join(json.dumps({"text": body}) + "\n" for body in bodies))
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "local.yaml").write_text(TASK.format(path=tmp_path / "docs.jsonl"))

@@ -22,7 +22,7 @@ from ropelab.model import GPT
 from tests.test_faults import ROOT, one_line, ropelab
 from tests.test_runs import write_corpus
 
-TINY = ("data=text", "model.n_layer=1", "model.d_model=16", "model.n_head=2", "train.ctx=32", "train.batch_size=2",
+TINY = ("data=text", "model.n_layer=1", "model.d_model=16", "model.n_head=2", "train.ctx=32", "train.batch_size=16",
         "train.dtype=fp32", "device=cpu")  # fmt: skip
 
 

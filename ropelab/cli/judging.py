@@ -95,7 +95,7 @@ def _reproduce(
     resolved = config.load(settings)
     experiment.resolve_device(resolved.device)
     check_writable(f"runs_dir={resolved.runs_dir}", Path(resolved.runs_dir).expanduser())
-    began = time.time()
+    began = time.monotonic()
     looks = [(3, 0.0125), (6, 0.0125)] if more else [(seeds, 0.025)]
     for count, alpha in looks:
         with Bar() as bar:
@@ -140,7 +140,7 @@ def _reproduce(
         console = Console()
         console.print(report.terminal_table(outcome.evals))
         console.print(report.verdict_table(verdicts))
-        seconds = time.time() - began
+        seconds = time.monotonic() - began
         say(f"{outcome.trained} of {len(outcome.manifests)} runs trained, the rest was there; {seconds:.0f} s")
         if output is not None:
             print(page)

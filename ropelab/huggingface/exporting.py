@@ -115,7 +115,7 @@ def _target(model: GPT, pos: Method, scaling: Method, original_ctx: int, train_c
     shape = model.config
     if shape.qk_norm:
         raise ValueError("model.qk_norm: GPT-NeoX, MPT and GPT-2 have no norm of queries and keys; it is not exported")
-    record = _record(encoding, pos, scaling)
+    record = _record(encoding, pos, scaling, original_ctx)
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     entries = model.tokens.num_embeddings - 1  # the separator is never predicted
     known = {"transformers_version": transformers.__version__, "torch_dtype": "float32"}
@@ -163,9 +163,12 @@ def _target(model: GPT, pos: Method, scaling: Method, original_ctx: int, train_c
 
 
 @torch.no_grad()
-def _record(encoding: PositionEncoding, pos: Method, scaling: Method) -> Positions:
+def _record(encoding: PositionEncoding, pos: Method, scaling: Method, original_ctx: int) -> Positions:
     """What the encoding says of one position; `ValueError` where that has no place in transformers' models."""
-    record: Positions = encoding(torch.arange(1), ctx=1)
+    try:
+        record: Positions = encoding(torch.arange(1), ctx=4 * original_ctx)  # some speak up past it only
+    except ContextLengthError:
+        record = encoding(torch.arange(1), ctx=1)
     named = f"pos={pos.name}" if scaling.name == "none" else f"pos={pos.name} under scaling={scaling.name}"
     if encoding.reads_content:
         why = "a bias that the text decides"

@@ -97,11 +97,11 @@ def bring_in(name: str, config: Config, *, text: DataConfig | None, progress: Pr
             corpus={"name": corpus.name, "digest": corpus.digest, "joined_share": None, **corpus.details},
             tokenizer={"name": tokenizer.name, "digest": tokenizer.digest, "n_vocab": tokenizer.n_vocab},
             params=model.n_parameters(), dtype=known.get("dtype", "fp32"), device=known.get("device", "imported"),
-            device_type=known.get("device_type", "cpu"), matmul_precision=known.get("matmul_precision"),
+            device_type=known.get("device_type", "cpu"), matmul_precision=known.get("matmul_precision", "highest"),
             attention_backend=known.get("attention_backend"), environment=environment(), started=time.time(),
             finished=time.time(), step=resolved.train.steps,
-            **{key: known.get(key) for key in
-               ("train_loss", "val_nll", "val_bits_per_byte", "best_val_nll", "tokens_per_s")},
+            **{key: known[key] for key in
+               ("train_loss", "val_nll", "val_bits_per_byte", "best_val_nll", "tokens_per_s") if key in known},
         )  # fmt: skip
     return run, False
 
