@@ -15,7 +15,7 @@ from ropelab import data
 from tests.test_faults import SHAPE, Lab, ropelab
 from tests.test_runs import write_corpus
 
-EXAMPLES = {"train": 110, "show": 50, "method": 40, "eval": 40, "runs": 20, "search": 20, "verify": 15}
+EXAMPLES = {"train": 90, "show": 40, "method": 30, "eval": 30, "runs": 15, "search": 15, "verify": 10}
 assert sum(EXAMPLES.values()) >= 200
 
 GROUPS = {

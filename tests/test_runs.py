@@ -265,6 +265,20 @@ def test_stopping_and_going_on_changes_no_bit(home: Path, tmp_path: Path, pos: s
     assert steps_saved(run) == ["keep-0.2500", "keep-0.7500", "step-00000008"]
 
 
+def test_a_scheduler_that_sends_several_signals_gets_one_checkpoint(home: Path, tmp_path: Path) -> None:
+    """TERM, then USR2, as with a preemption: the second does not kill what the first has told to save."""
+
+    def both() -> None:
+        send(signal.SIGTERM)
+        send(signal.SIGUSR2)
+
+    with pytest.raises(experiment.Interrupted, match="saved at step 3") as stopped:
+        experiment.train(tiny(home, tmp_path), progress=at_step(3, both))
+    assert stopped.value.signum == signal.SIGTERM
+    (run,) = runs.all_runs(tmp_path)
+    assert steps_saved(run) == ["step-00000003"]
+
+
 def test_a_stop_at_the_last_step_finishes_the_run(home: Path, tmp_path: Path) -> None:
     result = experiment.train(tiny(home, tmp_path), progress=at_step(8, lambda: send(signal.SIGTERM)))
     assert (result["status"], result["step"]) == ("done", 8)

@@ -28,14 +28,14 @@ class Interrupted(Exception):
 
 @contextmanager
 def interrupts() -> Iterator[list[int]]:
-    """Collect the signals that stop a training in a list instead of dying of them; a second one is obeyed at once.
+    """Collect the signals that stop a training in a list instead of dying of them; a second Ctrl-C is obeyed at once.
 
-    SIGINT, SIGTERM, and SIGUSR2, by which Slurm can say that a job's time is nearly over.
+    SIGINT, SIGTERM, and SIGUSR2, by which Slurm can say that a job's time is nearly over. It may send more than one.
     """
     caught: list[int] = []
 
     def handle(signum: int, frame: FrameType | None) -> None:
-        if caught:
+        if caught and signum == signal.SIGINT:
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
         caught.append(signum)

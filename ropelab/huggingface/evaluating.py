@@ -140,6 +140,11 @@ class Checkpoint(Subject):
             if not SCALINGS[scaling.name].spectral:
                 able = ", ".join(name for name, method in SCALINGS.items() if method.spectral)
                 raise ValueError(f"scaling={scaling.name} changes attention itself; with --hf there are {able}")
+        if scaling is not None and not self.rotary and scaling != self.trained.scaling:
+            raise ValueError(
+                f"the positions of {self.source} are written out under scaling={self.trained.scaling.name}; "
+                "leave out --scaling"
+            )
         ladder = ladder_of(self.trained, self.original_ctx, config, scaling=scaling)
         longest = max(ladder.methods)
         if self._rows is not None and longest > self._rows:

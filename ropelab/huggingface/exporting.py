@@ -136,6 +136,8 @@ def _target(model: GPT, pos: Method, scaling: Method, original_ctx: int, train_c
             "rope_parameters": own, "rope_scaling": older, "rope_theta": written.base,
             "rotary_emb_base": written.base, "rotary_pct": share, **ids, **known,
         }  # fmt: skip
+        if written.type_["rope_type"] == "longrope":  # where transformers 4 looks for the length of the switch
+            config["original_max_position_embeddings"] = written.type_["original_max_position_embeddings"]
         interleaved = encoding.rotated if encoding.interleaved else 0
         return Target("gpt_neox", config, weights.to_family("gpt_neox", state, shape, interleaved=interleaved), None)
     longest = max_ctx or 8 * train_ctx
