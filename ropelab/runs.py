@@ -253,7 +253,10 @@ class RunDir:
     def _flock(self, kind: int, refused: str) -> Iterator[None]:
         pauses = iter((0.05, 0.1, 0.2, None))  # `status` of another process holds it for a moment
         while True:
-            handle = self._open_lock()
+            try:
+                handle = self._open_lock()
+            except FileNotFoundError:
+                raise RunError(f"{self.name} was removed by another process") from None
             try:
                 fcntl.flock(handle, kind | fcntl.LOCK_NB)
                 # a run may have been removed, and another begun in its place, between opening and locking

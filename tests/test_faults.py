@@ -38,6 +38,8 @@ SHAPE = (
     "train.ctx=32", "train.batch_size=2", "train.steps=6", "train.eval_every=3", "train.checkpoint_every=2",
     "train.dtype=fp32", "device=cpu",
 )  # fmt: skip
+SEARCH = ("search.population=4", "search.iterations=1", "search.mutations=1", "search.crossovers=1",
+          "search.parents=2", "search.samples=2", "search.start_tokens=[0]")  # fmt: skip
 ASKED = ("--ctx", "64", "--protocol", "last", "eval.last=8", "eval.tokens=2000", "--json")
 
 
@@ -303,8 +305,20 @@ def test_a_run_goes_on_with_the_threads_that_it_began_with(tmp_path: Path, whole
             patch.setattr(sys.modules["ropelab.experiment.train"], "steps", counting)
             assert lab.train().status == 1
     assert seen == [2, 2]
-    assert lab.train("--json").status == 0
     assert lab.run.manifest()["environment"]["threads"] == 2
+
+
+def test_scores_of_a_search_that_are_damaged_are_made_again(whole: Whole, tmp_path: Path) -> None:
+    lab = whole.lab.copy(tmp_path / "lab")
+    command = ("search", "longrope", "rope", "--ctx", "64", "--json", *SEARCH, *lab.places())
+    first = json.loads(ropelab(*command).out)
+    (path,) = lab.run.path.glob("searches/*/state.json")
+    flipped(path)
+    said = ropelab(*command)
+    assert (said.status, str(path) in said.err) == (0, True)
+    again = json.loads(said.out)
+    assert again.pop("scored") == first.pop("scored") > 0
+    assert again == first
 
 
 # --- a disk that is full, and one that cannot be written ------------------------------------------------------------
@@ -346,8 +360,6 @@ def files_up_to(place: Path, kilobytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 
 
-SEARCH = ("search.population=4", "search.iterations=1", "search.mutations=1", "search.crossovers=1",
-          "search.parents=2", "search.samples=2", "search.start_tokens=[0]")  # fmt: skip
 SIZES = {  # free kilobytes, from none to enough: with each of them another write is the first that does not fit
     "train": (0, 4, 12, 20, 48, 96, 140, 250, 2000),
     "eval": (0, 2, 4, 8, 12, 2000),
@@ -493,7 +505,7 @@ def test_a_run_removed_while_another_process_waits_for_it_is_not_written(
             holder.__exit__(None, None, None)
 
     monkeypatch.setattr(time, "sleep", removed)
-    with pytest.raises((RunError, FileNotFoundError)), run.locked():
+    with pytest.raises(RunError, match="removed by another process"), run.locked():
         pytest.fail("a run that is gone was locked")
 
 

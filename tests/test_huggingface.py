@@ -486,6 +486,22 @@ def test_a_scaling_of_the_checkpoint_is_kept_or_replaced_never_compounded(
         torch.testing.assert_close(replaced[ctx], due, rtol=0, atol=2e-5)
 
 
+def test_a_temperature_outside_of_the_rotation_goes_with_the_scaling(place: Place, tmp_path: Path) -> None:
+    """DeepSeek's YaRN scales the scores in its attention too, when the model is built."""
+    small = {"q_lora_rank": None, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
+             "first_k_dense_replace": 2, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
+             "topk_group": 1, "moe_intermediate_size": 32, "num_key_value_heads": 4,
+             "rope_interleave": False}  # fmt: skip
+    yarn = {**SCALED["yarn"][1], "rope_theta": 10000.0, "mscale": 1.0, "mscale_all_dim": 1.0}
+    plain = save(tmp_path / "plain", transformers.DeepseekV3Config(**SMALL, **small))
+    scaled = save(tmp_path / "scaled", transformers.DeepseekV3Config(**SMALL, **small, rope_parameters=yarn))
+    due, kept = losses(plain, None, place, TEXT), losses(scaled, None, place, TEXT)
+    for ctx, mine in losses(scaled, experiment.NO_SCALING, place, TEXT).items():
+        torch.testing.assert_close(mine, due[ctx], rtol=0, atol=1e-5)
+        torch.testing.assert_close(kept[ctx], native_losses(scaled, TEXT, ctx), rtol=0, atol=1e-5)
+        assert float((kept[ctx] - mine).abs().max()) > 0.1
+
+
 @pytest.mark.parametrize("name", ["dynamic_yarn", "dynamic_linear", "ntk", "ntk_by_parts", "proportional", "start"])
 def test_scalings_that_transformers_has_not_are_ours(
     name: str, trained: Callable[[str], RunDir], place: Place, tmp_path: Path

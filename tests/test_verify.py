@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -209,3 +211,21 @@ def test_a_training_that_dies_is_said_with_its_words(places: tuple[str, ...], mo
     said = ropelab("verify-resume", "--steps", "2", *TINY, *places)
     assert said.status == 1
     one_line(said, "the straight training ended with status 1, not 0")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_proof_leaves_nothing_behind(
+    places: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, signum: int
+) -> None:
+    """The folder is looked for after the test."""
+
+    def interrupting(task: dict[str, Any], path: Path, *_: Any) -> dict[str, Any]:
+        assert path.parent.is_dir()
+        os.kill(os.getpid(), signum)
+        time.sleep(5)
+        raise AssertionError("the signal did not come")
+
+    monkeypatch.setattr(verifying, "_in_a_process", interrupting)
+    said = ropelab("verify-resume", "--steps", "2", *TINY, *places)
+    assert said.status == 130
+    one_line(said, "interrupted")

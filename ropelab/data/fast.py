@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ropelab.data.tokenizers import Bpe, Bytes, Tokenizer, Tokens, alphabet
+from ropelab.data.tokenizers import Bpe, Bytes, Tokenizer, Tokens, alphabet, merge_pair
 
 if TYPE_CHECKING:
     import tokenizers
@@ -102,7 +102,7 @@ def to_json(tokenizer: Tokenizer) -> dict[str, Any]:
     else:
         assert isinstance(tokenizer, Bpe)
         known = tokenizer.definition()
-        merges = [tuple(pair.split(" ")) for pair in known["merges"]]
+        merges = [merge_pair(pair) for pair in known["merges"]]
         encoder = Encoder(BPE({token: index for index, token in enumerate(known["vocabulary"])}, merges))
     encoder.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=isinstance(tokenizer, Bpe))
     encoder.decoder = decoders.ByteLevel()
@@ -145,7 +145,7 @@ def _ours(source: Mapping[str, Any]) -> Tokenizer | None:
         added = set()
     if added or any(letter not in alphabet() for token in vocabulary for letter in token):
         return None
-    merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
+    merges = [merge_pair(merge) for merge in model["merges"]]
     if before.get("use_regex", True):
         return Bpe("gpt2" if len(vocabulary) == 50256 else "bpe", vocabulary, merges)
     return Bytes() if model["vocab"] == alphabet() and not merges else None

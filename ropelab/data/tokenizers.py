@@ -156,10 +156,12 @@ def train_bpe(texts: Iterable[str], vocab_size: int, progress: Progress | None =
     if progress:
         progress("training the tokeniser", 1, 1)
     model = json.loads(encoder.to_str())["model"]
-    return Bpe("bpe", sorted(model["vocab"], key=model["vocab"].__getitem__), [_pair(pair) for pair in model["merges"]])
+    return Bpe(
+        "bpe", sorted(model["vocab"], key=model["vocab"].__getitem__), [merge_pair(pair) for pair in model["merges"]]
+    )
 
 
-def _pair(merge: str | Sequence[str]) -> tuple[str, str]:
+def merge_pair(merge: str | Sequence[str]) -> tuple[str, str]:
     """A merge as a pair: older versions of `tokenizers` write "left right"."""
     left, right = merge.split(" ") if isinstance(merge, str) else merge
     return left, right
@@ -184,7 +186,7 @@ def read_gpt2(folder: Path) -> Bpe:
         ordered = sorted(vocabulary, key=vocabulary.__getitem__)
         if ordered[-1] != "<|endoftext|>" or vocabulary[ordered[-1]] != len(ordered) - 1:
             raise ValueError("the last token must be <|endoftext|>")
-        return Bpe("gpt2", ordered[:-1], [_pair(line) for line in lines])
+        return Bpe("gpt2", ordered[:-1], [merge_pair(line) for line in lines])
     except (ValueError, KeyError, OSError, EOFError, AttributeError) as error:
         raise ValueError(f"{files[0]} and {files[1]} are no GPT-2 tokeniser ({error}): fetch them again") from None
 
@@ -209,7 +211,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
             from ropelab.data.fast import Fast
 
             return Fast(value["source"], value["rows"])
-        return Bpe(value["name"], value["vocabulary"], [_pair(pair) for pair in value["merges"]])
+        return Bpe(value["name"], value["vocabulary"], [merge_pair(pair) for pair in value["merges"]])
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist: the run's tokeniser is missing") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -64,9 +64,8 @@ class Subject(ABC):
     tokenizer: data.Tokenizer
     facts: Mapping[str, Any] = {}
 
-    def keep(self) -> None:
+    def keep(self) -> None:  # noqa: B027 - a run has its folder
         """Make its folder, just before the first result is written."""
-        return None
 
     @abstractmethod
     def text(self, other: DataConfig | None, which: str, cache_dir: str, progress: Progress) -> Text:

@@ -197,15 +197,16 @@ class Checkpoint(Subject):
             self.config.model_type in ("mpt", "bloom")
         )
         held = logits_held(device, training=False)
+        local = int(getattr(body, "sliding_window", None) or ctx)
 
         def needed(tokens: int) -> int:
             length = min(tokens, ctx)
             each = 6 * width + 4 * heads * d_head + 3 * keys * d_head + 4 * inner + 4 * self._pairs()
-            # scores of all pairs of a layer, where a kernel does not avoid them, and masks of True and False
-            square = length * length * (4 * heads * (tokens // length) if eager else 1)
+            # bytes of the scores of all pairs, where no kernel avoids them, or of a window's mask
+            square = length * length * (12 * heads * (tokens // length) if eager else 6 * (length > local))
             head = 3 * min(tokens * entries, max(held, entries))
             blocks = 2**25 if device.type == "cpu" else 2**28
-            return 4 * (tokens * each + square + head + blocks)
+            return 4 * (tokens * each + head + blocks) + square
 
         return needed
 
