@@ -157,7 +157,7 @@ CHANGING = (
     "positions=pose", "positions=randomized",
 )  # fmt: skip
 KEEPING = (
-    "train.micro_batch_size=4", "train.compile=true", "train.activation_checkpointing=true",
+    "train.micro_batch_size=4", "train.compile=true", "train.activation_checkpointing=true", "train.parallel=fsdp",
     "eval.memory_gb=4", "train.eval_every=7", "train.checkpoint_every=7",
     "train.keep=[0.5]", "eval.ctx=64", "eval.protocol=last", "eval.stride=8", "eval.last=8", "eval.tokens=99",
     "eval.max_ctx=4096", "eval.window=64", "eval.scalings=[none]", "eval.dtype=bf16", "eval.split=validation",

@@ -86,7 +86,7 @@ def _wanted(settings: list[str]) -> dict[str, list[str]]:
         if key in wanted:
             raise ValueError(f"{key} is given twice; give it once, with all its values: {key}=A,B")
         if key not in known and key.partition(".")[0] not in config.METHODS:
-            raise ValueError(f"runs are not told apart by '{key}'{config.nearest(key, known)}")
+            raise ValueError(f"'{item}': runs are not told apart by '{key}'{config.nearest(key, known)}")
         wanted[key] = text.split(",")
     return wanted
 
