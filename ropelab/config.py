@@ -38,7 +38,7 @@ ENVIRONMENT = {"runs_dir": "ROPELAB_RUNS", "cache_dir": "ROPELAB_CACHE"}
 LATER: dict[str, Any] = {"positions": {"name": "contiguous"}, "parent": None}  # keys newer than the first version
 LATER_IN: dict[str, dict[str, Any]] = {
     "eval": {"baseline": None, "memory_gb": None},
-    "train": {"activation_checkpointing": False, "parallel": "ddp"},
+    "train": {"activation_checkpointing": False, "deterministic": False, "parallel": "ddp"},
 }
 LAUNCHERS: dict[str, type[LocalLauncher] | type[SlurmLauncher]] = {"local": LocalLauncher, "slurm": SlurmLauncher}
 METHODS = ("pos", "scaling", "positions")  # groups whose parameters are the method's own

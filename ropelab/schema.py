@@ -108,6 +108,7 @@ class TrainConfig:
     grad_clip: float | None  # largest global gradient norm; null: no clipping
     dtype: str
     compile: bool | None  # torch.compile of each block; null: on CUDA
+    deterministic: bool  # only kernels that give the same bits each time
     activation_checkpointing: bool  # keep each block's input alone and compute the rest again in the backward pass
     eval_every: int  # steps between validation losses
     checkpoint_every: int  # steps between checkpoints

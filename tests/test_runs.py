@@ -158,6 +158,7 @@ CHANGING = (
 )  # fmt: skip
 KEEPING = (
     "train.micro_batch_size=4", "train.compile=true", "train.activation_checkpointing=true", "train.parallel=fsdp",
+    "train.deterministic=true",
     "eval.memory_gb=4", "train.eval_every=7", "train.checkpoint_every=7",
     "train.keep=[0.5]", "eval.ctx=64", "eval.protocol=last", "eval.stride=8", "eval.last=8", "eval.tokens=99",
     "eval.max_ctx=4096", "eval.window=64", "eval.scalings=[none]", "eval.dtype=bf16", "eval.split=validation",
@@ -277,6 +278,17 @@ def test_a_scheduler_that_sends_several_signals_gets_one_checkpoint(home: Path, 
     assert stopped.value.signum == signal.SIGTERM
     (run,) = runs.all_runs(tmp_path)
     assert steps_saved(run) == ["step-00000003"]
+
+
+def test_deterministic_kernels_are_asked_for_while_a_run_trains(home: Path, tmp_path: Path, straight: RunDir) -> None:
+    """An operation without such a kernel is refused; on a CPU this model's numbers are the same with and without."""
+    found: list[bool] = []
+    config = tiny(home, tmp_path, "train.deterministic=true")
+    experiment.train(config, progress=at_step(1, lambda: found.append(torch.are_deterministic_algorithms_enabled())))
+    assert found == [True]
+    assert not torch.are_deterministic_algorithms_enabled()
+    (run,) = runs.all_runs(tmp_path)
+    assert_same_training(run, straight)
 
 
 def test_a_stop_at_the_last_step_finishes_the_run(home: Path, tmp_path: Path) -> None:

@@ -10,10 +10,12 @@ from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Any
 
+import torch
+
 from ropelab.experiment.session import Session, compile_blocks, compiles
 from ropelab.progress import Progress, silent
 from ropelab.ranks import ALONE, SIGNALS, RankGone, Ranks
-from ropelab.schema import Config
+from ropelab.schema import Config, TrainConfig
 from ropelab.stacking import check_stackable, stacked_steps
 from ropelab.training import NonFiniteLossError, steps
 
@@ -48,6 +50,21 @@ def interrupts() -> Iterator[list[int]]:
             signal.signal(signum, handler)
 
 
+@contextmanager
+def repeatable(config: TrainConfig) -> Iterator[None]:
+    """With train.deterministic torch takes kernels that give the same bits each time, and refuses what has none."""
+    if not config.deterministic:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
 def train(config: Config, *, progress: Progress = silent, ranks: Ranks = ALONE) -> dict[str, Any]:
     """Train the run that `config` describes: from its last checkpoint, or not at all when it is finished.
 
@@ -62,7 +79,7 @@ def train(config: Config, *, progress: Progress = silent, ranks: Ranks = ALONE) 
     ranks.connect(session.device)
     if ranks.told(session.is_done):
         return ranks.told(lambda: session.result(skipped=True))
-    with session.held(), interrupts() as caught:
+    with session.held(), repeatable(config.train), interrupts() as caught:
         with ranks.agreed():
             session.restore()
             if compiles(config.train, session.device):
@@ -123,6 +140,7 @@ def train_together(
         for index in rest:
             sessions[index].run.path.mkdir(exist_ok=True)
             stack.enter_context(sessions[index].run.locked())
+        stack.enter_context(repeatable(first.config.train))
         caught = stack.enter_context(interrupts())
         for index in rest:
             sessions[index].restore()
