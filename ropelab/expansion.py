@@ -6,6 +6,7 @@ Here is also the way through to Hydra's own launchers, for those who prefer them
 from __future__ import annotations
 
 import itertools
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -90,7 +91,10 @@ class _Grammar:
             return [text]  # `config.load` says what is wrong with it
         try:
             (parsed,) = self._parser.parse_overrides([override])
-        except OverrideParseException:
+        except OverrideParseException as error:
+            if re.match(r"(choice|range|glob|interval|sort|shuffle)\(", text):
+                reason = str(error).splitlines()[0]
+                raise ValueError(f"{override} is not understood ({reason}); write range(0,3) or choice(a,b)") from None
             return [text]
         if not parsed.is_sweep_override():
             return [text]

@@ -134,6 +134,7 @@ def test_the_points_are_the_product_of_all_values(values: list[list[int]]) -> No
         (["seed=interval(0,1)"], "use a,b or range"),
         (["seed=range(3,0)"], "stands for no value"),
         (["pos=glob(nothing*)"], "stands for no value"),
+        (["seed=range(0,2"], "is not understood"),
         (["seed=0,1", "seed=2"], "seed is given twice"),
         (["seed=range(0,2),7"], "one of several values"),
     ],
