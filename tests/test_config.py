@@ -256,6 +256,7 @@ BAD_VALUES: dict[str, list[tuple[str, str]]] = {
     "train.dtype": [("fp16", "auto, fp32, bf16"), ("", "empty")],
     "train.compile": [("1", "true or false or null"), ("", "true or false or null")],
     "train.activation_checkpointing": [("1", "true or false"), ("null", "true or false")],
+    "train.deterministic": [("maybe", "true or false"), ("", "true or false")],
     "train.parallel": [("both", "auto, ddp, fsdp"), ("", "empty")],
     "train.eval_every": [("0", ">= 1"), ("x", "a whole number")],
     "train.checkpoint_every": [("0", ">= 1"), ("x", "a whole number")],

@@ -42,7 +42,7 @@ def recipe(**changes: object) -> TrainConfig:
     plain = TrainConfig(
         ctx=CTX, batch_size=4, micro_batch_size=None, steps=100, lr=1e-2, final_lr=0.1, warmup_steps=0,
         weight_decay=0.1, grad_clip=1.0, dtype="fp32", compile=False, activation_checkpointing=False,
-        eval_every=10, checkpoint_every=10, keep=(),
+        deterministic=False, eval_every=10, checkpoint_every=10, keep=(),
     )  # fmt: skip
     return dataclasses.replace(plain, **changes)  # type: ignore[arg-type]
 
