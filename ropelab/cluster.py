@@ -8,7 +8,6 @@ asked: `squeue`, which knows ended jobs for some minutes, then `sacct` where the
 from __future__ import annotations
 
 import contextlib
-import getpass
 import os
 import shlex
 import shutil
@@ -78,7 +77,7 @@ def job_states(jobs: Sequence[str]) -> dict[str, str]:
     """The state of each job that Slurm still knows. `SchedulerError` where `squeue` does not answer."""
     if not jobs:
         return {}
-    states = dict(_rows(_ask("squeue", "-h", "-r", "-t", "all", "-u", getpass.getuser(), "-o", "%i|%T")))
+    states = dict(_rows(_ask("squeue", "-h", "-r", "-t", "all", "-u", str(os.getuid()), "-o", "%i|%T")))
     missing = [job for job in jobs if job not in states]
     if missing:
         parents = ",".join(sorted({job.partition("_")[0] for job in missing}))
@@ -229,7 +228,7 @@ def run_task(sweep: Sweep, index: int, *, max_requeues: int) -> None:
         with joined(lambda error: 1) as ranks, Bar() as bar:
             first = ranks.is_first
             if first:
-                sweep.add_job(index, own_job())
+                sweep.begun(index, own_job())
             answer = worker.work({**sweep.tasks[index], "threads": threads}, bar, ranks)
             if first:
                 sweep.say(index, answer)

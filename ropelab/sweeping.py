@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def check(settings: Sequence[str], compose: Callable[[list[str]], Config], progr
 
 def standings(sweep: Sweep) -> list[Standing]:
     """How every task stands, by its files and by what the cluster says. `SchedulerError` where that does not answer."""
-    jobs = [job for index, job in sweep.jobs().items() if sweep.answer(index) is None]
+    jobs = [job for index, job in sweep.jobs().items() if not {"train", "error"} & (sweep.answer(index) or {}).keys()]
     return sweep.standings(cluster.job_states(jobs))
 
 
@@ -121,15 +122,17 @@ def _begin(sweep: Sweep, indices: Sequence[int], settings: dict[str, Any]) -> No
 def stop(sweep: Sweep) -> tuple[int, int | None]:
     """Cancel what is not done: (jobs of a cluster, the process of this machine that was told to stop).
 
-    `SchedulerError` where Slurm does not answer.
+    `SchedulerError` where Slurm does not answer; `ValueError` where a process of another machine works on it.
     """
+    holder = sweep.holder()
+    if holder is not None and holder.host != socket.gethostname():
+        raise ValueError(f"{sweep.name} is worked on by process {holder.process} of {holder.host}; cancel it there")
     jobs = sweep.jobs()
     waiting = [one.task for one in standings(sweep) if one.state in (PENDING, RUNNING) and one.task in jobs]
     cluster.cancel([jobs[index] for index in waiting])
     for index in waiting:
         if sweep.answer(index) is None:  # a job that runs says so itself, with the step it saved
             sweep.say(index, {"cancelled": "cancelled by `ropelab cancel`"})
-    process = sweep.holder()
-    if process is not None:
-        os.kill(process, signal.SIGTERM)
-    return len(waiting), process
+    if holder is not None:
+        os.kill(holder.process, signal.SIGTERM)
+    return len(waiting), None if holder is None else holder.process

@@ -17,6 +17,7 @@ import contextlib
 import difflib
 import fcntl
 import os
+import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -39,6 +40,13 @@ class Standing(NamedTuple):
     step: int | None
     steps: int
     note: str
+
+
+class Holder(NamedTuple):
+    """Who works on a sweep: a process of a machine, which need not be this one where folders are shared."""
+
+    process: int
+    host: str
 
 
 class Sweep:
@@ -101,6 +109,11 @@ class Sweep:
         """Note the job of a task: a file each, since jobs note themselves."""
         files.write_json(self._job_path(index), {"job": job})
 
+    def begun(self, index: int, job: str) -> None:
+        """A job has begun with a task: what an earlier start of it said is no longer so."""
+        self._answer_path(index).unlink(missing_ok=True)
+        self.add_job(index, job)
+
     def _job_path(self, index: int) -> Path:
         return self.path / "jobs" / f"{index:04d}.json"
 
@@ -128,18 +141,19 @@ class Sweep:
                     f"{self.name} is being worked on by another process; `ropelab status {self.name}` shows it"
                 ) from None
             file.truncate(0)
-            file.write(str(os.getpid()))
+            file.write(f"{os.getpid()} {socket.gethostname()}")
             file.flush()
             yield
 
-    def holder(self) -> int | None:
-        """The process on this machine that works on the sweep now."""
+    def holder(self) -> Holder | None:
+        """The process that works on the sweep now."""
         try:
             with (self.path / "lock").open("r") as file:
                 try:
                     fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    return int(file.read() or 0) or None
+                    process, _, host = file.read().partition(" ")
+                    return Holder(int(process), host)
         except (OSError, ValueError):
             pass
         return None
@@ -184,7 +198,7 @@ class Sweep:
             state = DONE  # a result comes before the scheduler knows that its job has ended
         elif answer is not None and "error" in answer:
             state, note = FAILED, str(answer["error"])
-        elif answer is not None and "cancelled" in answer:
+        elif answer is not None and "cancelled" in answer and told not in ("PENDING", "RUNNING"):
             state, note = CANCELLED, str(answer["cancelled"])
         elif answer is not None and "train" in answer:
             state, note = LOST, "its run or evaluations are gone; `ropelab retry` makes them again"
@@ -274,14 +288,15 @@ def all_sweeps(runs_dir: Path) -> list[Path]:
     return sorted(found, key=lambda path: (path / "manifest.json").stat().st_mtime_ns)
 
 
-def is_sweep(name: str, runs_dir: Path) -> bool:
-    """Does a path or a whole name stand for a sweep, or the beginning of one whose stem is `sweep`?"""
-    places = (Path(name).expanduser(), runs_dir / "sweeps" / name)
-    return any((place / "manifest.json").is_file() and place.parent.name == "sweeps" for place in places) or any(
-        path.name.rpartition("-")[0] == name.rpartition("-")[0] and path.name.startswith(name)
-        for path in all_sweeps(runs_dir)
-        if "-" in name
-    )
+def matching(name: str, runs_dir: Path) -> list[Path]:
+    """The sweeps that a path or a whole name is, else those whose names begin with it or end in it as a digest."""
+    if not name.strip():
+        return []
+    for place in (Path(name).expanduser(), runs_dir / "sweeps" / name):
+        if place.resolve().parent.name == "sweeps" and (place / "manifest.json").is_file():
+            return [place]
+    known = all_sweeps(runs_dir)
+    return [path for path in known if path.name.startswith(name) or path.name.rpartition("-")[2] == name]
 
 
 def find_sweep(name: str | None, runs_dir: Path) -> Sweep:
@@ -291,10 +306,7 @@ def find_sweep(name: str | None, runs_dir: Path) -> Sweep:
         if not known:
             raise RunError(f"there is no sweep in {runs_dir}; start one: ropelab sweep pos=rope,alibi seed=0,1,2")
         return Sweep(known[-1])
-    for candidate in (Path(name).expanduser(), runs_dir / "sweeps" / name):
-        if (candidate / "manifest.json").is_file():
-            return Sweep(candidate)
-    matches = [path for path in known if path.name.startswith(name) or path.name.rpartition("-")[2] == name]
+    matches = matching(name, runs_dir)
     if len(matches) == 1:
         return Sweep(matches[0])
     if matches:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 import time
@@ -468,6 +469,33 @@ def test_a_job_without_a_result_stands_as_the_cluster_says(
         assert one.note == f"the cluster says {told}: first | slurmstepd: killed"
 
 
+def test_a_job_that_slurm_queued_again_is_not_cancelled_any_more(tmp_path: Path, home: Path) -> None:  # noqa: F811
+    """Preempted at once, it said that it was stopped; then the cluster put it back, and it began anew."""
+    sweep = made(tmp_path, home)
+    sweep.add_job(0, "7_0")
+    sweep.say(0, {"cancelled": "saved at step 3"})
+    assert [sweep.standings({"7_0": told})[0].state for told in ("COMPLETING", "CANCELLED", "PENDING", "RUNNING")] == [
+        "CANCELLED", "CANCELLED", "PENDING", "RUNNING",
+    ]  # fmt: skip
+    sweep.begun(0, "7_0")
+    assert sweep.answer(0) is None
+    assert sweep.jobs() == {0: "7_0"}
+
+
+def test_a_sweep_of_another_machine_is_cancelled_there(
+    tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:  # fmt: skip
+    """Where folders are shared, the process of a lock may be one of another machine: here it is somebody else."""
+    sweep = made(tmp_path, home)
+    monkeypatch.setattr(sweeping.os, "kill", lambda *_: pytest.fail("a stranger was told to stop"))
+    with sweep.locked():
+        assert sweep.holder() == (os.getpid(), socket.gethostname())
+        monkeypatch.setattr(sweeping.socket, "gethostname", lambda: "elsewhere")
+        with pytest.raises(ValueError, match="cancel it there"):
+            sweeping.stop(sweep)
+    assert sweep.holder() is None
+
+
 def test_an_answer_wins_over_the_cluster(tmp_path: Path, home: Path) -> None:  # noqa: F811
     sweep = made(tmp_path, home)
     sweep.add_job(0, "7_0")
@@ -500,6 +528,8 @@ def test_sweeps_are_found_by_the_beginning_of_their_names(tmp_path: Path, home: 
     assert sweeps.find_sweep(None, tmp_path).name == other.name
     assert sweeps.find_sweep(one.name[:9], tmp_path).name == one.name
     assert sweeps.find_sweep(str(one.path), tmp_path).name == one.name
+    with pytest.raises(runs.RunError, match="no sweep ''"):
+        sweeps.find_sweep("", tmp_path)
     with pytest.raises(runs.RunError, match="names 2 sweeps"):
         sweeps.find_sweep("sweep", tmp_path)
     with pytest.raises(runs.RunError, match="did you mean"):

@@ -177,15 +177,19 @@ def make_report(
     """One self-contained page from the evaluations that runs hold already; without RUN or SWEEP, of all runs."""
     with reported():
         from ropelab import config, runs, sweeps
+        from ropelab.sweeps import Sweep
 
         named, settings = separate(list(arguments or []))
         runs_dir = Path(config.load(settings).runs_dir).expanduser()
         found = []
         for name in named:
-            if sweeps.is_sweep(name, runs_dir):
+            whole = [path for path in sweeps.matching(name, runs_dir) if path.name == Path(name).name]
+            try:
+                found += Sweep(whole[0]).finished() if whole else [runs.find_run(name, runs_dir)]
+            except runs.RunError:  # no run, but perhaps the beginning of a sweep's name
+                if whole or not sweeps.matching(name, runs_dir):
+                    raise
                 found += sweeps.find_sweep(name, runs_dir).finished()
-            else:
-                found.append(runs.find_run(name, runs_dir))
         if named and not found:
             raise ValueError(f"no run of {', '.join(named)} is done; `ropelab status {named[0]}` says how they stand")
         check_output(output, picture=False)
