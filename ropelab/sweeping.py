@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ropelab import cluster, expansion, launcher, sweeps
+from ropelab import cluster, launcher, sweeps
+from ropelab.config import points as grammar
 from ropelab.schema import Config, LocalLauncher, SlurmLauncher
 from ropelab.sweeps import PENDING, RUNNING, Standing, Sweep
 
@@ -35,7 +36,7 @@ def check(settings: Sequence[str], compose: Callable[[list[str]], Config], progr
     from ropelab.experiment.planning import plan_tasks
 
     points, composed, invalid = [], [], []
-    expanded = expansion.expand(settings)
+    expanded = grammar.expand(settings)
     varied = [len({point[place] for point in expanded}) > 1 for place in range(len(settings))]
     for point in expanded:
         label = " ".join(item for item, several in zip(point, varied, strict=True) if several) or " ".join(point)

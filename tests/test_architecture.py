@@ -13,13 +13,12 @@ PACKAGE = Path(ropelab.__file__).parent
 ALLOWED: dict[str, set[str]] = {
     "__init__": set(),
     "__main__": {"cli"},
-    "cli": {"__init__", "bench", "claims", "cluster", "config", "data", "evaluation", "expansion", "experiment",
+    "cli": {"__init__", "bench", "claims", "cluster", "config", "data", "evaluation", "experiment",
             "figures", "files", "huggingface", "progress", "ranks", "report", "reproduce", "runs", "schema", "show",
             "sweeping", "sweeps", "worker"},
-    "sweeping": {"cluster", "expansion", "experiment", "launcher", "schema", "sweeps"},
+    "sweeping": {"cluster", "config", "experiment", "launcher", "schema", "sweeps"},
     "cluster": {"launcher", "progress", "ranks", "schema", "sweeps", "worker"},
     "sweeps": {"files", "runs"},
-    "expansion": {"config"},
     "huggingface": {"__init__", "config", "data", "experiment", "files", "model", "positions", "progress", "ranks",
                     "runs", "schema", "training"},
     "bench": {"attention", "config", "experiment", "model", "positions", "schema", "stacking", "training"},
@@ -53,8 +52,8 @@ ALLOWED: dict[str, set[str]] = {
 
 # library -> the only modules of ours that may import it
 ONLY = {
-    "hydra": {"config", "expansion"},
-    "omegaconf": {"config", "expansion"},
+    "hydra": {"config"},
+    "omegaconf": {"config"},
     "wandb": {"tracking"},
     "submitit": {"cluster"},
     "datasets": {"data"},

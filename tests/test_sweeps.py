@@ -19,8 +19,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ropelab import cli, expansion, launcher, runs, sweeping, sweeps
+from ropelab import cli, launcher, runs, sweeping, sweeps
 from ropelab import config as configs
+from ropelab.config import points as grammar
 from ropelab.schema import LocalLauncher, SlurmLauncher
 from ropelab.sweeps import Sweep
 from tests.test_runs import _one_thread, home, tiny  # noqa: F401 (fixtures)
@@ -114,7 +115,7 @@ def waited_for(condition: Callable[[], bool], seconds: float = 60) -> None:
     ],
 )  # fmt: skip
 def test_values_are_expanded_as_hydra_does(overrides: list[str], points: list[list[str]]) -> None:
-    assert expansion.expand(overrides) == points
+    assert grammar.expand(overrides) == points
 
 
 @settings(deadline=None, max_examples=25)
@@ -122,7 +123,7 @@ def test_values_are_expanded_as_hydra_does(overrides: list[str], points: list[li
 def test_the_points_are_the_product_of_all_values(values: list[list[int]]) -> None:
     """Every combination is there once, the last key turning fastest, whatever the values are."""
     keys = ["seed", "train.steps", "train.ctx"][: len(values)]
-    points = expansion.expand([f"{key}={','.join(map(str, of))}" for key, of in zip(keys, values, strict=True)])
+    points = grammar.expand([f"{key}={','.join(map(str, of))}" for key, of in zip(keys, values, strict=True)])
     expected: list[list[str]] = [[]]
     for key, of in zip(keys, values, strict=True):
         expected = [[*point, f"{key}={value}"] for point in expected for value in of]
@@ -142,12 +143,12 @@ def test_the_points_are_the_product_of_all_values(values: list[list[int]]) -> No
 )
 def test_what_is_no_sweep_is_refused(overrides: list[str], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        expansion.expand(overrides)
+        grammar.expand(overrides)
 
 
 @pytest.mark.parametrize("name", configs.choices("sweep"))
 def test_shipped_sweeps_compose(name: str) -> None:
-    points = expansion.expand(expansion.named(name))
+    points = grammar.expand(grammar.named(name))
     assert len(points) > 1
     for point in points:
         configs.load(point)
@@ -157,7 +158,7 @@ def test_shipped_sweeps_compose(name: str) -> None:
 def test_a_sweep_file_of_another_shape_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "mine.yaml").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=r"mine\.yaml"):
-        expansion.named(str(tmp_path / "mine.yaml"))
+        grammar.named(str(tmp_path / "mine.yaml"))
 
 
 def test_launcher_settings_are_read_by_their_types() -> None:

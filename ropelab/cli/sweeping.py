@@ -101,7 +101,7 @@ def sweep(
 
 def _separate(given: list[str], where: list[str] | None) -> tuple[str | None, list[str], str, list[str]]:
     """The command line as (shipped sweep, settings, launcher, its settings)."""
-    from ropelab import expansion
+    from ropelab.config import points
 
     named = [item for item in given if "=" not in item or Path(item).is_file()]
     if len(named) > 1:
@@ -113,7 +113,7 @@ def _separate(given: list[str], where: list[str] | None) -> tuple[str | None, li
     launching = [item for item in mine if item.startswith("launcher.")]
     mine = [item for item in mine if not item.startswith(("launcher=", "launcher."))]
     own = {item.partition("=")[0] for item in mine}
-    shipped = expansion.named(named[0]) if named else []
+    shipped = points.named(named[0]) if named else []
     settings = [item for item in shipped if item.partition("=")[0] not in own] + mine
     if not settings:
         raise ValueError("sweep needs values to combine, such as pos=rope,alibi seed=0,1,2")
@@ -146,11 +146,12 @@ def _print_plan(checked: Checked, *, as_json: bool) -> None:
 
 def _hand_to_hydra(given: list[str], where: list[str] | None) -> None:
     """Hydra's multirun over our configuration, with the launcher that the user asked for."""
-    from ropelab import expansion, worker
+    from ropelab import worker
+    from ropelab.config import points
 
     if where:
         raise ValueError(f"--launcher {where[0]} and hydra/launcher: give one of them")
-    expansion.run_with_hydra(given, worker.work_for_hydra)
+    points.run_with_hydra(given, worker.work_for_hydra)
 
 
 def _work(made: Sweep, chosen: Any, *, wait: bool, as_json: bool) -> None:

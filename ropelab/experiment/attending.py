@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ropelab.experiment.devices import resolve_device
-from ropelab.experiment.evaluate import evaluation_split
 from ropelab.experiment.finished import run_tokenizer, trained_config
 from ropelab.experiment.models import encoding_of, load_model, set_encoding
+from ropelab.experiment.trained import evaluation_split
 from ropelab.model import GPT
 from ropelab.progress import Progress, silent
 from ropelab.runs import RunDir

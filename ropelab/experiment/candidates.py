@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from ropelab import data, files
 from ropelab.evaluation import Layout, Windows, score
-from ropelab.experiment.evaluate import scorer_of
 from ropelab.experiment.memory import pass_tokens
 from ropelab.experiment.models import encoding_of, set_encoding
+from ropelab.experiment.trained import scorer_of
 from ropelab.model import GPT
 from ropelab.positions import PositionEncoding, Rope
 from ropelab.schema import Config, Method

@@ -16,10 +16,11 @@ from torch.nn import functional as F
 from ropelab import config as configs
 from ropelab import data, files
 from ropelab.experiment import NO_SCALING, encoding_of, environment
-from ropelab.experiment.evaluate import Evaluated, evaluate_subject, ladder_of, same_text
+from ropelab.experiment.evaluate import Evaluated, evaluate_subject, ladder_of
 from ropelab.experiment.memory import Plan, fit
 from ropelab.experiment.models import check_applied, spectrum_digest
 from ropelab.experiment.subject import At, Loaded, Subject, Text
+from ropelab.experiment.trained import same_text
 from ropelab.huggingface import checkpoint, recorded, rotary
 from ropelab.model import logits_held
 from ropelab.positions import SCALINGS, Geometry, PositionEncoding, Rope

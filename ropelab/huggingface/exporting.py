@@ -18,8 +18,8 @@ from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 import ropelab
 from ropelab import data, files
 from ropelab.experiment import encoding_of, load_model, resolve_device, set_encoding
-from ropelab.experiment.evaluate import TrainedRun
 from ropelab.experiment.stored import evaluations
+from ropelab.experiment.trained import TrainedRun
 from ropelab.huggingface import card, checkpoint, recorded, rotary, weights
 from ropelab.model import GPT, logits_held
 from ropelab.positions import PositionEncoding, Positions, Rope, resolve_factor

@@ -53,8 +53,9 @@ SECTIONS: dict[str, type] = {
 
 def config_dir() -> Path:
     """The folder of shipped YAML files: inside the installed package, or beside it in a checkout."""
-    inside = Path(__file__).parent / "configs"
-    return inside if (inside / "config.yaml").is_file() else Path(__file__).parent.parent / "configs"
+    package = Path(__file__).parent.parent
+    inside = package / "configs"
+    return inside if (inside / "config.yaml").is_file() else package.parent / "configs"
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ropelab import config
+from ropelab.config.load import choices, config_dir, nearest
 
 LITERAL = ("eval.ctx",)  # keys whose commas are their own: a ladder of lengths is one value
 
@@ -44,12 +44,12 @@ def named(name: str) -> list[str]:
 
     path = Path(name).expanduser()
     if not path.is_file():
-        if name not in config.choices("sweep"):
+        if name not in choices("sweep"):
             raise ValueError(
-                f"unknown sweep '{name}'{config.nearest(name, config.choices('sweep'))}; or give a FILE.yaml, or "
+                f"unknown sweep '{name}'{nearest(name, choices('sweep'))}; or give a FILE.yaml, or "
                 "settings such as pos=rope,alibi"
             )
-        path = config.config_dir() / "sweep" / f"{name}.yaml"
+        path = config_dir() / "sweep" / f"{name}.yaml"
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -72,7 +72,7 @@ class _Grammar:
         from hydra.core.global_hydra import GlobalHydra
         from hydra.core.override_parser.overrides_parser import OverridesParser
 
-        self._initialized = initialize_config_dir(str(config.config_dir().resolve()), version_base="1.3")
+        self._initialized = initialize_config_dir(str(config_dir().resolve()), version_base="1.3")
         self._initialized.__enter__()
         loader = GlobalHydra.instance().config_loader()
         self._parser = OverridesParser.create(config_loader=loader)
@@ -148,4 +148,4 @@ def run_with_hydra(overrides: Sequence[str], work: Callable[[list[str]], Any]) -
     told = [override for override in overrides if override not in ("-m", "--multirun")]
     multirun = [] if asks & {item.partition("=")[0] for item in told} else ["--multirun"]
     sys.argv = ["ropelab sweep", *multirun, "hydra.job.name=ropelab", *told]
-    hydra.main(version_base="1.3", config_path=str(config.config_dir().resolve()), config_name="config")(job)()
+    hydra.main(version_base="1.3", config_path=str(config_dir().resolve()), config_name="config")(job)()

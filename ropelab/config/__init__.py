@@ -1,0 +1,31 @@
+"""From the command line to validated configurations: `load` one, `points` of a sweep. The only border to Hydra."""
+
+from ropelab.config.load import (
+    METHODS,
+    changed,
+    choices,
+    config_dir,
+    from_dict,
+    keys,
+    launcher,
+    load,
+    nearest,
+    parse_scaling,
+    summaries,
+    to_dict,
+)
+
+__all__ = [
+    "METHODS",
+    "changed",
+    "choices",
+    "config_dir",
+    "from_dict",
+    "keys",
+    "launcher",
+    "load",
+    "nearest",
+    "parse_scaling",
+    "summaries",
+    "to_dict",
+]
