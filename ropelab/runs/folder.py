@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ropelab import files
-from ropelab.schema import Config
+from ropelab.runs.identity import NUMERICS_VERSION
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,71 +50,12 @@ INSIDE_OF_RUNS: dict[str, dict[str, type]] = {
     "corpus": {"digest": str, "name": str}, "tokenizer": {"digest": str, "n_vocab": int}
 }  # fmt: skip
 
-NUMERICS_VERSION = 1  # raised when a change of the code changes the numbers of an unchanged configuration
-
-
 class RunError(ValueError):
     """A run that cannot be used: missing, unfinished, locked, or altered."""
 
 
 class RunBusyError(RunError):
     """Another process writes the run."""
-
-
-# --- identity -------------------------------------------------------------------------------------------------------
-
-
-def identity(
-    config: Config, *, corpus_digest: str, tokenizer_digest: str, parent_digest: str | None = None
-) -> dict[str, Any]:
-    """What changes the numbers of a run, and nothing else: no paths, device, micro-batch, evaluation or tracking."""
-    model, train = config.model, config.train
-    known = {
-        "numerics": NUMERICS_VERSION,
-        "pos": {"name": config.pos.name, **config.pos.parameters},
-        "scaling": {"name": config.scaling.name, **config.scaling.parameters},
-        "model": {"n_layer": model.n_layer, "d_model": model.d_model, "n_head": model.n_head, "qk_norm": model.qk_norm},
-        "corpus": corpus_digest,
-        "tokenizer": tokenizer_digest,
-        "train": {
-            "ctx": train.ctx,
-            "batch_size": train.batch_size,
-            "steps": train.steps,
-            "lr": train.lr,
-            "final_lr": train.final_lr,
-            "warmup_steps": train.warmup,
-            "weight_decay": train.weight_decay,
-            "grad_clip": train.grad_clip,
-            "dtype": train.dtype,
-        },
-        "seed": config.seed,
-    }
-    # said only where it differs from what the first versions knew, so that their runs are found again
-    if config.positions.name != "contiguous":
-        known["positions"] = {"name": config.positions.name, **config.positions.parameters}
-    if parent_digest is not None:
-        known["parent"] = parent_digest
-    return known
-
-
-def recipe(manifest: Mapping[str, Any]) -> str:
-    """A digest of all that changes a run's numbers but its seed; of a parent its recipe, not its own seed."""
-    known = {key: value for key, value in manifest["identity"].items() if key != "seed"}
-    parent = manifest.get("parent")
-    if parent is not None:
-        known["parent"] = parent.get("recipe", parent["digest"])
-    return files.digest_of(known)[:16]
-
-
-def run_name(config: Config, digest: str) -> str:
-    """`rope-books-s0-1a2b3c4d`, `rope-yarn-pose-books-s0-1a2b3c4d`."""
-    words = [config.pos.name]
-    words += [config.scaling.name] if config.scaling.name != "none" else []
-    words += [config.positions.name] if config.positions.name != "contiguous" else []
-    return "-".join([*words, config.data.name, f"s{config.seed}", digest[:8]])
-
-
-# --- the folder -----------------------------------------------------------------------------------------------------
 
 
 class RunDir:
@@ -194,11 +135,11 @@ class RunDir:
         current = self.manifest() if self.manifest_path.exists() else {}
         files.write_sealed(self.manifest_path, {**current, **fields})
         if fields.get("status") == "done":
-            others = [run._written() for run in all_runs(self.path.parent) if run.path != self.path]
-            if (latest := max(others, default=0)) >= self._written():
+            others = [RunDir(path).written() for path in self.path.parent.iterdir() if path != self.path]
+            if (latest := max(others, default=0)) >= self.written():
                 os.utime(self.manifest_path, ns=(latest + 1000, latest + 1000))
 
-    def _written(self) -> int:
+    def written(self) -> int:
         """When the manifest was written, in nanoseconds; 0 where there is none any more."""
         try:
             return self.manifest_path.stat().st_mtime_ns
@@ -518,69 +459,3 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise RunError(f"{path} is no safetensors file ({error}); restore it, or make it again") from None
-
-
-# --- the folder of runs ---------------------------------------------------------------------------------------------
-
-
-def open_runs_dir(path: str) -> Path:
-    """Create the folder of runs. `ValueError` when it cannot be written."""
-    folder = Path(path).expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"runs_dir={path} cannot be written ({error.strerror}); choose another with runs_dir=FOLDER"
-        ) from None
-    return folder
-
-
-def is_run(path: Path) -> bool:
-    """Is it a folder with a manifest? What can be the name of no file is none."""
-    try:
-        return (path / "manifest.json").is_file()
-    except (OSError, ValueError):
-        return False
-
-
-def all_runs(runs_dir: Path) -> list[RunDir]:
-    """Every run folder, oldest first."""
-    if not runs_dir.is_dir():
-        return []
-    found = [RunDir(path) for path in runs_dir.iterdir() if is_run(path)]
-    return sorted(found, key=RunDir._written)
-
-
-def find_run(name: str, runs_dir: Path) -> RunDir:
-    """The run that a path, a folder name, or an unambiguous beginning of one names. `RunError` otherwise."""
-    if not name.strip():
-        raise RunError("a run has a name, or a beginning of one; `ropelab runs` lists them")
-    for candidate in (Path(name).expanduser(), runs_dir / name):
-        if is_run(candidate):
-            return RunDir(candidate)
-    known = all_runs(runs_dir)
-    # `sinusoidal` is sinusoidal-stdlib-s0-..., not sinusoidal_qk-...
-    matches = [run for run in known if run.name.startswith(f"{name}-") or run.name.rpartition("-")[2] == name]
-    matches = matches or [run for run in known if run.name.startswith(name)]
-    if len(matches) == 1:
-        return matches[0]
-    if matches:
-        more = f" and {len(matches) - 8} more" if len(matches) > 8 else ""
-        listed = ", ".join(run.name for run in matches[:8])
-        raise RunError(f"'{name}' names {len(matches)} runs: {listed}{more}; give more of the name of one")
-    import difflib
-
-    close = difflib.get_close_matches(name, [run.name for run in known], n=1, cutoff=0.4)
-    hint = f"did you mean {close[0]}?" if close else f"`ropelab runs` lists those in {runs_dir}"
-    raise RunError(f"there is no run '{name}'; {hint}")
-
-
-def latest_finished(runs_dir: Path) -> RunDir:
-    """`RunError` when there is none."""
-    for run in reversed(all_runs(runs_dir)):
-        with contextlib.suppress(RunError):
-            if run.manifest().get("status") == "done":
-                return run
-    raise RunError(f"there is no finished run in {runs_dir}; train one first: ropelab train --pos rope")
