@@ -16,6 +16,7 @@ from ropelab.schema import Config, LocalLauncher, SlurmLauncher
 from ropelab.sweeps import PENDING, RUNNING, Standing, Sweep
 
 Progress = Callable[..., None]
+PLACES = ("device", "runs_dir", "cache_dir")  # where a run is made; no part of what it is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,13 +40,14 @@ def check(settings: Sequence[str], compose: Callable[[list[str]], Config], progr
     expanded = grammar.expand(settings)
     varied = [len({point[place] for point in expanded}) > 1 for place in range(len(settings))]
     for point in expanded:
-        label = " ".join(item for item, several in zip(point, varied, strict=True) if several) or " ".join(point)
+        told = [item for item, several in zip(point, varied, strict=True) if several]
+        label = " ".join(told or [item for item in point if item.partition("=")[0] not in PLACES])
         points.append(label)
         try:
             composed.append((label, compose(point)))
         except ValueError as error:
             invalid.append((label, str(error)))
-    for key in ("device", "runs_dir", "cache_dir"):
+    for key in PLACES:
         if len({getattr(config, key) for _, config in composed}) > 1:
             raise ValueError(f"{key} takes one value in a sweep: it changes no numbers, and all runs share it")
     planned = plan_tasks(composed, progress)

@@ -173,6 +173,12 @@ class Sweep:
         results = [path.with_suffix(".json") for path in losses]
         return finished and all(path.is_file() for path in (*losses, *results))
 
+    def evaluated(self) -> dict[str, set[str]]:
+        """The evaluations of the runs that are done: names of result files, by the run's name."""
+        done = [index for index in range(len(self.tasks)) if self.is_done(index)]
+        answers = {self.tasks[index]["run"]: (self.answer(index) or {}).get("evaluations", []) for index in done}
+        return {run: {Path(str(item["losses"])).stem for item in asked} for run, asked in answers.items()}
+
     def results(self, index: int) -> list[dict[str, Any]]:
         """The `eval` objects of a task that is done."""
         answer = self.answer(index)

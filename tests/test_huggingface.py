@@ -271,6 +271,15 @@ def test_a_table_is_written_out_as_far_as_asked(trained: Callable[[str], RunDir]
     assert all(torch.equal(weights[key], before[key]) for key in before)
 
 
+def test_a_stretched_table_reaches_as_far_as_its_factor(
+    trained: Callable[[str], RunDir], place: Place, tmp_path: Path
+) -> None:
+    """Without --max-ctx it is asked for at 8 times the training length, which a factor of 4 does not reach."""
+    stretched = ("--scaling", "interpolate", "--factor", 4)
+    good("export", trained("learned").path, "-o", tmp_path / "a", *stretched, *place.settings)
+    assert load_file(tmp_path / "a" / "model.safetensors")["transformer.wpe.weight"].shape == (4 * CTX, 32)
+
+
 REASONS = {
     "t5": "not ALiBi's", "kerple_log": "not ALiBi's", "kerple_power": "not ALiBi's", "sandwich": "not ALiBi's",
     "fire": "query's index", "cable": "the text decides", "fox": "the text decides", "xpos": "scaled by their position",

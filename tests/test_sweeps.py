@@ -137,6 +137,8 @@ def test_the_points_are_the_product_of_all_values(values: list[list[int]]) -> No
         (["seed=range(3,0)"], "stands for no value"),
         (["pos=glob(nothing*)"], "stands for no value"),
         (["seed=range(0,2"], "is not understood"),
+        (["seed=range(0,100000000)"], "at most 10000 points"),
+        (["seed=range(0,200)", "train.steps=range(1,200)"], "come to 39800 points"),
         (["seed=0,1", "seed=2"], "seed is given twice"),
         (["seed=range(0,2),7"], "one of several values"),
     ],
@@ -154,7 +156,9 @@ def test_shipped_sweeps_compose(name: str) -> None:
         configs.load(point)
 
 
-@pytest.mark.parametrize("text", ["- a\n- b\n", "pos: [rope, alibi]\n", "", "pos: {a: 1}\n", "a: b: c\n"])
+@pytest.mark.parametrize(
+    "text", ["pos: rope\nseed: 1\npos: t5\n", "- a\n- b\n", "pos: [rope, alibi]\n", "", "pos: {a: 1}\n", "a: b: c\n"]
+)
 def test_a_sweep_file_of_another_shape_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "mine.yaml").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=r"mine\.yaml"):
@@ -192,6 +196,7 @@ def test_launcher_settings_are_read_by_their_types() -> None:
         (["pos=rope", "--launcher", "local", "launcher=slurm"], "given 2 times"),
         (["pos=rope", "--wait"], "--wait belongs to --launcher slurm"),
         (["pos=rope", "--emit-sbatch"], "--emit-sbatch belongs to"),
+        (["pos=rope", "--emit-sbatch", "--dry-run", "--launcher", "slurm"], "leave out one of"),
         (["pos=rope", "runs_dir=a,b"], "runs_dir takes one value"),
         (["pos=rope", "device=cpu,auto"], "device takes one value"),
         (["pos=rope", "launcher.jobs=0"], "launcher.jobs must be >= 1"),
@@ -284,6 +289,49 @@ def test_a_missing_result_is_made_again_and_only_that(ropelab: Run, here: tuple[
     assert_equal(weights(tmp_path / "runs"), before)
 
 
+def test_a_lost_run_is_in_no_average_and_the_page_is_the_sweeps_own(
+    ropelab: Run, here: tuple[str, ...], tmp_path: Path
+) -> None:
+    """What was asked of the runs besides is not the sweep's; what is gone is nobody's."""
+    where = f"runs_dir={tmp_path / 'runs'}"
+    assert ropelab("sweep", "seed=0,1,2", *changed(here, "eval.ctx=32,"))[0] == 0
+    sweep = sweeps.find_sweep(None, tmp_path / "runs")
+    assert (
+        ropelab("eval", sweep.run(0).name, where, "--ctx", "64", f"cache_dir={sweep.tasks[0]['config']['cache_dir']}")[
+            0
+        ]
+        == 0
+    )
+
+    def shown() -> list[tuple[str, int]]:
+        assert ropelab("report", sweep.name, where, "-o", str(tmp_path / "page"))[0] == 0
+        evals = json.loads((tmp_path / "page" / "results.json").read_text(encoding="utf-8"))["evals"]
+        return sorted((one["run"], row["ctx"]) for one in evals for row in one["rows"])
+
+    assert shown() == sorted((sweep.run(task).name, 32) for task in range(3))
+    out = ropelab("collect", sweep.name, where)[1]
+    assert "±" in out
+    assert "interval over seeds" in " ".join(out.split())
+    assert ropelab("runs", "rm", "--yes", sweep.run(2).name, where)[0] == 0
+    status, out, _ = ropelab("collect", sweep.name, where, "--json")
+    assert status == 1
+    assert sorted(one["seed"] for one in json.loads(out)["results"]) == [0, 1]
+    out = ropelab("collect", sweep.name, where)[1]
+    assert "±" not in out
+    assert "in brackets the two seeds" in " ".join(out.split())
+    assert shown() == sorted((sweep.run(task).name, 32) for task in range(2))
+
+
+def test_a_length_that_no_text_has_is_refused_before_training(
+    ropelab: Run, here: tuple[str, ...], tmp_path: Path
+) -> None:
+    status, _, err = ropelab("sweep", "pos=rope,alibi", *changed(here, "eval.ctx=999999"))
+    assert status == 2
+    assert "no test document is long enough for ctx 999999" in err
+    assert len(err.splitlines()) == 1  # one mistake, said once
+    assert not (tmp_path / "runs" / "sweeps").exists()
+
+
 def test_one_failure_leaves_the_others_alone(ropelab: Run, here: tuple[str, ...], tmp_path: Path) -> None:
     diverges = ("train.lr=1e-3,1e30", "train.warmup_steps=0")
     status, out, err = ropelab("sweep", "pos=rope", *diverges, *here, "--json")
@@ -348,7 +396,12 @@ def test_runs_are_listed_and_removed_by_what_they_have(ropelab: Run, here: tuple
     assert listed("pos=alibi", "train.lr=0.001") == ["alibi"]
     assert listed("pos.base=1e4", "status=done") == ["rope", "rope"]
     assert listed("seed=1") == listed("status=failed") == listed("pos=alibi", "pos.base=1e4") == []
-    for wanted, said in (("ops=rope", "did you mean pos?"), ("train.lrs=1", "did you mean train.lr?")):
+    for wanted, said in (
+        ("ops=rope", "did you mean pos?"),
+        ("pos=ropee", "did you mean rope"),
+        ("status=dnoe", "done"),
+        ("train.lrs=1", "did you mean train.lr?"),
+    ):
         status, _, err = ropelab("runs", where, wanted)
         assert status == 2
         assert said in err

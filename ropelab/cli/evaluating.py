@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -31,6 +31,7 @@ from ropelab.ranks import joined
 
 if TYPE_CHECKING:
     from ropelab.runs import RunDir
+    from ropelab.sweeps import Sweep
 
 EVAL_KEYS = ("eval", "scaling", "data", "track", "device", "runs_dir", "cache_dir")
 
@@ -174,31 +175,50 @@ def make_report(
     ] = None,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="Where it goes.")] = Path("report"),
 ) -> None:
-    """One self-contained page from the evaluations that runs hold already; without RUN or SWEEP, of all runs."""
+    """One self-contained page from the evaluations that runs hold already; without RUN or SWEEP, of all runs.
+
+    Of a RUN all that it holds is shown, of a SWEEP what the sweep asked of its runs.
+    """
     with reported():
-        from ropelab import config, runs, sweeps
-        from ropelab.sweeps import Sweep
+        from ropelab import config, runs
 
         named, settings = separate(list(arguments or []))
         runs_dir = Path(config.load(settings).runs_dir).expanduser()
-        found = []
+        found: list[RunDir] = []
+        only: dict[str, set[str]] = {}
         for name in named:
-            whole = [path for path in sweeps.matching(name, runs_dir) if path.name == Path(name).name]
-            try:
-                found += Sweep(whole[0]).finished() if whole else [runs.find_run(name, runs_dir)]
-            except runs.RunError:  # no run, but perhaps the beginning of a sweep's name
-                if whole or not sweeps.matching(name, runs_dir):
-                    raise
-                found += sweeps.find_sweep(name, runs_dir).finished()
+            sweep = _sweep_of(name, runs_dir)
+            if sweep is None:
+                found.append(runs.find_run(name, runs_dir))
+            else:
+                found += sweep.finished()
+                for run, asked in sweep.evaluated().items():
+                    only.setdefault(run, set()).update(asked)
         if named and not found:
             raise ValueError(f"no run of {', '.join(named)} is done; `ropelab status {named[0]}` says how they stand")
         check_output(output, picture=False)
         where = f"in {runs_dir if not named else ', '.join(named)}"
-        print(write_report(found or runs.all_runs(runs_dir), output, where, leave_out=not named))
+        print(write_report(found or runs.all_runs(runs_dir), output, where, only, leave_out=not named))
 
 
-def write_report(found: list[RunDir], output: Path, where: str, *, leave_out: bool = False) -> Path:
-    """The page of these runs' evaluations. `ValueError` when they have none.
+def _sweep_of(name: str, runs_dir: Path) -> Sweep | None:
+    """The sweep that is named, by its path, its whole name, or, where no run is, by the beginning of one."""
+    from ropelab import runs, sweeps
+
+    matches = sweeps.matching(name, runs_dir)
+    if not matches:
+        return None
+    if matches[0].name != Path(name).name:
+        with suppress(runs.RunError):
+            runs.find_run(name, runs_dir)
+            return None
+    return sweeps.find_sweep(name, runs_dir)
+
+
+def write_report(
+    found: Iterable[RunDir], output: Path, where: str, only: Mapping[str, set[str]], *, leave_out: bool = False
+) -> Path:
+    """The page of these runs' evaluations; of the runs in `only` just those. `ValueError` when there are none.
 
     `leave_out`: a run that cannot be read is said and left out, instead of a `RunError`.
     """
@@ -206,9 +226,9 @@ def write_report(found: list[RunDir], output: Path, where: str, *, leave_out: bo
     from ropelab.experiment.stored import evaluations
 
     shown, evals, notes = [], [], ["Made by `ropelab report`."]
-    for run in found:
+    for run in {run.path.resolve(): run for run in found}.values():
         try:
-            if own := evaluations(run):
+            if own := evaluations(run, only.get(run.name)):
                 shown.append(run.manifest())
                 evals += own
         except runs.RunError as error:

@@ -23,6 +23,8 @@ from ropelab.cli.options import (
 if TYPE_CHECKING:
     from ropelab.runs import RunDir
 
+STATUSES = ("done", "failed", "interrupted", "running", "damaged")
+
 
 @app.command("runs")
 def list_runs(
@@ -88,6 +90,10 @@ def _wanted(settings: list[str]) -> dict[str, list[str]]:
         if key not in known and key.partition(".")[0] not in config.METHODS:
             raise ValueError(f"'{item}': runs are not told apart by '{key}'{config.nearest(key, known)}")
         wanted[key] = text.split(",")
+        names = STATUSES if key == "status" else config.choices(key) if key in config.METHODS or key == "data" else ()
+        strange = next((value for value in wanted[key] if names and value not in names), None)
+        if strange is not None:
+            raise ValueError(f"{item}: there is no {key} '{strange}'{config.nearest(strange, names)}")
     return wanted
 
 

@@ -75,6 +75,8 @@ def sweep(
             raise ValueError("--wait belongs to --launcher slurm; a local sweep stays until its runs have ended")
         if emit_sbatch and name != "slurm":
             raise ValueError("--emit-sbatch belongs to --launcher slurm")
+        if emit_sbatch and dry_run:
+            raise ValueError("--dry-run starts nothing and prints no script; leave out one of --dry-run, --emit-sbatch")
         if name == "slurm" and not (emit_sbatch or dry_run):
             from ropelab import cluster
 
@@ -92,9 +94,13 @@ def sweep(
             from ropelab.schema import SlurmLauncher
 
             assert isinstance(chosen, SlurmLauncher)
+            missing = sweeping.missing(made)
+            if not missing:
+                say(f"{made.name}: nothing is missing; there is no script to print")
+                return
             made.logs.mkdir(exist_ok=True)
             say(f"{made.name}: sbatch the script that follows, then ropelab status {made.name}")
-            print(cluster.sbatch_script(made, sweeping.missing(made), chosen), end="")
+            print(cluster.sbatch_script(made, missing, chosen), end="")
             return
         _work(made, chosen, wait=wait, as_json=as_json)
 
@@ -124,6 +130,8 @@ def _refuse(checked: Checked, *, skip_invalid: bool) -> None:
     """Name the points that cannot be; exit 2 unless they are to be left out."""
     if not checked.invalid:
         return
+    if len(checked.invalid) >= len(checked.points) and len({reason for _, reason in checked.invalid}) == 1:
+        fail(2, checked.invalid[0][1])  # one mistake, in every point
     for label, reason in checked.invalid[:50]:
         say(f"{'left out' if skip_invalid else 'invalid'}: {label}: {' '.join(reason.split())}")
     if len(checked.invalid) > 50:
@@ -255,11 +263,11 @@ def _collect(made: Sweep, *, as_json: bool, output: Path | None = None) -> None:
     from ropelab import sweeping, sweeps
 
     stands = sweeping.standings(made)
-    results = [result for one in stands for result in made.results(one.task)]
+    results = [result for one in stands if one.state == sweeps.DONE for result in made.results(one.task)]
     if output is not None:
         from ropelab.cli.evaluating import write_report
 
-        say(f"report: {write_report(made.finished(), output, f'in {made.name}')}")
+        say(f"report: {write_report(made.finished(), output, f'in {made.name}', made.evaluated())}")
     if as_json:
         print_json({"sweep": made.name, "runs": [one._asdict() for one in stands], "results": results})
     else:

@@ -6,6 +6,7 @@ Here is also the way through to Hydra's own launchers, for those who prefer them
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 
 from ropelab.config.load import choices, config_dir, nearest
 
+MOST = 10_000  # points of a sweep
 LITERAL = ("eval.ctx",)  # keys whose commas are their own: a ladder of lengths is one value
 
 
@@ -32,6 +34,9 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
             [f"{key}={value}" if "=" in override else override for value in grammar.values(override)]
             for key, override in zip(keys, overrides, strict=True)
         ]
+    number = math.prod(len(values) for values in choices)
+    if number > MOST:
+        raise ValueError(f"these settings come to {number} points; a sweep has at most {MOST}")
     return [list(point) for point in itertools.product(*choices)]
 
 
@@ -51,11 +56,18 @@ def named(name: str) -> list[str]:
             )
         path = config_dir() / "sweep" / f"{name}.yaml"
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        found = yaml.safe_load(text)
+        node = yaml.compose(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"{path} is no YAML: {error}") from None
     if not isinstance(found, dict) or not found:
         raise ValueError(f"{path} holds no settings; write lines such as pos: rope,alibi")
+    assert isinstance(node, yaml.MappingNode)
+    keys = [str(key.value) for key, _ in node.value]
+    twice = next((key for key in keys if keys.count(key) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{path}: {twice} is there twice; give it once, with all its values: {twice}: A,B")
     overrides = []
     for key, value in found.items():
         if isinstance(value, list | dict):
@@ -99,10 +111,13 @@ class _Grammar:
         if not parsed.is_sweep_override():
             return [text]
         try:
-            values = list(parsed.sweep_iterator(transformer=Transformer.identity))
+            several = parsed.sweep_iterator(transformer=Transformer.identity)
+            values = list(itertools.islice(several, MOST + 1))
         except HydraException as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"{override}: {reason}; use a,b or range(0,3) or glob(r*) for a group") from None
+        if len(values) > MOST:
+            raise ValueError(f"{override} stands for more than {MOST} values; a sweep has at most {MOST} points")
         if not values:
             raise ValueError(f"{override} stands for no value")
         return [_spelled(value) for value in values]

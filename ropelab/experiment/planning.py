@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ropelab import config as configs
+from ropelab.evaluation import lay_out
 from ropelab.experiment.evaluate import ladder_of
 from ropelab.experiment.session import Session, found_from_anywhere
 from ropelab.progress import Progress
@@ -45,7 +46,9 @@ def plan_tasks(points: Sequence[tuple[str, Config]], progress: Progress) -> Task
             item = question["scaling"]
             scaling = None if item is None else configs.parse_scaling(item)
             try:
-                ladder_of(resolved, session.original_ctx, config.eval, scaling=scaling)
+                ladder = ladder_of(resolved, session.original_ctx, config.eval, scaling=scaling)
+                scored = session.corpus.test if config.eval.split == "test" else session.corpus.validation
+                lay_out([len(scored.document(i)) for i in range(len(scored))], tuple(ladder.methods), config.eval)
             except ValueError as error:
                 invalid.append((label if item is None else f"{label}, evaluated with {item}", str(error)))
                 continue

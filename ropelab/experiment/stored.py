@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -141,12 +141,15 @@ def _is(value: Any, kinds: tuple[type, ...]) -> bool:
     return isinstance(value, kinds) and (not isinstance(value, float) or math.isfinite(value))
 
 
-def evaluations(run: RunDir) -> list[dict[str, Any]]:
-    """All stored `eval` objects of a run; rows that answer one question at several ctxs are one object.
+def evaluations(run: RunDir, only: Container[str] | None = None) -> list[dict[str, Any]]:
+    """The stored `eval` objects of a run, all or those of the files named in `only`.
+
+    Rows that answer one question at several ctxs are one object.
 
     `RunError` for a file that cannot be read, its manifest included.
     """
     paths = sorted(path for path in run.results.glob("*.json") if not path.name.startswith("."))
+    paths = [path for path in paths if only is None or path.stem in only]
     if not paths:
         return []
     manifest = run.whole_manifest()

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 def curves(evals: Sequence[Mapping[str, Any]], *, title: str) -> Figure:
     """Perplexity against context length, both logarithmic: one panel a protocol, one line a method.
 
-    Whiskers are the 95% interval over texts of a single run; several seeds are thin lines under their geometric mean.
+    Whiskers are the 95% interval, of a single run over texts, of three seeds or more over seeds; several seeds are thin
+    lines under their geometric mean.
     A cross at the top edge marks the first ctx at which a method is undefined, an arrow a value above CAP.
     """
     drawn = panels(evals)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +40,8 @@ MARKERS = ("o", "s", "^", "D", "v", "P")
 class Point:
     """A perplexity at one context length; `ppl` is None exactly where there is no finite number.
 
-    `low`, `high`: the 95% interval over texts of a single run, or None. `spread`: lowest and highest seed, or None.
+    `low`, `high`: the 95% interval, of a single run over texts, of three seeds or more over seeds; else None.
+    `spread`: lowest and highest seed, or None.
     """
 
     ctx: int
@@ -314,20 +316,30 @@ def _point(row: Mapping[str, Any]) -> Point:
 
 
 def _joined(points: list[Point]) -> Point:
-    """The same ctx over seeds: geometric mean, which is the mean of the nll. One seed without a number: none."""
+    """The same ctx over seeds: geometric mean, which is the mean of the nll, and Student's t interval of that.
+
+    One seed without a number: none. Two seeds have no interval: with one degree of freedom it would say nothing.
+    """
     missing = next((point for point in points if point.ppl is None), None)
     if missing is not None or len(points) == 1:
         return missing or points[0]
     values = [point.ppl for point in points if point.ppl is not None]
-    nll = sum(math.log(value) for value in values) / len(values)
+    logs = [math.log(value) for value in values]
+    nll = sum(logs) / len(logs)
+    low = high = None
+    if len(logs) > 2:
+        from scipy.stats import t
+
+        half = float(t.ppf(0.975, len(logs) - 1)) * statistics.stdev(logs) / math.sqrt(len(logs))
+        low, high = math.exp(nll - half), math.exp(nll + half)
     bits = [point.bits_per_byte for point in points if point.bits_per_byte is not None]
     first = points[0]
     return Point(
         ctx=first.ctx,
         ppl=math.exp(nll),
         nll=nll,
-        low=None,
-        high=None,
+        low=low,
+        high=high,
         spread=(min(values), max(values)),
         bits_per_byte=sum(bits) / len(bits) if bits else None,
         factor=first.factor,

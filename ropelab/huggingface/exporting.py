@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -211,8 +212,11 @@ def _table(encoding: PositionEncoding, original_ctx: int, max_ctx: int | None, l
     except ContextLengthError as error:
         if max_ctx is not None:
             raise ValueError(f"--max-ctx {max_ctx}: {error}") from None
-        longest = original_ctx
-        record = encoding(torch.arange(longest), ctx=longest)
+        while longest > original_ctx:  # the longest that there is: a stretched table ends where its factor says
+            longest = max(original_ctx, longest // 2)
+            with contextlib.suppress(ContextLengthError):
+                record = encoding(torch.arange(longest), ctx=longest)
+                break
     return None if record.embedding is None else record.embedding.clone()
 
 

@@ -17,7 +17,7 @@ COLOURS = ("#0072b2", "#d55e00", "#00835f", "#aa4499", "#a87400", "#1390a5", "#8
 TALLEST = 3.0  # nats above the lowest loss at which a chart is cut
 
 
-def bend_section(diagnoses: Sequence[Mapping[str, Any]]) -> str:
+def bend_section(diagnoses: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -> str:
     """The section; nothing without evaluations. Seeds of a method share a row."""
     methods: dict[tuple[Any, ...], list[Entry]] = {}
     for run in diagnoses:
@@ -48,7 +48,7 @@ def bend_section(diagnoses: Sequence[Mapping[str, Any]]) -> str:
 <th scope="col" class="text">Prediction</th></tr></thead>
 <tbody>{rows}</tbody></table></div>
 """
-    return section("bends", "Why the curves bend", intro + table + _charts(methods))
+    return section("bends", "Why the curves bend", intro + table + _charts(methods, colours))
 
 
 def _name(entries: Sequence[Entry], *, several: bool) -> str:
@@ -80,7 +80,7 @@ def _row(entries: Sequence[Entry], *, several: bool) -> str:
 # --- loss by position -----------------------------------------------------------------------------------------------
 
 
-def _charts(methods: Mapping[tuple[Any, ...], list[Entry]]) -> str:
+def _charts(methods: Mapping[tuple[Any, ...], list[Entry]], colours: Mapping[str, str]) -> str:
     """One chart of losses by position for each protocol and length that curves were stored for."""
     lengths = {run["train_ctx"] for entries in methods.values() for run, _ in entries}
     charts: dict[tuple[str, int, tuple[float, ...]], list[tuple[str, int, list[float | None]]]] = {}
@@ -100,7 +100,7 @@ def _charts(methods: Mapping[tuple[Any, ...], list[Entry]]) -> str:
             ]
             name = _name(entries, several=len(lengths) > 1)
             charts.setdefault(axis, []).append((name, entries[0][0]["train_ctx"], mean))
-    found = "".join(_chart(axis, lines) for axis, lines in charts.items())
+    found = "".join(_chart(axis, lines, colours) for axis, lines in charts.items())
     if not found:
         return ""
     intro = (
@@ -112,7 +112,11 @@ def _charts(methods: Mapping[tuple[Any, ...], list[Entry]]) -> str:
     return intro + found
 
 
-def _chart(axis: tuple[str, int, tuple[float, ...]], lines: Sequence[tuple[str, int, Sequence[float | None]]]) -> str:
+def _chart(
+    axis: tuple[str, int, tuple[float, ...]],
+    lines: Sequence[tuple[str, int, Sequence[float | None]]],
+    colours: Mapping[str, str],
+) -> str:
     protocol, ctx, edges = axis
     values = [nll for _, _, curve in lines for nll in curve if nll is not None]
     if not values:
@@ -129,7 +133,7 @@ def _chart(axis: tuple[str, int, tuple[float, ...]], lines: Sequence[tuple[str, 
     drawn = []
     lasts: list[tuple[float, str, str]] = []
     for place, (name, _, curve) in enumerate(lines):
-        colour = COLOURS[place % len(COLOURS)]
+        colour = colours.get(name) or COLOURS[place % len(COLOURS)]  # as the method has it in the curves
         path, pen = "", "M"
         for left, right, nll in zip(edges[:-1], edges[1:], curve, strict=True):
             path += "" if nll is None else f"{pen}{x(left):.1f} {y(nll):.1f}H{x(right):.1f}"

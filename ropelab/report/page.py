@@ -71,7 +71,7 @@ def html_page(
         _number_section(drawn),
         _protocol_section(drawn),
         _context_section(drawn),
-        bend_section(diagnoses),
+        bend_section(diagnoses, {line.name: look.colour for line, look in looks.items()}),
         _command_section(manifest.get("commands") or _commands(evals, verdicts)),
         _manifest_section(manifest),
     ]
@@ -153,8 +153,8 @@ def _number_section(drawn: Sequence[Panel]) -> str:
         return ""
     body = "".join(_number_table(panel) for panel in drawn)
     body += (
-        '<p class="caption">Small numbers are the 95% interval for this model on other texts, or the lowest and '
-        "highest seed where there are several.</p>"
+        '<p class="caption">Small numbers are the 95% interval: of one run for this model on other texts, of three '
+        "seeds or more over seeds (Student's t, on the logarithm); of two seeds they are the two.</p>"
     )
     return section("numbers", "Perplexities", body)
 

@@ -54,8 +54,9 @@ def curve_section(drawn: Sequence[Panel], looks: Mapping[Line, Style], picture: 
         f'<div id="interactive" hidden>{figures}</div>'
         f'<figure id="still"><img alt="Perplexity against context length. {esc(words)}" '
         f'src="data:image/png;base64,{still}"></figure>'
-        "<p class='caption'>Both axes are logarithmic. Whiskers are the 95% interval for this model on other texts; "
-        "where a method has several seeds, the line is their geometric mean. The dashed vertical line is the training "
+        "<p class='caption'>Both axes are logarithmic. Whiskers are the 95% interval, of one run on other texts, of "
+        "three seeds or more over seeds; the line of several seeds is their geometric mean, the thin ones are the "
+        "seeds. The dashed vertical line is the training "
         "length. A cross at the top marks where a method stops being defined.</p>"
     )
     return section("curves", "Perplexity against context length", body)

@@ -16,9 +16,10 @@ CAPTION = 100  # columns at most; a caption wrapped to the width of a narrow tab
 
 
 def terminal_table(evals: Sequence[Mapping[str, Any]]) -> Group:
-    """Perplexities for the terminal: methods down, context lengths across, ± half of the 95% interval.
+    """Perplexities for the terminal: methods down, context lengths across.
 
-    The captions below say what was scored, and why a number is missing.
+    ± half of the 95% interval, of one run over texts, of several over seeds; of two runs the two. The captions below
+    say so, what was scored, and why a number is missing.
     """
     from rich.console import Group
     from rich.constrain import Constrain
@@ -45,6 +46,7 @@ def terminal_table(evals: Sequence[Mapping[str, Any]]) -> Group:
         captions += [
             f"{line.name} {gap[1]}: {line.reason}" for line in panel.lines if (gap := line.gap) and line.reason
         ]
+    captions += _around([point for panel in drawn for line in panel.lines for point in line.points])
     below = [Constrain(Text(caption, style="table.caption"), CAPTION) for caption in dict.fromkeys(captions)]
     return Group(table, *below)
 
@@ -70,14 +72,27 @@ def verdict_table(verdicts: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
+def _around(points: Sequence[Point]) -> list[str]:
+    """What stands beside the perplexities where a line has several seeds, in a sentence."""
+    words = []
+    if any(point.spread is not None and point.low is not None for point in points):
+        words.append("± half of the 95% interval over seeds")
+    if any(point.spread is not None and point.low is None for point in points):
+        words.append("in brackets the two seeds")
+    if words and any(point.spread is None and point.low is not None for point in points):
+        words.append("± of a single run is half of its 95% interval over texts")
+    return ["; ".join(words)] if words else []
+
+
 def _terminal_cell(point: Point | None) -> str:
     if point is None:
         return "–"
     if point.ppl is None:
         return point.status
     text = number(point.ppl)
-    ends = (point.low, point.high) if point.spread is None else point.spread
-    if ends[0] is None or ends[1] is None or point.ppl >= CAP:
+    if point.ppl >= CAP:
         return text
+    if point.low is None or point.high is None:
+        return text if point.spread is None else f"{text} ({number(point.spread[0])}, {number(point.spread[1])})"
     places = len(text.partition(".")[2])  # as many as the perplexity itself shows
-    return f"{text} ±{(ends[1] - ends[0]) / 2:.{places}f}"
+    return f"{text} ±{(point.high - point.low) / 2:.{places}f}"
