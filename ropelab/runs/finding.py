@@ -1,0 +1,71 @@
+"""The folder that holds all runs: made, listed, and searched by name."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import tempfile
+from pathlib import Path
+
+from ropelab.runs.folder import RunDir, RunError
+
+
+def open_runs_dir(path: str) -> Path:
+    """Create the folder of runs. `ValueError` when it cannot be written."""
+    folder = Path(path).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"runs_dir={path} cannot be written ({error.strerror}); choose another with runs_dir=FOLDER"
+        ) from None
+    return folder
+
+
+def is_run(path: Path) -> bool:
+    """Is it a folder with a manifest? What can be the name of no file is none."""
+    try:
+        return (path / "manifest.json").is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def all_runs(runs_dir: Path) -> list[RunDir]:
+    """Every run folder, oldest first."""
+    if not runs_dir.is_dir():
+        return []
+    found = [RunDir(path) for path in runs_dir.iterdir() if is_run(path)]
+    return sorted(found, key=RunDir.written)
+
+
+def find_run(name: str, runs_dir: Path) -> RunDir:
+    """The run that a path, a folder name, or an unambiguous beginning of one names. `RunError` otherwise."""
+    if not name.strip():
+        raise RunError("a run has a name, or a beginning of one; `ropelab runs` lists them")
+    for candidate in (Path(name).expanduser(), runs_dir / name):
+        if is_run(candidate):
+            return RunDir(candidate)
+    known = all_runs(runs_dir)
+    # `sinusoidal` is sinusoidal-stdlib-s0-..., not sinusoidal_qk-...
+    matches = [run for run in known if run.name.startswith(f"{name}-") or run.name.rpartition("-")[2] == name]
+    matches = matches or [run for run in known if run.name.startswith(name)]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        more = f" and {len(matches) - 8} more" if len(matches) > 8 else ""
+        listed = ", ".join(run.name for run in matches[:8])
+        raise RunError(f"'{name}' names {len(matches)} runs: {listed}{more}; give more of the name of one")
+    close = difflib.get_close_matches(name, [run.name for run in known], n=1, cutoff=0.4)
+    hint = f"did you mean {close[0]}?" if close else f"`ropelab runs` lists those in {runs_dir}"
+    raise RunError(f"there is no run '{name}'; {hint}")
+
+
+def latest_finished(runs_dir: Path) -> RunDir:
+    """`RunError` when there is none."""
+    for run in reversed(all_runs(runs_dir)):
+        with contextlib.suppress(RunError):
+            if run.manifest().get("status") == "done":
+                return run
+    raise RunError(f"there is no finished run in {runs_dir}; train one first: ropelab train --pos rope")
