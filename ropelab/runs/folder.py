@@ -23,7 +23,6 @@ import os
 import shutil
 import stat
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -49,6 +48,7 @@ INSIDE: dict[str, dict[str, type]] = {"corpus": {"name": str}}
 INSIDE_OF_RUNS: dict[str, dict[str, type]] = {
     "corpus": {"digest": str, "name": str}, "tokenizer": {"digest": str, "n_vocab": int}
 }  # fmt: skip
+
 
 class RunError(ValueError):
     """A run that cannot be used: missing, unfinished, locked, or altered."""
