@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 def reference(
     q: Tensor, k: Tensor, v: Tensor, bias: Bias, far: tuple[Tensor, Tensor] | None = None, decay: Decay | None = None
 ) -> Tensor:
-    """Causal attention query by query and key by key in fp64: q, k, v (B, H, T, D)."""
+    """Causal attention query by query and key by key in fp64: q, k (B, H, T, D), v (B, H, T, E)."""
     q, k, v = q.double(), k.double(), v.double()
     out = []
     for i in range(q.shape[2]):
@@ -38,6 +38,8 @@ def reference(
             score = (a * b).sum(-1) / math.sqrt(q.shape[-1])  # (B, H)
             if bias.scale is not None:
                 score = score * bias.scale[i].double()
+            if bias.cap is not None:
+                score = bias.cap * torch.tanh(score / bias.cap)
             if bias.by_distance is not None:
                 score = score + bias.by_distance[:, i - j].double()
             if bias.by_query is not None:
@@ -63,6 +65,7 @@ cases = st.fixed_dictionaries(
         "decay": st.sampled_from(["none", "plain", "gained"]),
         "far": st.one_of(st.none(), st.integers(1, 40)),
         "scale": st.booleans(),
+        "cap": st.one_of(st.none(), st.floats(0.5, 5)),
         "training": st.booleans(),
         "seed": st.integers(0, 1000),
     }
@@ -77,6 +80,19 @@ def test_every_kernel_equals_the_plain_loop(case: dict[str, Any]) -> None:
     Lengths that no block divides, single tokens, all kinds of bias and their mixtures are among the cases.
     """
     check_against_the_loop(case, CPU, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [Bias(), Bias(window=5), Bias(block=4), Bias(far=3), Bias(cap=2.0)])
+def test_values_may_be_of_another_width(bias: Bias) -> None:
+    """As in the latent attention of DeepSeek."""
+    generator = torch.Generator().manual_seed(3)
+    q, k, q2, k2 = (torch.randn(2, 3, 17, 8, generator=generator) for _ in range(4))
+    v = torch.randn(2, 3, 17, 5, generator=generator)
+    far = None if bias.far is None else (q2, k2)
+    with torch.no_grad():
+        out = Attend(17, bias=bias, device=CPU, training=False)(q, k, v, far=far)
+    assert out.shape == v.shape
+    torch.testing.assert_close(out.double(), reference(q, k, v, bias, far), rtol=1e-4, atol=1e-5)
 
 
 def check_against_the_loop(case: dict[str, Any], device: torch.device, *, rtol: float, atol: float) -> None:
@@ -102,6 +118,7 @@ def check_against_the_loop(case: dict[str, Any], device: torch.device, *, rtol: 
         far=case["far"],
         decays=decay is not None,
         scale=torch.linspace(0.5, 2, length, device=device) if case["scale"] else None,
+        cap=case["cap"],
     )
     far = None if case["far"] is None else (q2, k2)
     expected = reference(q, k, v, bias, far, decay)
@@ -111,7 +128,7 @@ def check_against_the_loop(case: dict[str, Any], device: torch.device, *, rtol: 
 
     chosen = Attend(length, bias=bias, device=device, training=case["training"])
     kernels = {chosen.kernel}
-    if chosen.bias.far is None:
+    if not chosen.bias.scored:
         kernels |= {"materialised", "blocks"}
         kernels |= set() if chosen.bias.decays and chosen.kernel != "recomputed" else {"recomputed"}
     before = attend.BLOCK, recomputed.ROWS, recomputed.HELD
@@ -140,7 +157,7 @@ def check_against_the_loop(case: dict[str, Any], device: torch.device, *, rtol: 
 def test_decays_alone_equal_the_plain_loop(length: int, window: int | None, gained: str) -> None:
     """As encodings that read the text have them, in every kernel; several blocks of the backward pass."""
     case = {"length": length, "window": window, "decay": gained, "rows": 64, "training": length > 1, "seed": length}
-    rest = {"bias": False, "by_query": False, "block": None, "far": None, "scale": False}
+    rest = {"bias": False, "by_query": False, "block": None, "far": None, "scale": False, "cap": None}
     check_against_the_loop({**case, **rest}, CPU, rtol=1e-4, atol=1e-5)
 
 
@@ -249,7 +266,8 @@ SLOPES = Bias(torch.zeros(1, 128), slopes=torch.ones(1))
         ("cpu", False, 128, FP32, Bias(window=12), "blocks"),
         ("cpu", False, 128, FP32, Bias(block=12), "blocks"),
         ("cpu", False, 128, FP32, Bias(decays=True), "blocks"),
-        ("cpu", False, 128, FP32, Bias(far=12), "two_scores"),
+        ("cpu", False, 128, FP32, Bias(far=12), "scores"),
+        ("cpu", False, 128, FP32, Bias(cap=50.0), "scores"),
         ("mps", True, 128, FP32, DISTANCE, "recomputed"),
         ("mps", False, 128, FP32, DISTANCE, "blocks"),
         ("cuda", True, 128, BF16, Bias(), "sdpa"),

@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 
 PLAIN = {"length": 65, "rows": 64, "window": None, "bias": False, "by_query": False, "block": None, "decay": "none",
-         "far": None, "scale": False, "training": False, "seed": 0}  # fmt: skip
+         "far": None, "scale": False, "cap": None, "training": False, "seed": 0}  # fmt: skip
 
 
 @pytest.mark.parametrize("length", [1, 31, 65])
@@ -32,6 +32,7 @@ PLAIN = {"length": 65, "rows": 64, "window": None, "bias": False, "by_query": Fa
         {"block": 16},
         {"decay": "gained"},
         {"far": 24, "scale": True},
+        {"cap": 2.0},
         {"bias": True, "decay": "plain", "block": 7},
     ],
 )

@@ -402,15 +402,18 @@ def saved(place: Place) -> Callable[[str], Path]:
     return folder
 
 
-def losses(folder: Path, scaling: Method | None, place: Place, ids: Tensor) -> dict[int, Tensor]:
+def losses(
+    folder: Path, scaling: Method | None, place: Place, ids: Tensor, window: int | None = None
+) -> dict[int, Tensor]:
     """Losses (B, T) of a checkpoint as an evaluation gets them, at 4x, 2x and 1x, in that order."""
-    base = config.load([*place.settings, f"eval.ctx={CTX},{2 * CTX},{4 * CTX}"])
+    windowed = [] if window is None else [f"eval.window={window}"]
+    base = config.load([*place.settings, f"eval.ctx={CTX},{2 * CTX},{4 * CTX}", *windowed])
     text = config.load(["data=text", f"data.path={place.text}"]).data
     source = huggingface.Checkpoint(str(folder), base, text)
     source.check(base.eval, scaling)
     ladder = ladder_of(source.trained, source.original_ctx, base.eval, scaling=scaling)
     source.plan(ladder.encodings, CPU, torch.float32, limit_gb=None)
-    loaded = source.load(CPU, torch.float32, window=None, kept=scaling is None)
+    loaded = source.load(CPU, torch.float32, window=window, kept=scaling is None)
     found = {}
     for ctx in (4 * CTX, 2 * CTX, CTX):
         at = loaded.at(ctx, ladder.methods[ctx], ladder.encodings[ctx])
@@ -868,8 +871,13 @@ def test_what_a_checkpoint_cannot_have_is_refused(saved: Callable[[str], Path], 
     assert "needs a rotary model" in refused("eval", "--hf", gpt2, "--ctx", CTX, "--scaling", "yarn", *text)
     assert f"end at {4 * CTX}" in refused("eval", "--hf", gpt2, "--ctx", 8 * CTX, *text)
     assert f"end at {4 * CTX}" in refused("eval", "--hf", saved("opt"), "--ctx", 8 * CTX, *text)
-    assert "changes attention itself" in refused("eval", "--hf", llama, "--ctx", CTX, "--scaling", "rerope", *text)
-    assert "eval.window" in refused("eval", "--hf", llama, "--ctx", CTX, "eval.window=8", *text)
+    assert "not for a checkpoint" in refused("eval", "--hf", llama, "--ctx", CTX, "--scaling", "clamp", *text)
+    for family in ("mpt", "bloom"):
+        line = refused("eval", "--hf", saved(family), "--ctx", CTX, "eval.window=8", *text)
+        assert "eval.window changes attention" in line
+        line = refused("eval", "--hf", saved(family), "--ctx", CTX, "--scaling", "block_causal", *text)
+        assert "scaling=block_causal changes attention" in line
+    assert "applies to pos=rope" in refused("eval", "--hf", gpt2, "--ctx", CTX, "--scaling", "rerope", *text)
     assert "eval.baseline" in refused("eval", "--hf", llama, "--ctx", CTX, "eval.baseline=unigram", *text)
     assert "belongs to the text" in refused("eval", "--hf", llama, "--ctx", CTX, "eval.split=validation", *text)
     odd = tmp_path / "odd"

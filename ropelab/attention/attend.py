@@ -27,7 +27,7 @@ KERNELS = {
     "recomputed": "blocks, and in the backward pass their scores again: a bias in training, learned or fixed",
     "triton": "own fused kernels, forward and backward: a bias by distance, by query or read off the text",
     "digits": "torch's fused causal attention, ALiBi's bias as eight more dimensions of queries and keys",
-    "two_scores": "blocks of queries, near keys by one pair of queries and keys and far keys by another",
+    "scores": "blocks of queries with their scores in full: far keys by a second pair of queries and keys, or a cap",
 }
 
 # Longest T at which scores in full make the fastest training step on a CPU: in bf16, and in fp32. Where the text
@@ -46,8 +46,8 @@ DENSE_BANDS = 2**27  # numbers of a bias by query that are made at a time where 
 
 def choose_kernel(device: torch.device, length: int, *, training: bool, bias: Bias, dtype: torch.dtype) -> str:
     """The kernel for sequences of `length` tokens whose products are in `dtype`: a fixed rule, never a timing."""
-    if bias.far is not None:
-        return "two_scores"
+    if bias.scored:
+        return "scores"
     shared = bias.by_query is not None and not bias.decays  # one mask for all sequences and layers
     read = _alone(bias, "decays")
     short = SHORT if not read and (dtype == torch.bfloat16 or (bias.pairwise and not shared)) else SHORT_FP32
@@ -97,8 +97,8 @@ class Attend:
         self.bias = bias.within(length)
         self.kernel = kernel or choose_kernel(device, length, training=training, bias=self.bias, dtype=dtype)
         assert self.bias.plain or self.kernel != "sdpa"
-        assert (self.bias.far is None) == (self.kernel != "two_scores")
-        assert not self.bias.pairwise or self.kernel in ("materialised", "recomputed", "triton", "blocks", "two_scores")
+        assert self.bias.scored == (self.kernel == "scores")
+        assert not self.bias.pairwise or self.kernel in ("materialised", "recomputed", "triton", "blocks", "scores")
         assert not self.bias.decays or self.kernel not in ("recomputed", "triton") or _alone(self.bias, "decays")
         assert not self.bias.pairwise or self.kernel != "triton" or self.bias.decays or _alone(self.bias, "by_query")
         self.device = device
@@ -121,7 +121,7 @@ class Attend:
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, far: tuple[Tensor, Tensor] | None = None, decay: Any = None
     ) -> Tensor:
-        """q, k, v (B, H, T, D) -> (B, H, T, D).
+        """q, k (B, H, T, D), v (B, H, T, E), in most kernels E = D -> (B, H, T, E).
 
         far: the queries and keys of the second score. decay: `total` (B, H, T) and `gain` (B, H, T) or None.
         """
@@ -184,7 +184,10 @@ class Attend:
             distance = self._distances(start, stop, first)  # (rows, keys)
             distant = far[0][:, :, start:stop].float() @ far[1][:, :, first:stop].float().transpose(-2, -1)
             scores = torch.where(distance < self.bias.far, scores, distant)
-        biased: Tensor = scores * q.shape[-1] ** -0.5 + self._mask(start, stop, first, decay)
+        scores = scores * q.shape[-1] ** -0.5
+        if self.bias.cap is not None:
+            scores = self.bias.cap * torch.tanh(scores / self.bias.cap)
+        biased: Tensor = scores + self._mask(start, stop, first, decay)
         return biased
 
     def _in_bands(self, q: Tensor, k: Tensor, v: Tensor, by_query: ByQuery) -> Tensor:
@@ -209,13 +212,13 @@ class Attend:
     def _dense_blocks(self, q: Tensor, k: Tensor, v: Tensor, far: tuple[Tensor, Tensor] | None, decay: Any) -> Tensor:
         def attended(start: int, stop: int) -> Tensor:
             first = self._oldest(start)
-            if self.bias.far is not None:
+            if self.bias.scored:
                 weights = torch.softmax(self._scores(q, k, start, stop, first, far, decay), dim=-1)
                 return weights.to(v.dtype) @ v[:, :, first:stop]
             mask = self._mask(start, stop, first, decay)
             return by_distance.fused(q[:, :, start:stop], k[:, :, first:stop], v[:, :, first:stop], mask)
 
-        out = torch.empty_like(q) if not torch.is_grad_enabled() else None
+        out = v.new_empty(*q.shape[:3], v.shape[-1]) if not torch.is_grad_enabled() else None
         parts: list[Tensor] = []
         start = 0
         while start < self.length:

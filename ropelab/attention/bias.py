@@ -21,6 +21,7 @@ class Bias(NamedTuple):
     far: int | None = None  # keys this many tokens back or more have scores of their own
     decays: bool = False  # each layer takes gain_i (total_i - total_j) of its own
     scale: Tensor | None = None  # (T,) fp32: factor on the scores of query i
+    cap: float | None = None  # c tanh(score / c) in place of a score, before anything is added: Gemma 2's
 
     def within(self, length: int) -> Bias:
         """The same for sequences of `length` tokens, without what no key is far enough away for."""
@@ -33,7 +34,12 @@ class Bias(NamedTuple):
     @property
     def pairwise(self) -> bool:
         """Does the mask of a block depend on more than the distance?"""
-        return self.by_query is not None or self.block is not None or self.decays or self.far is not None
+        return self.by_query is not None or self.block is not None or self.decays or self.scored
+
+    @property
+    def scored(self) -> bool:
+        """Do scores take more than a product and a mask?"""
+        return self.far is not None or self.cap is not None
 
     @property
     def plain(self) -> bool:

@@ -63,10 +63,10 @@ def fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 def blocks(q: Tensor, k: Tensor, v: Tensor, vector: Tensor, *, window: int | None, rows: int) -> Tensor:
     """Causal attention with a bias by distance, `rows` queries at a time over the keys that they see.
 
-    q, k, v (B, H, T, D); vector (H or 1, T) holds -inf from `window` on -> (B, H, T, D). Not for gradients: those of
-    `recomputed` take less time and memory.
+    q, k (B, H, T, D), v (B, H, T, E); vector (H or 1, T) holds -inf from `window` on -> (B, H, T, E). Not for
+    gradients: those of `recomputed` take less time and memory.
     """
-    out = torch.empty_like(q)
+    out = v.new_empty(*q.shape[:3], v.shape[-1])
     for start in range(0, q.shape[2], rows):
         stop = min(start + rows, q.shape[2])
         first = 0 if window is None else max(0, start - window + 1)

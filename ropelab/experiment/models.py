@@ -70,7 +70,7 @@ def spectrum_digest(encoding: PositionEncoding, ctx: int) -> str:
             last = torch.full((1, 1), ctx - 1.0, device=device)
             by_query = record.query_bias(last, torch.arange(ctx, device=device, dtype=torch.float32)[None])
     hasher = hashlib.sha256()
-    far = (None, None) if record.far is None else record.far
+    far = (None, None) if record.far is None else (record.far.rotation, record.far.window)
     parts = (record.embedding, record.qk_embedding, record.bias, by_query, record.logit_scale, *(record.rotation or ()))
     for part in (*parts, *(far[0] or ()), far[1], record.block):
         if isinstance(part, Tensor):

@@ -269,7 +269,7 @@ class Head:
 
 def _body_of(model: Any) -> nn.Module:
     """The module whose last hidden states the head reads: the outermost of those that a pass calls."""
-    base = getattr(model, model.base_model_prefix)
+    base = getattr(model, model.base_model_prefix, None)
     candidates = [one for one in (base, getattr(base, "decoder", None), model.get_decoder()) if one is not None]
     called: list[nn.Module] = []
     hooks = [one.register_forward_hook(lambda module, args, out: called.append(module)) for one in candidates]

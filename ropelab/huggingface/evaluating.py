@@ -21,13 +21,15 @@ from ropelab.experiment.memory import Plan, fit
 from ropelab.experiment.models import check_applied, spectrum_digest
 from ropelab.experiment.subject import At, Loaded, Subject, Text
 from ropelab.experiment.trained import same_text
-from ropelab.huggingface import checkpoint, recorded, rotary
+from ropelab.huggingface import attention, checkpoint, recorded, rotary
 from ropelab.model import logits_held
-from ropelab.positions import SCALINGS, Geometry, PositionEncoding, Rope
+from ropelab.positions import SCALINGS, Geometry, PositionEncoding, Positions, Rope, applied_parameters
 from ropelab.progress import Progress, silent
 from ropelab.ranks import ALONE, Ranks
 from ropelab.schema import Config, DataConfig, EvalConfig, Method
 from ropelab.training import matmul_precision
+
+OF_SCORES = ("rerope", "self_extend", "temperature", "block_causal")  # scalings of scores and masks, no bias added
 
 
 class Checkpoint(Subject):
@@ -50,6 +52,7 @@ class Checkpoint(Subject):
         self._handles = rotary.handles(self._skeleton, self.labels)
         self.rotary = bool(self._handles)
         self._longest = 0  # text that a pass will read
+        self._ours = False  # will our attention take the place of the model's?
         self._rows: int | None = None  # of a table of positions
         self.max_ctx = checkpoint.longest_trained(self.config)
         record = recorded.read(self.folder)
@@ -128,20 +131,27 @@ class Checkpoint(Subject):
 
     def check(self, config: EvalConfig, scaling: Method | None) -> None:
         """`ValueError` for lengths, scalings and controls that the checkpoint cannot have, before any work."""
-        if config.window is not None:
-            raise ValueError("eval.window masks keys in our own models; leave it out with --hf")
+        scores = scaling is not None and scaling.name in OF_SCORES
+        self._ours = config.window is not None or scores
+        if self._ours and not attention.handed_over(self._skeleton):
+            asked = f"scaling={scaling.name}" if scaling is not None and scores else "eval.window"
+            raise ValueError(
+                f"{asked} changes attention, which {type(self._skeleton).__name__} does not let be replaced; leave it "
+                "out"
+            )
         if config.baseline is not None:
             raise ValueError("eval.baseline=unigram counts a run's training text; that of a checkpoint is not known")
-        if scaling is not None and scaling.name != "none":
+        if scaling is not None and scaling.name != "none" and not scores:
             if not self.rotary:
                 raise ValueError(
                     f"scaling={scaling.name} needs a rotary model; {self.source} ({self.config.model_type}) turns "
                     "nothing that ropelab can reach"
                 )
             if not SCALINGS[scaling.name].spectral:
-                able = ", ".join(name for name, method in SCALINGS.items() if method.spectral)
-                raise ValueError(f"scaling={scaling.name} changes attention itself; with --hf there are {able}")
-        if scaling is not None and not self.rotary and scaling != self.trained.scaling:
+                able = ", ".join(name for name, method in SCALINGS.items() if method.spectral or name in OF_SCORES)
+                raise ValueError(f"scaling={scaling.name} is not for a checkpoint; with --hf there are {able}")
+        trained = self.trained.scaling
+        if scaling is not None and not self.rotary and scaling != trained and not (scores and trained.name == "none"):
             raise ValueError(
                 f"the positions of {self.source} are written out under scaling={self.trained.scaling.name}; "
                 "leave out --scaling"
@@ -176,10 +186,10 @@ class Checkpoint(Subject):
     ) -> Plan:
         self._longest = max(encodings)
         weights = self._weights * dtype.itemsize
-        needed = {ctx: self._pass_bytes(ctx, device) for ctx in encodings}
+        needed = {ctx: self._pass_bytes(ctx, device, encoding) for ctx, encoding in encodings.items()}
         return fit(needed, device, limit_gb=limit_gb, weights=weights)
 
-    def _pass_bytes(self, ctx: int, device: torch.device) -> Callable[[int], int]:
+    def _pass_bytes(self, ctx: int, device: torch.device, encoding: PositionEncoding) -> Callable[[int], int]:
         """Bytes of a pass over n tokens in windows of `ctx` beside the weights: an upper bound, in fp32."""
         body = self.config.get_text_config()
         width, heads = int(body.hidden_size), int(body.num_attention_heads)
@@ -199,12 +209,18 @@ class Checkpoint(Subject):
         )
         held = logits_held(device, training=False)
         local = int(getattr(body, "sliding_window", None) or ctx)
+        far = self._ours and encoding.change is not None and encoding(torch.arange(ctx), ctx=ctx).far is not None
 
         def needed(tokens: int) -> int:
             length = min(tokens, ctx)
             each = 6 * width + 4 * heads * d_head + 3 * keys * d_head + 4 * inner + 4 * self._pairs()
+            each += 4 * far * heads * d_head  # queries and keys again, and those of the pass for the other ones
             # bytes of the scores of all pairs, where no kernel avoids them, or of a window's mask
-            square = length * length * (12 * heads * (tokens // length) if eager else 6 * (length > local))
+            square = (
+                0
+                if self._ours
+                else length * length * (12 * heads * (tokens // length) if eager else 6 * (length > local))
+            )
             head = 3 * min(tokens * entries, max(held, entries))
             blocks = 2**25 if device.type == "cpu" else 2**28
             return 4 * (tokens * each + head + blocks) + square
@@ -217,7 +233,7 @@ class Checkpoint(Subject):
         if self.config.model_type == "mpt":  # its biases are as long as this says
             config.max_seq_len = max(self._longest, config.max_seq_len)
         model = checkpoint.load(self.folder, config, dtype).to(device)
-        return _LoadedCheckpoint(self, model, device, kept)
+        return _LoadedCheckpoint(self, model, device, kept, window)
 
     def keep(self) -> None:
         folder = self.results.parent
@@ -226,18 +242,26 @@ class Checkpoint(Subject):
 
 
 class _LoadedCheckpoint(Loaded):
-    def __init__(self, source: Checkpoint, model: Any, device: torch.device, kept: bool) -> None:
-        self._source, self._device, self._kept = source, device, kept
+    def __init__(self, source: Checkpoint, model: Any, device: torch.device, kept: bool, window: int | None) -> None:
+        self._source, self._device, self._kept, self._window = source, device, kept, window
+        self._model = model
         self._head = checkpoint.Head(model)
         self._rotary = rotary.Rotary(model, source.labels) if source.rotary else None
+        self._layers: attention.Layers | None = None  # from the first length on that needs ours
         trained = source.trained
         self._plain = encoding_of(trained, NO_SCALING, source.original_ctx)
         self.precision = matmul_precision(device, trained.model.d_model)
 
     def at(self, ctx: int, method: Method, encoding: PositionEncoding) -> At:
         if self._rotary is None:
+            self._set_scores(ctx, method, encoding)
+            idle = method.name in OF_SCORES and SCALINGS[method.name].idle(
+                applied_parameters(method, self._source.original_ctx), ctx
+            )
             says = f"{self._source.digest} {self._source.trained.pos.name}"
-            return At(hashlib.sha256(says.encode()).hexdigest(), False, False, self._scorer(ctx))
+            if method.name in OF_SCORES and not idle:
+                says += f" {method}"
+            return At(hashlib.sha256(says.encode()).hexdigest(), idle, False, self._scorer(ctx))
         assert isinstance(encoding, Rope)
         assert isinstance(self._plain, Rope)
         if self._kept:
@@ -253,9 +277,19 @@ class _LoadedCheckpoint(Loaded):
                 f"at {ctx} tokens the loaded model does not turn as RoPE {asked} does: {found}; its numbers would be "
                 "those of something else"
             )
+        self._set_scores(ctx, method, encoding)
         spectrum = spectrum_digest(encoding, ctx)
         idle = check_applied(method, self._plain, self._source.original_ctx, ctx, spectrum)
         return At(spectrum, idle, encoding.length_dependent, self._scorer(ctx))
+
+    def _set_scores(self, ctx: int, method: Method, encoding: PositionEncoding) -> None:
+        """Put our attention where the model's would not do."""
+        if self._window is None and method.name not in OF_SCORES:
+            return
+        if self._layers is None:
+            self._layers = attention.Layers(self._model, self._rotary)
+        said = encoding(torch.arange(ctx), ctx=ctx) if method.name in OF_SCORES else Positions()
+        self._layers.set(said, self._window)
 
     def _scorer(self, ctx: int) -> Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float32]]:
         first = True
@@ -263,10 +297,10 @@ class _LoadedCheckpoint(Loaded):
         @torch.no_grad()
         def scorer(inputs: NDArray[np.int64], targets: NDArray[np.int64]) -> NDArray[np.float32]:
             nonlocal first
-            watched = self._rotary.watched() if first and self._rotary is not None else None
+            watched = [one.watched() for one in (self._rotary, self._layers) if first and one is not None]
             hidden = self._head.hidden(torch.from_numpy(inputs).to(self._device))  # (B, ctx, C)
-            if watched is not None:
-                watched()
+            for check in watched:
+                check()
             first = False
             scored = hidden[:, -targets.shape[1] :].flatten(0, 1)  # (B, scored, C) -> (N, C)
             wanted = torch.from_numpy(targets).to(self._device).flatten()  # (N,)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -275,7 +275,8 @@ class Rotary:
         self._pristine = {path: copy.deepcopy(model.get_submodule(path)) for path in {h.path for h in self.handles}}
         self._calls: dict[tuple[str, str], tuple[Tensor, ...]] = {}
 
-    def _scaled(self) -> Iterator[tuple[Handle, nn.Module]]:
+    def scaled(self) -> Iterator[tuple[Handle, nn.Module]]:
+        """The modules of the layers that a scaling is for."""
         for handle in self.handles:
             if handle.label == self.label:
                 yield handle, self._model.get_submodule(handle.path)
@@ -289,7 +290,7 @@ class Rotary:
     def set(self, spectrum: Spectrum, plain: Tensor) -> None:
         """Turn by another spectrum from now on; `plain` (R/2,) fp64 is the one of the first start tokens."""
         self.reset()
-        for handle, module in self._scaled():
+        for handle, module in self.scaled():
             buffer = getattr(module, f"{handle.prefix}inv_freq")
             buffer.copy_(spectrum.inv_freq)
             name = f"{handle.prefix}attention_scaling"
@@ -301,7 +302,7 @@ class Rotary:
 
     def read(self, ctx: int) -> Turns:
         """What the scaled layers turn by in a text of `ctx` tokens. `ValueError` where two modules disagree."""
-        read = [_read(module, handle, ctx) for handle, module in self._scaled()]
+        read = [_read(module, handle, ctx) for handle, module in self.scaled()]
         if any(not torch.equal(read[0].cos, other.cos) for other in read[1:]):
             raise ValueError("the rotary modules of one layer type turn differently: no one spectrum says what they do")
         return read[0]
@@ -312,11 +313,10 @@ class Rotary:
         `ValueError` where the pass was made without what `read` had read.
         """
         hooks, seen = [], set[str]()
-        for handle, module in self._scaled():
+        for handle, module in self.scaled():
 
             def hook(module: nn.Module, args: Any, kwargs: Any, out: Any, handle: Handle = handle) -> None:
-                label = kwargs.get("layer_type", args[2] if len(args) > 2 else handle.label)
-                if label == handle.label or not handle.prefix:
+                if concerns(handle, args, kwargs):
                     seen.add(handle.path)
 
             hooks.append(module.register_forward_hook(hook, with_kwargs=True))
@@ -330,14 +330,26 @@ class Rotary:
         return end
 
 
+def concerns(handle: Handle, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Is this call of a rotary module, (x, position_ids[, layer_type]), for the layers of a handle?"""
+    label = kwargs.get("layer_type", args[2] if len(args) > 2 else handle.label)
+    return label == handle.label or not handle.prefix
+
+
+def angles_at(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], at: Tensor) -> Any:
+    """What a rotary module returns to the same call with the positions `at` (N,) int64 instead."""
+    x = args[0] if args else kwargs["x"]
+    rest = {key: value for key, value in kwargs.items() if key not in ("x", "position_ids")}
+    return module.forward(x, at.to(x.device)[None], *args[2:], **rest)
+
+
 def _starting(
     forward: Callable[..., Any], buffer: Tensor, spectrum: Spectrum, plain: Tensor, handle: Handle
 ) -> Callable[..., Any]:
     """A rotary module's forward whose first positions turn by the plain spectrum."""
 
     def both(x: Tensor, position_ids: Tensor, *rest: Any, **named: Any) -> Any:
-        label = named.get("layer_type", rest[0] if rest else handle.label)
-        if handle.prefix and label != handle.label:
+        if not concerns(handle, (x, position_ids, *rest), named):
             return forward(x, position_ids, *rest, **named)
         buffer.copy_(plain)
         first = forward(x, position_ids, *rest, **named)
@@ -357,8 +369,13 @@ def _read(module: nn.Module, handle: Handle, ctx: int) -> Turns:
     x = torch.zeros(1, 1, 1, device=buffer.device)  # fp32, whatever the weights are
     positions = torch.arange(ctx, device=buffer.device)[None]  # (1, T)
     out = module(x, positions, handle.label) if handle.prefix else module(x, positions)
+    return turns(out, len(buffer), module)
+
+
+def turns(out: Any, pairs: int, module: nn.Module) -> Turns:
+    """What a rotary module returned, cosines and sines (1, T, R) in whatever form, a pair at a time."""
     cos, sin = (out.real, out.imag) if isinstance(out, Tensor) else out
-    cos, sin, pairs = cos[0].float(), sin[0].float(), len(buffer)  # (T, R/2), or (T, R) where a pair is there twice
+    cos, sin = cos[0].float(), sin[0].float()  # (T, R/2), or (T, R) where a pair is there twice
     if cos.shape[-1] == 2 * pairs:
         halves = torch.equal(cos[:, :pairs], cos[:, pairs:])
         cos, sin = (cos[:, :pairs], sin[:, :pairs]) if halves else (cos[:, 0::2], sin[:, 0::2])

@@ -54,6 +54,12 @@ class Far(NamedTuple):
 
     rotation: Rotation
     window: int
+    query_at: Tensor  # (N,) int64, the positions that it turns queries to
+    key_at: Tensor  # (N,) int64, and keys
+
+    def at(self, rows: slice) -> Far:
+        """The same for some positions."""
+        return Far(self.rotation.at(rows), self.window, self.query_at[rows], self.key_at[rows])
 
 
 class Decay(NamedTuple):
@@ -87,7 +93,7 @@ class Positions(NamedTuple):
         return self._replace(
             qk_embedding=None if self.qk_embedding is None else self.qk_embedding[rows],
             rotation=None if self.rotation is None else self.rotation.at(rows),
-            far=None if self.far is None else Far(self.far.rotation.at(rows), self.far.window),
+            far=None if self.far is None else self.far.at(rows),
         )
 
 

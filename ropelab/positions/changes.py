@@ -29,9 +29,12 @@ def _window(window: int | None, original_ctx: int) -> int:
     return window or max(1, original_ctx // 4)
 
 
-def _two_sided(query: Rotation, key: Rotation) -> Rotation:
-    """The rotation that turns queries as `query` does and keys as `key` does."""
-    return Rotation(query.cos_q, query.sin_q, key.cos_k, key.sin_k, query.interleaved)
+def _far(encoding: Rope, window: int, query_at: Tensor, key_at: Tensor, ctx: int) -> Far:
+    """Queries and keys turned to other positions (N,) int64, for keys `window` or more tokens back."""
+    factor = encoding.spectrum(ctx).attention_factor
+    query, key = (encoding.rotation(encoding.angles(at, ctx), factor, at.device) for at in (query_at, key_at))
+    rotation = Rotation(query.cos_q, query.sin_q, key.cos_k, key.sin_k, query.interleaved)
+    return Far(rotation, window, query_at, key_at)
 
 
 def rerope(encoding: PositionEncoding, *, original_ctx: int, window: int | None, log_scaling: bool) -> None:
@@ -48,12 +51,8 @@ def rerope(encoding: PositionEncoding, *, original_ctx: int, window: int | None,
 
     def change(said: Positions, positions: Tensor, ctx: int) -> Positions:
         if w < ctx:
-            factor = encoding.spectrum(ctx).attention_factor
-            query, key = (
-                encoding.rotation(encoding.angles(torch.full_like(positions, at), ctx), factor, positions.device)
-                for at in (w, 0)
-            )
-            said = said._replace(far=Far(_two_sided(query, key), w))
+            query_at, key_at = torch.full_like(positions, w), torch.zeros_like(positions)
+            said = said._replace(far=_far(encoding, w, query_at, key_at, ctx))
         if log_scaling and ctx > original_ctx:
             scale = ((positions.cpu().double() + 1).log() / math.log(original_ctx)).clamp(min=1).float()  # (T,)
             said = said._replace(logit_scale=scale.to(positions.device))
@@ -84,13 +83,8 @@ def self_extend(encoding: PositionEncoding, *, original_ctx: int, window: int | 
     def change(said: Positions, positions: Tensor, ctx: int) -> Positions:
         if w >= ctx or group == 1:  # groups of one token are the tokens
             return said
-        factor = encoding.spectrum(ctx).attention_factor
         grouped = positions // group  # (N,)
-        query, key = (
-            encoding.rotation(encoding.angles(at, ctx), factor, positions.device)
-            for at in (grouped + (w - w // group), grouped)
-        )
-        return said._replace(far=Far(_two_sided(query, key), w))
+        return said._replace(far=_far(encoding, w, grouped + (w - w // group), grouped, ctx))
 
     encoding.change = change
 
