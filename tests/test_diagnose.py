@@ -522,7 +522,7 @@ def test_the_report_has_a_section_of_bends() -> None:
     from ropelab.report.bends import bend_section
 
     page = bend_section([diagnosed("a", "rope", 64, [2.0, 4.0]), diagnosed("b", "rope", 128, [3.0, 5.0]),
-                         diagnosed("c", HOSTILE, None, [2.0, 2.0])])  # fmt: skip
+                         diagnosed("c", HOSTILE, None, [2.0, 2.0])], {"RoPE": "#123456"})  # fmt: skip
     assert "<img" not in page
     cells = re.findall(r"<tr><th scope=\"row\">(.*?)</tr>", page, re.S)
     assert len(cells) == 2  # the seeds of a method share a row
@@ -532,7 +532,9 @@ def test_the_report_has_a_section_of_bends() -> None:
     assert "32 to 64 / 32 to 128" in cells[0]
     assert "not up to 32" in cells[1]
     assert "RoPE from 2.50 to 4.50" in page  # the mean of the seeds
-    assert bend_section([]) == ""
+    assert 'stroke="#123456"' in page  # as its curve has it
+    assert 'stroke="#d55e00"' in page  # a method without a curve gets one of the section's own
+    assert bend_section([], {}) == ""
 
 
 def test_the_report_keeps_the_diagnoses(tmp_path: Any) -> None:
