@@ -5,7 +5,8 @@
 Without --python a venv with `transformers>=4.56,<5` is made in a temporary folder (some minutes). For every export the
 table has what transformers 4.x makes of it: the largest difference of its logits from ropelab's, as a share of the
 largest logit, at 1, 2 and 4 times the training length, and of the loss that `ropelab eval --hf` gives in that venv.
-Exit 1 where one differs by more than 1e-3, or cannot be read and is not expected to be so.
+A second table has the losses of the first export where ropelab's attention takes the place of the model's. Exit 1
+where one differs by more than 1e-3, or cannot be read and is not expected to be so.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,13 @@ EXPORTS: dict[str, tuple[list[str], list[str]]] = {
     "p_rope": (["pos=p_rope"], []),
 }
 NEW_IN_5 = ("p_rope",)  # rotary types that transformers 4 does not know
+# what `ropelab eval --hf` puts its own attention there for, asked of the first export
+ATTENTION = {
+    "rerope": ["scaling=rerope"],
+    "self_extend": ["scaling=self_extend"],
+    "block_causal": ["scaling=block_causal"],
+    "window of 20": ["eval.window=20"],
+}
 
 CHILD = """
 import json, sys
@@ -123,15 +132,16 @@ def venv(folder: Path) -> Path:
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     python = folder / "bin" / "python"
     torch_pin = f"torch=={str(torch.__version__).partition('+')[0]}"
-    packages = [torch_pin, str(REPOSITORY), "transformers>=4.56,<5"]
-    subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
+    pip = [python, "-m", "pip", "install", "--quiet", "-c", REPOSITORY / "constraints.txt"]
+    subprocess.run([*pip, torch_pin], check=True)  # first and alone: the pin selects one build
+    subprocess.run([*pip, REPOSITORY, "transformers>=4.56,<5"], check=True)
     return python
 
 
-def evaluated(python: Path, folder: Path, ctx: int, base: Path) -> float | str:
+def evaluated(python: Path, folder: Path, ctx: int, base: Path, how: Sequence[str] = ()) -> float | str:
     """The loss that `ropelab eval --hf` gives in the venv at the longest ctx."""
-    command = [python, "-m", "ropelab", "eval", "--hf", folder, "--ctx", f"{ctx},", "--json", *places(base)]
-    command[-3] = f"runs_dir={base / 'runs4'}"
+    others = [f"runs_dir={base / 'runs4'}", *places(base)[1:]]
+    command = [python, "-m", "ropelab", "eval", "--hf", folder, "--ctx", f"{ctx},", "--json", *others, *how]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         return (done.stderr.strip().splitlines() or ["nothing"])[-1]
@@ -163,15 +173,27 @@ def main() -> int:
                 run, resolved.eval, scaling=method, device="cpu", cache_dir=str(base / "cache")
             ).result
             rows[name] = (own["rows"][-1]["nll"], evaluated(python, folder, longest, base))
+        run, folder, changes = trained(EXPORTS["rope"][0], base), base / "exports" / "0", {}
+        for name, how in ATTENTION.items():
+            resolved = config.load([f"eval.ctx={4 * CTX},", *places(base), *how])
+            method = resolved.scaling if resolved.scaling.name != "none" else None
+            own = experiment.evaluate(
+                run, resolved.eval, scaling=method, device="cpu", cache_dir=str(base / "cache")
+            ).result
+            changes[name] = (own["rows"][-1]["nll"], evaluated(python, folder, 4 * CTX, base, how))
         (base / "asked.json").write_text(json.dumps(asked))
         command = [python, "-c", CHILD, base / "asked.json", base / "answers.json"]
         subprocess.run(command, check=True)
         answers = json.loads((base / "answers.json").read_text())
-    return report(answers, rows)
+    return report(answers, rows, changes)
 
 
-def report(answers: dict[str, Any], rows: dict[str, tuple[float, float | str]]) -> int:
-    """Print the table; 1 where something that should be read is not, or is read otherwise."""
+def report(
+    answers: Mapping[str, Any],
+    rows: Mapping[str, tuple[float, float | str]],
+    changes: Mapping[str, tuple[float, float | str]],
+) -> int:
+    """Print the tables; 1 where something that should be read is not, or is read otherwise."""
     wrong = 0
     print(f"transformers {answers['version']}")
     print("| export | logits, relative | loss of `ropelab eval --hf` |\n|---|---|---|")
@@ -182,6 +204,10 @@ def report(answers: dict[str, Any], rows: dict[str, tuple[float, float | str]]) 
         print(f"| {name} | {first} | {second} |")
         fails = isinstance(logits, str) or isinstance(got, str) or logits > 1e-3 or abs(got - due) > 1e-3
         wrong += fails and name not in NEW_IN_5
+    print("\n| attention | loss of `ropelab eval --hf` |\n|---|---|")
+    for name, (due, got) in changes.items():
+        print(f"| {name} | {got if isinstance(got, str) else f'{abs(got - due):.1e}'} |")
+        wrong += isinstance(got, str) or abs(got - due) > 1e-3
     return 1 if wrong else 0
 
 

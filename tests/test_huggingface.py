@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import inspect
 import json
 import math
+import os
 import shutil
-from collections.abc import Callable
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pytest
@@ -997,3 +1004,108 @@ def test_lm_evaluation_harness_gets_the_same_number(
     ).stdout)["rows"][0]  # fmt: skip
     assert mine["tokens"] == 4 * 8 * CTX
     assert abs(mine["nll"] - theirs) < 1e-5
+
+
+# --- the hub ----------------------------------------------------------------------------------------------------------
+
+
+class Hub(ThreadingHTTPServer):
+    """One model, by the part of the hub's protocol that a download takes."""
+
+    NAME, COMMIT = "someone/tiny", "0123456789abcdef0123456789abcdef01234567"
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.folder = folder
+        self.asked: list[str] = []
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {"HF_ENDPOINT": f"http://127.0.0.1:{self.server_port}", "HF_HUB_OFFLINE": "0"}
+
+
+class Answer(BaseHTTPRequestHandler):
+    server: Hub
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self._answer(body=False)
+
+    def do_GET(self) -> None:
+        self._answer(body=True)
+
+    def _answer(self, *, body: bool) -> None:
+        path, hub = unquote(urlsplit(self.path).path), self.server
+        hub.asked.append(path)
+        name = path.removeprefix(f"/{hub.NAME}/resolve/{hub.COMMIT}/")
+        files = [{"type": "file", "path": one.name, "size": one.stat().st_size, "oid": one.name}
+                 for one in sorted(hub.folder.iterdir())]  # fmt: skip
+        if path.startswith(f"/api/models/{hub.NAME}/tree"):
+            content = json.dumps(files).encode()
+        elif path.startswith(f"/api/models/{hub.NAME}"):
+            siblings = [{"rfilename": one["path"]} for one in files]
+            content = json.dumps({"id": hub.NAME, "sha": hub.COMMIT, "siblings": siblings}).encode()
+        elif name != path and (hub.folder / name).is_file():
+            content = (hub.folder / name).read_bytes()
+        else:
+            self.send_response(404)
+            self.send_header("X-Error-Code", "EntryNotFound" if name != path else "RepoNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("Content-Type", "application/octet-stream" if name != path else "application/json")
+        self.send_header("X-Repo-Commit", hub.COMMIT)
+        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+
+@pytest.fixture
+def hub(saved: Callable[[str], Path], tmp_path: Path) -> Iterator[Hub]:
+    """A checkpoint with code and a pickle beside its weights, served on this machine."""
+    folder = tmp_path / "served"
+    shutil.copytree(saved("llama"), folder)
+    for name in ("modeling_own.py", "pytorch_model.bin"):
+        (folder / name).write_text("raise SystemExit('never read')")
+    with Hub(folder) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def test_a_name_on_the_hub_is_fetched_without_code_and_pickles(
+    hub: Hub, saved: Callable[[str], Path], place: Place, tmp_path: Path
+) -> None:
+    """The library that talks to the hub, talking to one; another time nothing is fetched again."""
+    settings = ("--ctx", str(2 * CTX), "--scaling", "linear", "eval.tokens=2048", "--json", "data=text",
+                f"data.path={place.text}", *place.settings)  # fmt: skip
+
+    def asked_of(name: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "ropelab", "eval", "--hf", name, *settings], capture_output=True, text=True,
+            check=False, env={**os.environ, **hub.environment, "HF_HOME": str(tmp_path / "home")},
+        )  # fmt: skip
+
+    done = asked_of(hub.NAME)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["source"] == hub.NAME
+    due = json.loads(good("eval", "--hf", saved("llama"), *settings).stdout)
+    assert found["rows"] == due["rows"]
+    fetched = {path.rpartition("/")[2] for path in hub.asked if "/resolve/" in path}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= fetched
+    assert not [name for name in fetched if name.endswith((".py", ".bin"))]
+    hub.asked.clear()
+    assert json.loads(asked_of(hub.NAME).stdout)["rows"] == due["rows"]
+    assert not [path for path in hub.asked if path.endswith(".safetensors")]
+    wrong = asked_of("someone/else")
+    assert wrong.returncode == 2
+    (line,) = wrong.stderr.strip().splitlines()
+    assert "the hub does not give it (RepositoryNotFoundError)" in line
