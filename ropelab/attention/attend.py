@@ -179,11 +179,24 @@ class Attend:
         self, q: Tensor, k: Tensor, start: int, stop: int, first: int, far: tuple[Tensor, Tensor] | None, decay: Any
     ) -> Tensor:
         """Scores of queries start..stop-1 and keys first..stop-1 with all biases: (B, H, rows, keys) fp32."""
-        scores = q[:, :, start:stop].float() @ k[:, :, first:stop].float().transpose(-2, -1)
-        if far is not None and self.bias.far is not None:
-            distance = self._distances(start, stop, first)  # (rows, keys)
-            distant = far[0][:, :, start:stop].float() @ far[1][:, :, first:stop].float().transpose(-2, -1)
-            scores = torch.where(distance < self.bias.far, scores, distant)
+
+        def product(q: Tensor, k: Tensor, low: int, high: int) -> Tensor:
+            """Of the queries and keys low..high-1: (B, H, rows, high - low)."""
+            return q[:, :, start:stop].float() @ k[:, :, low:high].float().transpose(-2, -1)
+
+        if far is None or self.bias.far is None:
+            scores = product(q, k, first, stop)
+        else:
+            # keys before `mixed` are far from all of these queries, keys from `near` on are so from none
+            mixed = min(max(first, start - self.bias.far + 1), stop)
+            near = min(max(mixed, stop - self.bias.far), stop)
+            distant, close = product(*far, first, near), product(q, k, mixed, stop)
+            between = torch.where(
+                self._distances(start, stop, mixed)[:, : near - mixed] < self.bias.far,
+                close[..., : near - mixed],
+                distant[..., mixed - first :],
+            )
+            scores = torch.cat((distant[..., : mixed - first], between, close[..., near - mixed :]), dim=-1)
         scores = scores * q.shape[-1] ** -0.5
         if self.bias.cap is not None:
             scores = self.bias.cap * torch.tanh(scores / self.bias.cap)
