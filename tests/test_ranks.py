@@ -274,6 +274,17 @@ def workers_of(launcher: subprocess.Popen[str]) -> list[int]:
     return [int(pid) for pid in children.read_text(encoding="ascii").split()]
 
 
+@pytest.mark.skipif(not os.environ.get("ROPELAB_COMPILE_TESTS"), reason="minutes of compiling: ROPELAB_COMPILE_TESTS=1")
+@pytest.mark.parametrize("pos", ["rope", "alibi", "t5"])
+def test_sharded_compiled_and_recomputed_it_is_one_process(pos: str, home: Path, tmp_path: Path) -> None:  # noqa: F811
+    """All three at once, as a large model has it."""
+    changes = ("train.parallel=fsdp", "train.compile=true", "train.activation_checkpointing=true")
+    given = (f"pos={pos}", "train.dtype=fp32")
+    status, _, errors = ended(start(command(home, tmp_path / "two", *given, *changes)), timeout=600)
+    assert status == 0, errors
+    assert_close(the_run(tmp_path / "two"), train(home, tmp_path / "one", *given))
+
+
 def test_a_killed_training_is_resumed_bit_exactly(out: Path, home: Path, tmp_path: Path) -> None:  # noqa: F811
     """`torchrun -m ropelab train`, killed with SIGKILL in the middle, against one that was not."""
     process = start(command(home, tmp_path, *LONG))
