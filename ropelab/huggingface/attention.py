@@ -95,12 +95,15 @@ class Layers:
 
         def end() -> None:
             if self._change.far is not None and not self._differing:
-                raise ValueError(
-                    f"the layers of {type(self._model).__name__} take their angles in a way that ropelab does not "
-                    "know: no scaling of attention can be applied to it"
-                )
+                raise self._unknown()
 
         return end
+
+    def _unknown(self) -> ValueError:
+        return ValueError(
+            f"the layers of {type(self._model).__name__} take their angles in a way that ropelab does not know; leave "
+            "out eval.window and scalings of attention"
+        )
 
     # --- angles -----------------------------------------------------------------------------------------------------
 
@@ -132,17 +135,19 @@ class Layers:
 
         @functools.wraps(forward)
         def made(*args: Any, **kwargs: Any) -> Any:
-            angles = signature.bind(*args, **kwargs).arguments.get("position_embeddings")
-            if angles is None:
+            given = signature.bind(*args, **kwargs)
+            angles = given.arguments.get("position_embeddings")
+            if angles is None or self._rotary is None:
                 return forward(*args, **kwargs)
             number = next((n for n, near in enumerate(self._near) if _same(near, angles)), None)
+            if number is None and not self._rotary.label:
+                raise self._unknown()
             self._exempt = number is None  # the angles of another type of layers, which no scaling is for
             if number is not None and self._change.far is not None:
-                named = dict(signature.bind(*args, **kwargs).arguments)
-                rest = named.pop("kwargs", {})
                 self._taken = []
                 for there in self._far[number]:
-                    forward(**{**named, **rest, "position_embeddings": there})
+                    given.arguments["position_embeddings"] = there
+                    forward(*given.args, **given.kwargs)
                 query, _, _, key = self._taken
                 self._taken, self._second = None, (query, key)
             try:
