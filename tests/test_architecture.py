@@ -19,7 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "sweeping": {"cluster", "config", "experiment", "launcher", "schema", "sweeps"},
     "cluster": {"launcher", "progress", "ranks", "schema", "sweeps", "worker"},
     "sweeps": {"files", "runs"},
-    "huggingface": {"__init__", "config", "data", "experiment", "files", "model", "positions", "progress", "ranks",
+    "huggingface": {"__init__", "attention", "config", "data", "experiment", "files", "model", "positions", "progress", "ranks",
                     "runs", "schema", "training"},
     "bench": {"attention", "config", "experiment", "model", "positions", "schema", "stacking", "training"},
     "reproduce": {"claims", "config", "experiment", "launcher", "schema"},
