@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ropelab import files
-from ropelab.runs import RunDir, RunError
+from ropelab.runs import SWEEPS, RunDir, RunError
 
 PENDING, RUNNING, DONE, FAILED, CANCELLED, LOST = "PENDING", "RUNNING", "DONE", "FAILED", "CANCELLED", "LOST"
 UNFINISHED = (FAILED, CANCELLED, LOST)  # what `retry` starts again
@@ -269,7 +269,7 @@ def create(
 ) -> Sweep:
     """The sweep of these tasks: a new folder, or the one that they had before. `OSError` where it cannot be written."""
     digest = files.digest_of([[task["run"], task["evaluations"]] for task in tasks])
-    path = runs_dir / "sweeps" / f"{stem}-{digest[:8]}"
+    path = runs_dir / SWEEPS / f"{stem}-{digest[:8]}"
     known = files.read_json(path / "manifest.json")
     kept = {key: known[key] for key in ("created", "launched", "launcher") if key in known} if known else {}
     files.write_json(
@@ -290,7 +290,7 @@ def launched(sweep: Sweep, launcher: Mapping[str, Any]) -> None:
 
 def all_sweeps(runs_dir: Path) -> list[Path]:
     """Every sweep folder, the latest last."""
-    found = [path.parent for path in (runs_dir / "sweeps").glob("*/manifest.json")]
+    found = [path.parent for path in (runs_dir / SWEEPS).glob("*/manifest.json")]
     return sorted(found, key=lambda path: (path / "manifest.json").stat().st_mtime_ns)
 
 
@@ -298,8 +298,8 @@ def matching(name: str, runs_dir: Path) -> list[Path]:
     """The sweeps that a path or a whole name is, else those whose names begin with it or end in it as a digest."""
     if not name.strip():
         return []
-    for place in (Path(name).expanduser(), runs_dir / "sweeps" / name):
-        if place.resolve().parent.name == "sweeps" and (place / "manifest.json").is_file():
+    for place in (Path(name).expanduser(), runs_dir / SWEEPS / name):
+        if place.resolve().parent.name == SWEEPS and (place / "manifest.json").is_file():
             return [place]
     known = all_sweeps(runs_dir)
     return [path for path in known if path.name.startswith(name) or path.name.rpartition("-")[2] == name]

@@ -270,6 +270,12 @@ def test_a_sweep_trains_evaluates_and_does_nothing_twice(
     assert status == 0, err
     rows = (tmp_path / "page" / "results.csv").read_text(encoding="utf-8")
     assert rows.count("rope") >= 2
+    for command in ("eval", "show", "export"):  # which are of one run
+        for asked_for in (name, str(tmp_path / "runs" / "sweeps" / name)):
+            rest = ("-o", str(tmp_path / "out")) if command == "export" else ()
+            status, _, err = ropelab(command, asked_for, f"runs_dir={tmp_path / 'runs'}", *rest)
+            assert status == 2
+            assert "is a sweep of several runs" in err.strip()
 
 
 def test_a_missing_result_is_made_again_and_only_that(ropelab: Run, here: tuple[str, ...], tmp_path: Path) -> None:

@@ -184,8 +184,8 @@ def evaluate_subject(
     if config.baseline is None:
         passes = subject.plan(encodings, target, dtype, limit_gb=_limit_gb(config.memory_gb, target, ranks))
     if ranks.is_first:
-        subject.keep()
-        _make_results_folder(kept_in)
+        if kept_in.parent.is_dir():  # a checkpoint gets its folder when there is something to put there
+            _make_results_folder(kept_in)
         if passes is not None:
             notice(str(passes))
     model = subject.load(target, dtype, window=config.window, kept=kept)
@@ -298,6 +298,8 @@ def evaluate_subject(
         "position_curve": curve,
     }
     if tensors and ranks.is_first:
+        subject.keep()
+        _make_results_folder(kept_in)
         from safetensors.torch import save
 
         files.write(losses_path, save({key: value.contiguous() for key, value in tensors.items()}))

@@ -19,6 +19,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ropelab import data, files
+from ropelab.experiment.devices import DTYPE_NAMES
+from ropelab.huggingface import rotary
+from ropelab.runs import is_run
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -52,6 +55,8 @@ def find(name: str) -> Path:
         if name.count("/") > 1 or name.startswith((".", "/", "~")):
             raise ValueError(f"{name} does not exist; give a folder with config.json, or a model's name on the hub")
         folder = _fetched(name)
+    if is_run(folder) and not (folder / "config.json").is_file():
+        raise ValueError(f"{name} is a run of ropelab: leave out --hf")
     if not folder.is_dir():
         raise ValueError(f"{name} is a file; give the folder that holds config.json and {WEIGHTS}")
     if not (folder / "config.json").is_file():
@@ -137,7 +142,11 @@ def skeleton(config: Any) -> nn.Module:
         with quiet(), torch.device("meta"):
             model: nn.Module = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config))
     except Exception as error:  # a value that the model's class does not know
-        raise ValueError(f"transformers {transformers.__version__} cannot build this model ({_line(error)})") from None
+        version = f"transformers {transformers.__version__}"
+        kinds = [one.get("rope_type") for one in rotary.declared(config).values()]
+        if isinstance(error, KeyError) and error.args[0] in kinds:
+            raise ValueError(f"{version} does not know the rope_type '{error.args[0]}' of config.json") from None
+        raise ValueError(f"{version} cannot build this model ({_line(error)})") from None
     return model
 
 
@@ -150,25 +159,29 @@ def load(folder: Path, config: Any, dtype: torch.dtype) -> Any:
         with quiet():
             model, info = transformers.AutoModelForCausalLM.from_pretrained(
                 folder, config=copy.deepcopy(config), dtype=dtype, use_safetensors=True, trust_remote_code=False,
-                local_files_only=True, output_loading_info=True,
+                local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True,
             )  # fmt: skip
     except Exception as error:  # damaged files, wrong shapes: each library has its own class
         raise ValueError(f"{folder} cannot be loaded ({_line(error)})") from None
     for key, what in (("missing_keys", "lacks"), ("mismatched_keys", "has another shape for")):
         if info.get(key):
-            names = sorted(str(name) for name in info[key])
+            names = sorted(str(name if isinstance(name, str) else name[0]) for name in info[key])
             raise ValueError(f"the checkpoint {folder} {what} {names[0]}, which {type(model).__name__} needs")
     model.eval()
-    _check_causal(model, folder)
+    _check_causal(model, folder, DTYPE_NAMES[dtype])
     return model
 
 
 @torch.no_grad()
-def _check_causal(model: Any, folder: Path) -> None:
+def _check_causal(model: Any, folder: Path, dtype: str) -> None:
     ids = torch.arange(8)[None] % model.config.get_text_config().vocab_size  # (1, T)
     other = ids.clone()
     other[0, -1] = 0
     one, two = (model(input_ids=tokens, use_cache=False).logits[0, :-1].float() for tokens in (ids, other))
+    if not (torch.isfinite(one).all() and torch.isfinite(two).all()):
+        raise ValueError(
+            f"{folder} gives numbers that are not finite: its weights are damaged, or too large for {dtype}"
+        )
     if not torch.allclose(one, two, rtol=1e-3, atol=1e-3 * float(one.abs().max())):
         raise ValueError(f"{folder} attends to later tokens: it is an encoder, and has no next token to score")
 
@@ -200,6 +213,8 @@ def read_tokenizer(folder: Path, rows: int) -> data.Tokenizer:
                     folder, trust_remote_code=False, local_files_only=True
                 )
             source = json.loads(found.backend_tokenizer.to_str())
+            if not found("a text")["input_ids"]:  # some classes make an empty one of nothing
+                raise ValueError("no vocabulary")
         except Exception as error:  # each tokeniser fails in its own way without its files
             raise ValueError(
                 f"{folder} has no tokenizer.json, and none can be made of its files ({type(error).__name__}); write "

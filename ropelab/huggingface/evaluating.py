@@ -26,6 +26,7 @@ from ropelab.model import logits_held
 from ropelab.positions import SCALINGS, Geometry, PositionEncoding, Positions, Rope, applied_parameters
 from ropelab.progress import Progress, silent
 from ropelab.ranks import ALONE, Ranks
+from ropelab.runs import is_run
 from ropelab.schema import Config, DataConfig, EvalConfig, Method
 from ropelab.training import matmul_precision
 
@@ -41,6 +42,8 @@ class Checkpoint(Subject):
 
     def __init__(self, name: str, config: Config, text: DataConfig | None) -> None:
         self.source = name
+        if not Path(name).expanduser().exists() and is_run(Path(config.runs_dir).expanduser() / name):
+            raise ValueError(f"{name} is a run of ropelab: leave out --hf")
         self.folder = checkpoint.find(name)
         self.config = checkpoint.read_config(self.folder)
         body = self.config.get_text_config()

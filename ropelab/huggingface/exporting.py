@@ -73,6 +73,10 @@ def export(
     wanted = trained.scaling if scaling is None else scaling
     if wanted.parameters.get("factor") == "auto-row":
         raise ValueError("scaling.factor=auto-row is a factor for each length; an export has one: give a number")
+    if max_ctx is not None and max_ctx < train_ctx:
+        raise ValueError(
+            f"--max-ctx {max_ctx} is below the {train_ctx} tokens that {run.name} was trained at; give more"
+        )
     method = resolve_factor(wanted, longest=max_ctx or 4 * train_ctx, original_ctx=original_ctx)
     model = load_model(run, run.load_weights(), device=torch.device("cpu"))
     encoding = encoding_of(trained, method, original_ctx)

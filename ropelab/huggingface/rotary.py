@@ -81,7 +81,10 @@ def encoding_of(parameters: Mapping[str, Any], *, pairs: int, d_head: int) -> Me
     fraction = 2 * pairs / d_head
     if int(d_head * fraction) < 2 * pairs:  # the product is rounded
         fraction = math.nextafter(fraction, 2)
-    rope = {"base": float(parameters["rope_theta"]), "layout": "half"}
+    base = float(parameters["rope_theta"])
+    if not 1 < base < math.inf:
+        raise ValueError(f"rope_theta in config.json must be above 1, not {base:g}")
+    rope = {"base": base, "layout": "half"}
     if parameters.get("rope_type") == "proportional":
         return Method("p_rope", {**rope, "p": float(parameters.get("partial_rotary_factor", 1.0))})
     return Method("rope", {**rope, "fraction": fraction})

@@ -243,7 +243,10 @@ def longrope(
     replaces sqrt(1 + ln s / ln L) of the released code.
     """
     if not long_factors:
-        raise ValueError("scaling=longrope has no factors; give scaling.factors=FILE, of ropelab search longrope, say")
+        raise ValueError(
+            "scaling=longrope has no factors; give scaling.factors=FILE, of ropelab search longrope, "
+            "or scaling.long_factors=[...]"
+        )
     _check_rescale("long_factors", long_factors, inv_freq.shape[0])
     if short_factors:
         _check_rescale("short_factors", short_factors, inv_freq.shape[0])

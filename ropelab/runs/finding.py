@@ -9,6 +9,8 @@ from pathlib import Path
 
 from ropelab.runs.folder import RunDir, RunError
 
+SWEEPS = "sweeps"  # the folder among the runs that holds sweeps
+
 
 def open_runs_dir(path: str) -> Path:
     """Create the folder of runs. `ValueError` when it cannot be written."""
@@ -44,9 +46,19 @@ def find_run(name: str, runs_dir: Path) -> RunDir:
     """The run that a path, a folder name, or an unambiguous beginning of one names. `RunError` otherwise."""
     if not name.strip():
         raise RunError("a run has a name, or a beginning of one; `ropelab runs` lists them")
-    for candidate in (Path(name).expanduser(), runs_dir / name):
+    given = Path(name).expanduser()
+    if is_run(runs_dir / SWEEPS / given.name) and given.parent.name in ("", SWEEPS):
+        raise RunError(
+            f"'{name}' is a sweep of several runs: `ropelab status {name}` lists them, `ropelab report {name}` shows "
+            "their evaluations"
+        )
+    for candidate in (given, runs_dir / name):
         if is_run(candidate):
             return RunDir(candidate)
+    if (given / "config.json").is_file():
+        raise RunError(
+            f"{name} is a checkpoint, not a run: `ropelab eval --hf {name}`, or `ropelab import {name}` first"
+        )
     known = all_runs(runs_dir)
     # `sinusoidal` is sinusoidal-stdlib-s0-..., not sinusoidal_qk-...
     matches = [run for run in known if run.name.startswith(f"{name}-") or run.name.rpartition("-")[2] == name]
