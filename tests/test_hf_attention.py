@@ -249,6 +249,9 @@ def test_far_keys_that_are_not_turned_are_an_error(
         losses(saved("llama"), asked("rerope", []), place, TEXT)
     monkeypatch.undo()
     monkeypatch.setattr(attention, "_same", lambda near, angles: False)
+    for method in ("rerope", "block_causal"):  # of layers of two types, as if all were of the other one
+        with pytest.raises(ValueError, match="Gemma3ForCausalLM take their angles in a way that ropelab does not know"):
+            losses(saved("gemma3"), asked(method, []), place, TEXT)
     with pytest.raises(ValueError, match="LlamaForCausalLM take their angles in a way that ropelab does not know"):
         losses(saved("llama"), asked("rerope", []), place, TEXT)
 

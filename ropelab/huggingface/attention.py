@@ -45,7 +45,7 @@ class Layers:
         self._taken: list[Tensor] | None = None  # where queries and keys go in a pass for them alone
         self._exempt = False  # of the layer at hand: is no scaling for it?
         self._second: tuple[Tensor, Tensor] | None = None  # of the layer at hand: queries and keys of the far score
-        self._differing = 0  # layers whose far score had other queries than the near one
+        self._reached = 0  # layers that the change had an effect on: far scores had other queries than near ones
         self._attends: dict[tuple[int, bool, Bias], Attend] = {}
         self._hooks: list[Any] = []
         self._modules: list[nn.Module] = []
@@ -90,11 +90,12 @@ class Layers:
                 self._hooks.append(module.register_forward_hook(hook, with_kwargs=True))
 
     def watched(self) -> Callable[[], None]:
-        """Watch the layers in the next pass; what is returned checks that far keys had a score of their own."""
-        self._differing = 0
+        """Watch the layers in the next pass; what is returned checks that what was said reached them."""
+        self._reached = 0
 
         def end() -> None:
-            if self._change.far is not None and not self._differing:
+            said = self._change
+            if (said.far, said.block, said.logit_scale) != (None, None, None) and not self._reached:
                 raise self._unknown()
 
         return end
@@ -185,8 +186,8 @@ class Layers:
         windows = [size for size in (local, self._window) if size]
         said = Positions() if self._exempt else self._change
         second = self._second
-        if second is not None:
-            self._differing += not torch.equal(second[0], query)
+        if not self._exempt:
+            self._reached += said.far is None if second is None else not torch.equal(second[0], query)
         bias = Bias(
             window=min(windows, default=None),
             block=said.block,
