@@ -1,7 +1,11 @@
 """Files that are whole or not there: written under a temporary name, synced, renamed. And digests of content.
 
-A temporary file or folder is locked by the process that fills it. One that nobody holds was left by a killed process:
-whoever writes under the same name next removes it.
+A temporary file or folder has a name that only this module gives: a mark, the machine, a random token, and a checksum
+of these. It is locked by the process that fills it. Only what has such a name is ever cleared away, and only when the
+process that made it is gone.
+
+What is removed or cut short is named together with the folder that it must lie in: a path that leaves that folder, or
+reaches into it through a link, is refused.
 
 A JSON object can be sealed: it then holds a digest of itself, so that a flipped bit is no other number.
 """
@@ -9,19 +13,33 @@ A JSON object can be sealed: it then holds a digest of itself, so that a flipped
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
+import functools
 import hashlib
 import json
+import math
 import os
+import re
+import secrets
 import shutil
-import tempfile
+import socket
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+JSON_LIMIT = 2**24  # bytes of a JSON file, where its reader says nothing else
+DIGITS = 40  # of a whole number in JSON; what is longer is no length, count or time of ours
+Types = tuple[type, ...]
+
 
 class DamagedError(ValueError):
     """A file that is not what was written; the message says how, without the file's name."""
+
+
+class OutsideError(ValueError):
+    """A path that does not lie in the folder that it was given for, or is reached through a link."""
 
 
 def digest_of(value: Any) -> str:
@@ -35,25 +53,96 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, *, limit: int = JSON_LIMIT, follow: bool = False) -> Any:
     """The value in a JSON file, or None when there is none or it is damaged, its seal included."""
     try:
-        return load_json(path)
+        return load_json(path, limit=limit, follow=follow)
     except (OSError, ValueError):
         return None
 
 
-def load_json(path: Path) -> Any:
-    """The value in a JSON file; of a sealed object what was sealed. `DamagedError`; `OSError` where none is there."""
-    if path.exists() and not path.is_file():  # a pipe would be waited for without an end
-        raise DamagedError("it is no file")
+def load_json(path: Path, *, limit: int = JSON_LIMIT, follow: bool = False) -> Any:
+    """The value in a JSON file of at most `limit` bytes; of a sealed object what was sealed.
+
+    `DamagedError` where it is no such file; `OSError` where none is there. A link counts as none, unless `follow`.
+    """
+    return unsealed(parse_json(read(path, limit=limit, follow=follow)))
+
+
+def read(path: Path, *, limit: int, follow: bool = False) -> bytes:
+    """The content of a file of at most `limit` bytes. `DamagedError` for a larger one, a pipe, a device, a link.
+
+    `follow`: is a link followed to the file that it leads to?
+    """
+    try:  # a pipe would be waited for without an end
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW))
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise DamagedError("it is a link") from None
+        raise
     try:
-        value = json.loads(path.read_bytes())
+        state = os.fstat(handle)
+        if not stat.S_ISREG(state.st_mode):
+            raise DamagedError("it is no file")
+        if state.st_size > limit:
+            raise DamagedError(f"it has {state.st_size} bytes, and {limit} are the most that is read")
+        with os.fdopen(os.dup(handle), "rb") as file:
+            return file.read(limit)
+    finally:
+        os.close(handle)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value that a JSON text spells. `DamagedError` where it is none, nested too deeply, or holds no number.
+
+    Infinity, NaN and numbers beyond a float or of more than `DIGITS` digits are none.
+    """
+    try:
+        return json.loads(text, parse_int=_whole, parse_float=_finite, parse_constant=_finite)
+    except DamagedError:
+        raise
     except ValueError as error:
         raise DamagedError(f"it is truncated or altered: {error}") from None
     except RecursionError:
         raise DamagedError("it is nested too deeply") from None
-    return unsealed(value)
+
+
+def _whole(text: str) -> int:
+    if len(text) > DIGITS:
+        raise DamagedError(f"it holds a number of {len(text)} digits")
+    return int(text)
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise DamagedError(f"it holds a number that is not finite: {text[:20]}")
+    return number
+
+
+def mistyped(
+    item: Any, needed: Mapping[str, Types], other: Mapping[str, Types] | None = None, *, where: str = ""
+) -> str | None:
+    """What of a JSON value is not as it has to be; None where all is well.
+
+    `needed`: the types of the keys that an object must have; `other`: of those that it may have. `where`: said before
+    a key. True and False are no numbers, and neither is what is not finite.
+    """
+    if not isinstance(item, dict):
+        return f"{where.rstrip('.') or 'it'} is no JSON object"
+    if (missing := next((key for key in needed if key not in item), None)) is not None:
+        return f"{where}{missing} is missing"
+    for key, kinds in {**needed, **(other or {})}.items():
+        if key in item and not is_of(item[key], kinds):
+            return f"{where}{key} is {type(item[key]).__name__}"
+    return None
+
+
+def is_of(value: Any, kinds: Types) -> bool:
+    """Is a JSON value of one of these types? True and False are no numbers, and neither is what is not finite."""
+    if isinstance(value, bool):
+        return bool in kinds
+    return isinstance(value, kinds) and (not isinstance(value, float) or math.isfinite(value))
 
 
 def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,11 +171,11 @@ def unsealed(value: Any) -> Any:
 def write(path: Path, content: bytes) -> None:
     """Write a file; a reader sees the old one or the whole new one. `OSError` names the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{path.name}."
-    _remove_abandoned(path.parent, prefix)
+    clear_abandoned(path.parent)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     while True:
-        handle, name = tempfile.mkstemp(prefix=prefix, dir=path.parent)
-        temporary = Path(name)
+        temporary = path.parent / _temporary_name()
+        handle = os.open(temporary, flags, 0o666)
         if _held(handle, temporary):
             break
         os.close(handle)
@@ -95,7 +184,6 @@ def write(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-            temporary.chmod(0o666 & ~_umask())  # mkstemp is private; this is an ordinary file
             temporary.replace(path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
@@ -120,11 +208,11 @@ def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
 def new_folder(final: Path) -> Iterator[Path]:
     """A temporary folder beside `final` to write files into, removed at the end if it was not published."""
     final.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{final.name[:16]}-"
-    _remove_abandoned(final.parent, prefix)
+    clear_abandoned(final.parent)
     while True:
-        temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=final.parent))
-        handle = os.open(temporary, os.O_RDONLY)
+        temporary = final.parent / _temporary_name()
+        temporary.mkdir(mode=0o700)
+        handle = os.open(temporary, os.O_RDONLY | os.O_CLOEXEC)
         if _held(handle, temporary):
             break
         os.close(handle)
@@ -149,26 +237,73 @@ def publish(temporary: Path, final: Path) -> bool:
     return True
 
 
-def discard(folder: Path) -> None:
-    """Remove a folder: renamed first, so that its name never stands for half of it."""
-    with new_folder(folder) as temporary, contextlib.suppress(FileNotFoundError):
-        folder.rename(temporary / "discarded")
+def own(path: Path, within: Path) -> Path:
+    """A path below the folder `within`, which may itself be a link. `OutsideError` where another link is on the way."""
+    try:
+        parts = path.relative_to(within).parts
+    except ValueError:
+        parts = ()
+    if not parts or ".." in parts:
+        raise OutsideError(f"{path} does not lie in {within}")
+    here = within
+    for part in parts:
+        here = here / part
+        if here.is_symlink():
+            raise OutsideError(
+                f"{here} is a link, and none is followed in {within}: move what it leads to into its place (mv), or "
+                "move the whole folder and leave a link to that"
+            )
+    return path
 
 
-def _held(handle: int, temporary: Path) -> bool:
-    """Lock a temporary file or folder while it is filled; False where it was taken for abandoned before."""
-    with contextlib.suppress(OSError):  # some network file systems lock no folders, and keep leftovers
-        fcntl.flock(handle, fcntl.LOCK_EX)
-    return temporary.exists()
+def remove(path: Path, *, within: Path) -> None:
+    """Remove a file or a folder below `within`, should it be there. `OutsideError`, and nothing is done, as of `own`.
+
+    A folder is renamed first, so that its name never stands for half of it.
+    """
+    own(path, within)
+    if not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    with new_folder(path) as temporary, contextlib.suppress(FileNotFoundError):
+        path.rename(temporary / "removed")
 
 
-def _remove_abandoned(folder: Path, prefix: str) -> None:
-    """Remove the temporary files and folders of this beginning that no process holds any more."""
+def truncate(path: Path, size: int, *, within: Path) -> None:
+    """Cut a file below `within` to `size` bytes. `OutsideError`, and nothing is done, as of `own`."""
+    handle = os.open(own(path, within), os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        os.ftruncate(handle, size)
+    finally:
+        os.close(handle)
+
+
+def append(path: Path, text: str, *, within: Path) -> None:
+    """Add to a text file below `within`, which is made. `OutsideError` as of `own`; an `OSError` names the file."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        with os.fdopen(os.open(own(path, within), flags, 0o666), "ab") as file:
+            file.write(text.encode())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def open_lock(folder: Path) -> int:
+    """A descriptor of the file `lock` in a folder, which is made. No link is followed: `OSError`."""
+    return os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+
+
+def clear_abandoned(folder: Path, *, any_machine: bool = False) -> None:
+    """Remove the temporary files and folders in `folder` that were left by processes which are gone.
+
+    Those of other machines, whose locks need not be seen here, only where the caller knows that nobody else writes in
+    this folder (`any_machine`).
+    """
     with contextlib.suppress(OSError):  # also where another process removes them at the same time
-        for leftover in [path for path in folder.iterdir() if path.name.startswith(prefix)]:
-            if leftover.is_symlink() or not (leftover.is_dir() or leftover.is_file()):
+        for leftover in [path for path in folder.iterdir() if is_temporary(path.name)]:
+            if leftover.is_symlink() or not (any_machine or f"-{_machine()}-" in leftover.name):
                 continue
-            handle = os.open(leftover, os.O_RDONLY)
+            handle = os.open(leftover, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if leftover.is_dir():
@@ -179,6 +314,33 @@ def _remove_abandoned(folder: Path, prefix: str) -> None:
                 continue
             finally:
                 os.close(handle)
+
+
+def is_temporary(name: str) -> bool:
+    """Is this the name of a temporary file or folder that this module made?"""
+    found = re.fullmatch(r"\.ropelab-tmp-([0-9a-f]{8})-([0-9a-f]{16})-([0-9a-f]{8})", name)
+    return found is not None and found[3] == _checksum(found[1], found[2])
+
+
+def _temporary_name() -> str:
+    token = secrets.token_hex(8)
+    return f".ropelab-tmp-{_machine()}-{token}-{_checksum(_machine(), token)}"
+
+
+def _checksum(machine: str, token: str) -> str:
+    return hashlib.sha256(f"ropelab {machine} {token}".encode()).hexdigest()[:8]
+
+
+@functools.cache
+def _machine() -> str:
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+
+
+def _held(handle: int, temporary: Path) -> bool:
+    """Lock a temporary file or folder while it is filled; False where it was taken for abandoned before."""
+    with contextlib.suppress(OSError):  # some network file systems lock no folders, and keep leftovers
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    return temporary.exists()
 
 
 def sync_folder(folder: Path) -> None:

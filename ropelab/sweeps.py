@@ -17,14 +17,16 @@ import contextlib
 import difflib
 import fcntl
 import os
+import re
 import socket
+import stat
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ropelab import files
-from ropelab.runs import SWEEPS, RunDir, RunError
+from ropelab.runs import SWEEPS, RunDir, RunError, wrong_evaluation
 
 PENDING, RUNNING, DONE, FAILED, CANCELLED, LOST = "PENDING", "RUNNING", "DONE", "FAILED", "CANCELLED", "LOST"
 UNFINISHED = (FAILED, CANCELLED, LOST)  # what `retry` starts again
@@ -49,28 +51,64 @@ class Holder(NamedTuple):
     host: str
 
 
+# what a sweep's files say, by type: whoever wrote them, what is read from them is of these
+MANIFEST: dict[str, files.Types] = {"tasks": (list,)}
+MANIFEST_OPTIONAL: dict[str, files.Types] = {
+    "sweep": (str,), "digest": (str,), "created": (int, float), "launched": (int, float), "launcher": (dict,),
+    "settings": (list,), "points": (list,),
+}  # fmt: skip
+TASK: dict[str, files.Types] = {"run": (str,), "config": (dict,), "evaluations": (list,)}
+QUESTION: dict[str, files.Types] = {"eval": (dict,), "scaling": (str, type(None))}
+ANSWER: dict[str, files.Types] = {
+    "train": (dict,), "evaluations": (list,), "manifest": (dict,), "error": (str,), "cancelled": (str,),
+    "said": (int, float),
+}  # fmt: skip
+EVALUATION: dict[str, files.Types] = {"result": (dict,), "losses": (str,)}
+MANIFEST_LIMIT = 2**28  # bytes: 10000 tasks
+ANSWER_LIMIT = 2**26
+LOG_TAIL = 2**16  # bytes of a log that are looked at
+JOB = re.compile(r"[0-9]{1,19}(_[0-9]{1,9})?")  # 12, or 12_3 in an array
+RUN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
+
+
 class Sweep:
-    """The folder of one sweep."""
+    """The folder of one sweep. `RunError` where its manifest is none, or leads out of the folder of runs."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        manifest = files.read_json(path / "manifest.json")
-        if not isinstance(manifest, dict) or not isinstance(manifest.get("tasks"), list):
-            raise RunError(f"{path / 'manifest.json'} is missing or damaged; give the `ropelab sweep` command again")
+        where = path / "manifest.json"
+        fix = "give the `ropelab sweep` command again"
+        try:
+            manifest = files.load_json(where, limit=MANIFEST_LIMIT)
+        except FileNotFoundError:
+            raise RunError(f"{where} is missing; {fix}") from None
+        except (OSError, ValueError) as error:
+            raise RunError(f"{where} cannot be read: {error}; {fix}") from None
+        if (wrong := _wrong_manifest(manifest)) is not None:
+            raise RunError(f"{where} is not the manifest of a sweep: {wrong}; {fix}")
         self.manifest: dict[str, Any] = manifest
         self.tasks: list[dict[str, Any]] = manifest["tasks"]
-        for task in self.tasks:
-            # a stranger's sweep must not lead out of the folder of runs
-            if not isinstance(task, dict) or Path(str(task.get("run"))).name != task.get("run"):
-                raise RunError(f"{path / 'manifest.json'} names a run that is no name; it was altered")
+        for task in self.tasks:  # its runs lie beside it, wherever it was made
+            task["config"]["runs_dir"] = str(self.runs_dir.resolve())
 
     @property
     def name(self) -> str:
         return self.path.name
 
     @property
+    def runs_dir(self) -> Path:
+        return self.path.parent.parent
+
+    def own(self, *names: str) -> Path:
+        """A file or folder of the sweep. `RunError` where it is a link: it may lead out of a stranger's sweep."""
+        try:
+            return files.own(self.path.joinpath(*names), self.path)
+        except files.OutsideError as error:
+            raise RunError(str(error)) from None
+
+    @property
     def logs(self) -> Path:
-        return self.path / "logs"
+        return self.own("logs")
 
     @property
     def launcher(self) -> str:
@@ -78,32 +116,43 @@ class Sweep:
         return str(self.manifest.get("launcher", {}).get("name", "local"))
 
     def run(self, index: int) -> RunDir:
-        return RunDir(self.path.parent.parent / self.tasks[index]["run"])
+        return RunDir(self.runs_dir / self.tasks[index]["run"])
 
     # --- answers
 
     def _answer_path(self, index: int) -> Path:
-        return self.path / "answers" / f"{index:04d}.json"
+        return self.own("answers", f"{index:04d}.json")
 
     def answer(self, index: int) -> dict[str, Any] | None:
-        """What was said of a task last: results, {"error"}, {"cancelled"}, or None."""
-        found = files.read_json(self._answer_path(index))
-        return found if isinstance(found, dict) else None
+        """What was said of a task last: results, {"error"}, {"cancelled"}, or None. A damaged one is an error."""
+        path = self._answer_path(index)
+        try:
+            found = files.load_json(path, limit=ANSWER_LIMIT)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            return {"error": f"{path} cannot be read: {error}"}
+        wrong = _wrong_answer(found)
+        return dict(found) if wrong is None else {"error": f"{path} is no answer: {wrong}"}
 
     def say(self, index: int, answer: Mapping[str, Any]) -> None:
         files.write_json(self._answer_path(index), {**answer, "said": time.time()})
 
     def forget(self, index: int) -> None:
         """A task is to be worked on anew: what was said of it before is no longer so."""
-        self._answer_path(index).unlink(missing_ok=True)
-        self._job_path(index).unlink(missing_ok=True)
+        files.remove(self._answer_path(index), within=self.path)
+        files.remove(self._job_path(index), within=self.path)
 
     # --- jobs
 
     def jobs(self) -> dict[int, str]:
         """The last job of each task on a cluster."""
-        found = {int(path.stem): files.read_json(path) for path in (self.path / "jobs").glob("[0-9]*.json")}
-        return {index: str(known["job"]) for index, known in found.items() if isinstance(known, dict)}
+        found = {}
+        for path in self.own("jobs").glob("*.json"):
+            known: Any = files.read_json(path) if re.fullmatch("[0-9]{4,9}", path.stem) else None
+            if files.mistyped(known, {"job": (str,)}) is None and JOB.fullmatch(known["job"]):
+                found[int(path.stem)] = str(known["job"])
+        return found
 
     def add_job(self, index: int, job: str) -> None:
         """Note the job of a task: a file each, since jobs note themselves."""
@@ -111,11 +160,11 @@ class Sweep:
 
     def begun(self, index: int, job: str) -> None:
         """A job has begun with a task: what an earlier start of it said is no longer so."""
-        self._answer_path(index).unlink(missing_ok=True)
+        files.remove(self._answer_path(index), within=self.path)
         self.add_job(index, job)
 
     def _job_path(self, index: int) -> Path:
-        return self.path / "jobs" / f"{index:04d}.json"
+        return self.own("jobs", f"{index:04d}.json")
 
     def log_tail(self, index: int) -> str:
         """The last lines of a job's log, in one line."""
@@ -123,7 +172,7 @@ class Sweep:
         if job is None:
             return ""
         for log in sorted(self.logs.glob(f"{job}_*.err"), key=lambda path: path.stat().st_mtime_ns, reverse=True):
-            lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+            lines = [line for line in _end_of(log).splitlines() if line.strip()]
             if lines:
                 return " | ".join(line.strip() for line in lines[-TAIL:])
         return ""
@@ -133,29 +182,36 @@ class Sweep:
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the sweep for one launch; a dead process does not keep it. `RunError` when another one holds it."""
-        with (self.path / "lock").open("a+") as file:
+        lock = self.own("lock")
+        handle = files.open_lock(self.path)
+        try:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise RunError(
                     f"{self.name} is being worked on by another process; `ropelab status {self.name}` shows it"
                 ) from None
-            file.truncate(0)
-            file.write(f"{os.getpid()} {socket.gethostname()}")
-            file.flush()
+            files.truncate(lock, 0, within=self.path)
+            os.write(handle, f"{os.getpid()} {socket.gethostname()}".encode())
             yield
+        finally:
+            os.close(handle)
 
     def holder(self) -> Holder | None:
         """The process that works on the sweep now."""
         try:
-            with (self.path / "lock").open("r") as file:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    process, _, host = file.read().partition(" ")
-                    return Holder(int(process), host)
-        except (OSError, ValueError):
-            pass
+            handle = os.open(self.own("lock"), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
+            return None
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            process, _, host = os.read(handle, 512).decode(errors="replace").partition(" ")
+            return Holder(int(process), host) if process.isdecimal() else None
+        except OSError:
+            return None
+        finally:
+            os.close(handle)
         return None
 
     # --- how it stands
@@ -165,19 +221,22 @@ class Sweep:
         answer = self.answer(index)
         if answer is None or "train" not in answer:
             return False
+        run = self.run(index)
         try:
-            finished = self.run(index).manifest().get("status") == "done"
+            finished = run.manifest().get("status") == "done"
+            losses = [run.results / Path(item["losses"]).name for item in answer["evaluations"]]
         except RunError:
             return False
-        losses = [self.run(index).results / Path(str(item["losses"])).name for item in answer.get("evaluations", [])]
         results = [path.with_suffix(".json") for path in losses]
-        return finished and all(path.is_file() for path in (*losses, *results))
+        weights = {item["result"].get("weights") for item in answer["evaluations"]} - {None}
+        fits = not weights or weights == {run.weights_digest()}
+        return finished and fits and all(path.is_file() for path in (*losses, *results))
 
     def evaluated(self) -> dict[str, set[str]]:
         """The evaluations of the runs that are done: names of result files, by the run's name."""
         done = [index for index in range(len(self.tasks)) if self.is_done(index)]
         answers = {self.tasks[index]["run"]: (self.answer(index) or {}).get("evaluations", []) for index in done}
-        return {run: {Path(str(item["losses"])).stem for item in asked} for run, asked in answers.items()}
+        return {run: {Path(item["losses"]).stem for item in asked} for run, asked in answers.items()}
 
     def results(self, index: int) -> list[dict[str, Any]]:
         """The `eval` objects of a task that is done."""
@@ -249,18 +308,59 @@ def _status(run: RunDir) -> str:
 
 def _last_step(run: RunDir) -> int | None:
     """The step of the last whole line of a run's metrics, without reading the whole file."""
-    import json
-
     try:
-        with run.metrics_path.open("rb") as file:
-            file.seek(0, os.SEEK_END)
-            file.seek(max(0, file.tell() - 4096))
-            lines = file.read().splitlines()
-    except OSError:
+        lines = _end_of(run.metrics_path, 4096).splitlines()
+    except RunError:
         return None
-    for line in reversed(lines):
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            return int(json.loads(line)["step"])
+    for text in reversed(lines):
+        with contextlib.suppress(ValueError):
+            line = files.parse_json(text)
+            if files.mistyped(line, {"step": (int,)}) is None:
+                return int(line["step"])
+    return None
+
+
+def _end_of(path: Path, size: int = LOG_TAIL) -> str:
+    """The last `size` bytes of a text file; nothing where it is none."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return ""
+    with os.fdopen(handle, "rb") as file:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            return ""
+        file.seek(max(0, file.seek(0, os.SEEK_END) - size))
+        return file.read(size).decode(errors="replace")
+
+
+def _wrong_manifest(manifest: Any) -> str | None:
+    """What of a value is not as the manifest of a sweep has it."""
+    if wrong := files.mistyped(manifest, MANIFEST, MANIFEST_OPTIONAL):
+        return wrong
+    for number, task in enumerate(manifest["tasks"]):
+        if wrong := files.mistyped(task, TASK, {"points": (list,)}, where=f"tasks[{number}]."):
+            return wrong
+        if RUN_NAME.fullmatch(task["run"]) is None:
+            return f"tasks[{number}].run is not the name of a run"
+        if wrong := files.mistyped(task["config"].get("train"), {"steps": (int,)}, where=f"tasks[{number}].train."):
+            return wrong
+        for question in task["evaluations"]:
+            if wrong := files.mistyped(question, QUESTION, where=f"tasks[{number}].evaluations."):
+                return wrong
+    return None
+
+
+def _wrong_answer(answer: Any) -> str | None:
+    """What of a value is not as the answer of a task has it."""
+    trained = isinstance(answer, dict) and "train" in answer
+    needed: dict[str, files.Types] = {"evaluations": (list,)} if trained else {}
+    if wrong := files.mistyped(answer, needed, ANSWER):
+        return wrong
+    for item in answer.get("evaluations", []):
+        if wrong := files.mistyped(item, EVALUATION, where="evaluations."):
+            return wrong
+        if wrong := wrong_evaluation(item["result"]):
+            return wrong
     return None
 
 
@@ -270,10 +370,11 @@ def create(
     """The sweep of these tasks: a new folder, or the one that they had before. `OSError` where it cannot be written."""
     digest = files.digest_of([[task["run"], task["evaluations"]] for task in tasks])
     path = runs_dir / SWEEPS / f"{stem}-{digest[:8]}"
-    known = files.read_json(path / "manifest.json")
-    kept = {key: known[key] for key in ("created", "launched", "launcher") if key in known} if known else {}
+    known = files.read_json(path / "manifest.json", limit=MANIFEST_LIMIT)
+    fits = _wrong_manifest(known) is None
+    kept = {key: known[key] for key in ("created", "launched", "launcher") if key in known} if fits else {}
     files.write_json(
-        path / "manifest.json",
+        files.own(path / "manifest.json", runs_dir),
         {
             "sweep": path.name, "digest": digest, "created": time.time(), **kept,
             "settings": list(settings), "points": list(points), "tasks": list(tasks),
@@ -285,13 +386,13 @@ def create(
 def launched(sweep: Sweep, launcher: Mapping[str, Any]) -> None:
     """Note with what the sweep is being worked on."""
     sweep.manifest = {**sweep.manifest, "launched": time.time(), "launcher": dict(launcher)}
-    files.write_json(sweep.path / "manifest.json", sweep.manifest)
+    files.write_json(sweep.own("manifest.json"), sweep.manifest)
 
 
 def all_sweeps(runs_dir: Path) -> list[Path]:
     """Every sweep folder, the latest last."""
     found = [path.parent for path in (runs_dir / SWEEPS).glob("*/manifest.json")]
-    return sorted(found, key=lambda path: (path / "manifest.json").stat().st_mtime_ns)
+    return sorted(found, key=lambda path: (path / "manifest.json").lstat().st_mtime_ns)
 
 
 def matching(name: str, runs_dir: Path) -> list[Path]:

@@ -414,16 +414,21 @@ def test_a_finished_run_with_damaged_weights_is_refused_and_trained_again(
     assert "its weights are damaged or gone" in capsys.readouterr().err
 
 
-def test_what_a_kill_left_half_written_is_removed(home: Path, tmp_path: Path, straight: RunDir) -> None:
+def test_what_a_kill_left_half_written_is_removed(
+    home: Path, tmp_path: Path, straight: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = interrupted(home, tmp_path, at=4)
-    half = run.path / "checkpoints" / ".step-00000007-x1y2"
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr("ropelab.files._machine", lambda: "0123abcd")  # killed on another machine
+        half = run.path / "checkpoints" / files._temporary_name()
     half.mkdir()
     (half / "model.safetensors").write_bytes(b"half")
-    (run.path / ".manifest.json.x1y2").write_text("{", encoding="utf-8")
+    (run.path / files._temporary_name()).write_text("{", encoding="utf-8")
+    (run.path / ".manifest.json.swp").write_text("an editor's", encoding="utf-8")
     with run.metrics_path.open("a", encoding="utf-8") as file:
         file.write('{"step": 5, "loss": 1.0, "lr": 0.1, "grad_norm": 1.0}\n{"step": 6, "lo')
     assert_same_training(train(home, tmp_path), straight)
-    assert [path.name for path in run.path.rglob(".*")] == []
+    assert [path.name for path in run.path.rglob(".*")] == [".manifest.json.swp"]
 
 
 def test_earlier_checkpoints_stay_until_the_new_one_is_read_back(

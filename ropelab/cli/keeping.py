@@ -130,10 +130,11 @@ def _remove(found: list[Any], *, yes: bool) -> None:
     from ropelab import files
 
     for run in found:
+        files.own(run.path, run.path.parent)  # before anybody is asked
         if not yes and not typer.confirm(f"Remove {run.path} and its checkpoints and results?", err=True):
             continue
         with run.locked():
-            files.discard(run.path)
+            files.remove(run.path, within=run.path.parent)
         say(f"removed {run.name}")
 
 

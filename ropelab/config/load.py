@@ -12,7 +12,6 @@ import dataclasses
 import difflib
 import functools
 import json
-import math
 import os
 import re
 import types
@@ -171,7 +170,8 @@ def _factors_file(name: str) -> dict[str, Any]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Is it a finite number that fits into 64 bits?"""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -(2**63) < value < 2**63
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -384,14 +384,32 @@ def _method(group: str, tree: Any) -> Method:
     parameters = {**defaults, **given}  # a stored run may be older than a parameter
     if "factor" in parameters:
         parameters["factor"] = _factor(parameters["factor"])
-    for key, value in parameters.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{group}.{key} must be a finite number, not {value}")
+    for key, value in given.items():
+        _check_parameter(f"{group}.{key}", value, defaults[key])
     for key in ("original_ctx", "max_ctx"):
         length = parameters.get(key)
         if length is not None and not (isinstance(length, int) and length >= 1):
             raise ValueError(f"{group}.{key} must be a whole number >= 1, not {length}")
     return Method(tree["name"], parameters)
+
+
+def _check_parameter(key: str, value: Any, default: Any) -> None:
+    """`ValueError` where a parameter's value is not of the kind of its default in the YAML."""
+    if key == "scaling.factor":
+        return  # `_factor` knows more
+    if isinstance(default, bool | str):
+        if type(value) is not type(default):
+            raise ValueError(
+                f"{key} must be {'true or false' if isinstance(default, bool) else 'a word'}, not {value!r}"
+            )
+        return
+    if default is None and value is None:
+        return
+    several = isinstance(default, list)
+    if isinstance(value, list) != several or not all(_is_number(item) for item in (value if several else [value])):
+        raise ValueError(f"{key} must be {'a list of finite numbers' if several else 'a finite number'}, not {value!r}")
+    if isinstance(default, int) and not isinstance(value, int):
+        raise ValueError(f"{key} must be a whole number, not {value!r}")
 
 
 @functools.cache

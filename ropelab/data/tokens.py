@@ -20,6 +20,7 @@ from ropelab.data.tokenizers import Tokenizer, Tokens
 
 FORMAT = 1  # of the folders; another number is rebuilt
 BATCH = 2**23  # bytes of text tokenised at a time
+INDEX_LIMIT = 2**32  # bytes of index.json: a line for every document
 ALWAYS_READ = 2**25  # bytes up to which a file is compared with its sha256 whenever it is opened: 20 ms
 
 _log = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ def load_or_build(
                 return _load(folder, tokenizer)
             except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
                 _log.warning("the token cache %s is damaged (%s): it is built again", folder, error)
-                files.discard(folder)
+                files.remove(folder, within=folder.parent)
         with files.new_folder(folder) as temporary:
             _build(temporary, tokenizer, texts(), progress)
             # where another process was first, its folder is loaded: the contents are the same
@@ -152,7 +153,7 @@ def _write(path: Path, arrays: Iterable[NDArray[Any]]) -> dict[str, Any]:
 
 
 def _load(folder: Path, tokenizer: Tokenizer) -> tuple[dict[str, Split], Shingles]:
-    index = files.read_json(folder / "index.json")
+    index = files.read_json(folder / "index.json", limit=INDEX_LIMIT)
     if not isinstance(index, dict) or index.get("format") != FORMAT or index["dtype"] != tokenizer.dtype.str:
         raise ValueError("its index.json is missing, cut short or of another version")
     splits = {}

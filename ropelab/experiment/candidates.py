@@ -93,7 +93,7 @@ class Scores:
         self.new = 0  # scored by this process
         self._saved = time.monotonic()
         self._known: dict[tuple[str, Candidate], float] = {}
-        stored = files.read_json(path)
+        stored = files.read_json(path, limit=2**28)
         if stored is None and path.exists():
             print(f"ropelab: {path} is truncated or altered: its candidates are scored again", file=sys.stderr)
         try:

@@ -167,7 +167,7 @@ def evaluate_subject(
 
     def kept_already() -> dict[str, Any] | None:
         try:
-            return intact_evaluation(result_path, losses_path)
+            return intact_evaluation(result_path, losses_path, subject.weights)
         except RunError as error:
             print(f"ropelab: {str(error).partition('; ')[0]}; it is evaluated again", file=sys.stderr)
             return None
@@ -273,6 +273,7 @@ def evaluate_subject(
         "matmul_precision": model.precision,
         "memory_planned_mb": None if passes is None else round(passes.needed / 10**6),
         **subject.facts,
+        **({} if subject.weights is None else {"weights": subject.weights}),
         "protocol": {
             "name": layout.protocol,
             "stride": config.stride if layout.protocol == "sliding" else None,

@@ -19,6 +19,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -154,7 +155,7 @@ def longrope(
         "device": device.type,  # its rounding decides between close candidates
     }
     digest = files.digest_of(identity)
-    folder = run.path / "searches" / f"longrope-{digest[:16]}"
+    folder = run.searches / f"longrope-{digest[:16]}"
     seeds = _seeds(question)
     _make_folder(folder)
     # the run stays as it is, and nobody else makes the same search
@@ -189,7 +190,7 @@ def longrope(
                 device=config.device,
                 cache_dir=config.cache_dir,
                 progress=progress,
-                folder=folder / "results",
+                folder=files.own(folder / "results", folder),
             ).result
             (row,) = evaluated["rows"]
             kept = ("ctx", "nll", "ppl", "bits_per_byte", "ci95", "tokens", "documents", "status")
@@ -394,9 +395,9 @@ def _search_layout(split: data.Split, config: EvalConfig, ctx: int, samples: int
 def _make_folder(folder: Path) -> None:
     """`RunError` where a search could not be kept: known before it begins."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        files.write(folder / ".writable", b"")
-        (folder / ".writable").unlink()
+        files.own(folder, folder.parent).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         raise RunError(
             f"{folder} cannot be written ({error.strerror}); search a copy of the run in another folder"

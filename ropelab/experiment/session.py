@@ -119,7 +119,7 @@ class Session:
         if not self.ranks.is_first:
             yield
             return
-        self.run.path.mkdir(exist_ok=True)
+        self.run.make()
         with self.run.locked():
             yield
 

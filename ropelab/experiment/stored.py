@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import math
+import os
 from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from ropelab import config as configs
 from ropelab import files, runs
 from ropelab.experiment.finished import trained_config
 from ropelab.runs import RunDir, RunError
-from ropelab.schema import PROTOCOLS, Method
+from ropelab.schema import Method
 
 BUDGET = ("tokens", "max_ctx")  # of a protocol: they decide which targets are scored, and the digest says which were
 
@@ -33,33 +34,7 @@ def labels(manifest: Mapping[str, Any], scaling: Method) -> dict[str, Any]:
 
 
 LOSSES = "losses_sha256"  # of a stored evaluation: the digest of the file of its losses
-# what a stored evaluation says, by type
-_TEXT, _LENGTH, _NUMBER = (str,), (int,), (int, float)
-_NOTHING = (type(None),)
-TOP: dict[str, tuple[type, ...]] = {
-    "run": _TEXT, "pos": _TEXT, "scaling": _TEXT, "data": _TEXT, "train_ctx": _LENGTH, "seed": _LENGTH,
-    "factor": _NUMBER + _NOTHING, "window": _LENGTH + _NOTHING, "protocol": (dict,), "rows": (list,),
-    "position_curve": (dict, *_NOTHING),
-}  # fmt: skip
-OPTIONAL: dict[str, tuple[type, ...]] = {
-    "baseline": _TEXT + _NOTHING, "kept_scaling": (bool,), "scaling_parameters": (dict,), "scaling_changed": (dict,),
-    "pos_changed": (dict,), "recipe": _TEXT,
-}  # fmt: skip
-ROW: dict[str, tuple[type, ...]] = {
-    "ctx": _LENGTH, "status": _TEXT, "factor": _NUMBER + _NOTHING, "ppl": _NUMBER + _NOTHING,
-    "nll": _NUMBER + _NOTHING, "bits_per_byte": _NUMBER + _NOTHING, "tokens": _LENGTH, "documents": _LENGTH,
-    "ci95": (list, *_NOTHING),
-}  # fmt: skip
-ROW_OPTIONAL: dict[str, tuple[type, ...]] = {
-    "targets_digest": _TEXT + _NOTHING, "reason": _TEXT + _NOTHING, "unit": _TEXT + _NOTHING, "idle": (bool,),
-    "context_gain": _NUMBER + _NOTHING,
-}  # fmt: skip
-PROTOCOL: dict[str, tuple[type, ...]] = {"name": _TEXT}
-PROTOCOL_OPTIONAL: dict[str, tuple[type, ...]] = {
-    "stride": _LENGTH + _NOTHING, "last": _LENGTH + _NOTHING, "span": _LENGTH + _NOTHING, "tokens": _LENGTH + _NOTHING,
-    "max_ctx": _LENGTH + _NOTHING, "split": _TEXT, "documents": _LENGTH, "left_out": _LENGTH, "unused": _LENGTH,
-    "targets_digest": _TEXT + _NOTHING, "document_digests": (list,), "authors": (list,), "dtype": _TEXT,
-}  # fmt: skip
+BOUND = "weights_bound"  # "later": of an earlier version; the weights were compared with their checkpoint's record
 
 
 def read_evaluation(path: Path) -> dict[str, Any]:
@@ -69,7 +44,7 @@ def read_evaluation(path: Path) -> dict[str, Any]:
         item = files.load_json(path)
     except (OSError, ValueError) as error:
         raise RunError(f"{path} cannot be read ({error}); {fix}") from None
-    if (wrong := _wrong(item)) is not None:
+    if (wrong := runs.wrong_evaluation(item)) is not None:
         raise RunError(f"{path} is no evaluation ({wrong}); {fix}")
     return dict(item)
 
@@ -79,74 +54,43 @@ def write_evaluation(path: Path, result: Mapping[str, Any], losses: Path) -> Non
     files.write_sealed(path, {**result, LOSSES: files.sha256_of(losses)})
 
 
-def intact_evaluation(path: Path, losses: Path) -> dict[str, Any] | None:
-    """A stored `eval` object with its losses; None where there is none. `RunError` names the file that is damaged."""
-    if not path.exists():
+def intact_evaluation(path: Path, losses: Path, weights: str | None) -> dict[str, Any] | None:
+    """A stored `eval` object with its losses; None where there is none. `RunError` names the file that is damaged.
+
+    `weights`: the digest of the weights that the model has now, which were compared with their record. A result of
+    other weights is a `RunError`; one that does not say of which it is, is given theirs, and marked.
+    """
+    if not os.path.lexists(path):
         return None
     item = read_evaluation(path)
     digest = item.pop(LOSSES, None)
-    if not losses.is_file():
+    if not losses.is_file() or losses.is_symlink():
         raise RunError(f"{losses} is missing")
     if digest is not None and files.sha256_of(losses) != digest:
         raise RunError(f"{losses} is truncated or altered")
+    if item.get("weights", weights) != weights:
+        raise RunError(f"{path} was computed from other weights than those that are there now")
+    if "weights" not in item and weights is not None:
+        item = _bound_later(path, item, weights, digest)
     return item
 
 
-def _wrong(item: Any) -> str | None:
-    """What of a value is not as an `eval` object has it."""
-    if not isinstance(item, dict):
-        return "it is no JSON object"
-    if wrong := _mistyped(item, TOP, OPTIONAL, "") or _mistyped(
-        item["protocol"], PROTOCOL, PROTOCOL_OPTIONAL, "protocol."
-    ):
-        return wrong
-    if item["protocol"]["name"] not in PROTOCOLS:
-        return f"protocol.name is {item['protocol']['name']!r}"
-    if not item["rows"]:
-        return "it has no rows"
-    for number, row in enumerate(item["rows"]):
-        if not isinstance(row, dict):
-            return f"rows[{number}] is no object"
-        if wrong := _mistyped(row, ROW, ROW_OPTIONAL, f"rows[{number}]."):
-            return wrong
-        ends = row["ci95"] or [None, None]
-        if row["ctx"] < 1 or len(ends) != 2 or not all(end is None or _is(end, _NUMBER) for end in ends):
-            return f"rows[{number}] has no ctx, or no interval"
-    curve = item["position_curve"]
-    if curve is not None:
-        edges, nll = curve.get("edges"), curve.get("nll")
-        numbers = isinstance(edges, list) and isinstance(nll, list) and _is(curve.get("ctx"), _LENGTH)
-        if not numbers or len(edges) != len(nll) + 1 or not all(_is(edge, _NUMBER) for edge in edges):
-            return "position_curve is none"
-        if not all(value is None or _is(value, _NUMBER) for value in nll):
-            return "position_curve.nll holds no numbers"
-    return None
+def _bound_later(path: Path, item: Mapping[str, Any], weights: str, losses: str | None) -> dict[str, Any]:
+    """A stored `eval` object of an earlier version with the digest of the weights, which were compared with it."""
+    bound = {**item, "weights": weights, BOUND: "later"}
+    with contextlib.suppress(OSError):  # a run that cannot be written is compared each time
+        files.write_sealed(path, bound if losses is None else {**bound, LOSSES: losses})
+    return bound
 
 
-def _mistyped(
-    item: Mapping[str, Any], needed: Mapping[str, tuple[type, ...]], other: Mapping[str, tuple[type, ...]], where: str
-) -> str | None:
-    if missing := next((key for key in needed if key not in item), None):
-        return f"{where}{missing} is missing"
-    for key, kinds in {**needed, **other}.items():
-        if key in item and not _is(item[key], kinds):
-            return f"{where}{key} is {type(item[key]).__name__}"
-    return None
-
-
-def _is(value: Any, kinds: tuple[type, ...]) -> bool:
-    """Is a value of these types? True and False are no numbers, and neither is what is not finite."""
-    if isinstance(value, bool):
-        return bool in kinds
-    return isinstance(value, kinds) and (not isinstance(value, float) or math.isfinite(value))
-
-
-def evaluations(run: RunDir, only: Container[str] | None = None) -> list[dict[str, Any]]:
+def evaluations(run: RunDir, only: Container[str] | None = None, *, hashing: bool = True) -> list[dict[str, Any]]:
     """The stored `eval` objects of a run, all or those of the files named in `only`.
 
     Rows that answer one question at several ctxs are one object.
 
-    `RunError` for a file that cannot be read, its manifest included.
+    `RunError` for a file that cannot be read, the manifest included, and for one that was computed from other weights
+    than the run has. Of files of earlier versions, which do not say of which they are, the weights are compared with
+    their checkpoint's record once, if `hashing`, and the files say so from then on.
     """
     paths = sorted(path for path in run.results.glob("*.json") if not path.name.startswith("."))
     paths = [path for path in paths if only is None or path.stem in only]
@@ -154,9 +98,21 @@ def evaluations(run: RunDir, only: Container[str] | None = None) -> list[dict[st
         return []
     manifest = run.whole_manifest()
     trained_config(run)  # or `RunError`: what follows goes by it
+    weights = manifest["digest"] if "checkpoint" in manifest else run.weights_digest()
+    checked = False
     joined: dict[str, dict[str, Any]] = {}
     for path in paths:
         item = read_evaluation(path)
+        if weights is not None and item.get("weights", weights) != weights:
+            raise RunError(
+                f"{path} was computed from other weights than {run.name} has now: evaluate again with its settings, "
+                "or remove it"
+            )
+        if "weights" not in item and weights is not None and hashing and "checkpoint" not in manifest:
+            if not checked and not run.has_weights():
+                raise RunError(f"{run.name}: its weights are truncated, altered or missing; train the run again")
+            checked = True
+            item = _bound_later(path, item, weights, item.get(LOSSES))
         item.pop(LOSSES, None)
         item = {**labels(manifest, Method(item["scaling"], item.get("scaling_parameters", {}))), **item}
         protocol = {key: value for key, value in item["protocol"].items() if key not in BUDGET}

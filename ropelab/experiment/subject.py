@@ -53,7 +53,8 @@ class Subject(ABC):
     """A trained model, before its weights are read.
 
     name: of its folder. results: where its evaluations are kept. manifest: as of a run. trained: its configuration.
-    original_ctx: the length that scalings refer to. facts: further fields of the result.
+    original_ctx: the length that scalings refer to. facts: further fields of the result. weights: their digest, as it
+    was recorded and has been checked; None where there is no record.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Subject(ABC):
     original_ctx: int
     tokenizer: data.Tokenizer
     facts: Mapping[str, Any] = {}
+    weights: str | None = None
 
     def keep(self) -> None:  # noqa: B027 - a run has its folder
         """Make its folder, just before the first result is written."""

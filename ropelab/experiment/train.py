@@ -138,7 +138,7 @@ def train_together(
         check_stackable([sessions[index].fresh_model() for index in rest], first.config.train.ctx)
     with ExitStack() as stack:
         for index in rest:
-            sessions[index].run.path.mkdir(exist_ok=True)
+            sessions[index].run.make()
             stack.enter_context(sessions[index].run.locked())
         stack.enter_context(repeatable(first.config.train))
         caught = stack.enter_context(interrupts())

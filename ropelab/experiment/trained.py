@@ -28,7 +28,7 @@ class TrainedRun(Subject):
 
     def __init__(self, run: RunDir) -> None:
         self._run = run
-        self._weights = run.load_weights()
+        self._weights, self.weights = run.load_weights(), run.weights_digest()
         self.name, self.results = run.name, run.results
         self.manifest = run.finished_manifest()
         self.trained = trained_config(run)

@@ -89,7 +89,7 @@ class Checkpoint(Subject):
         tree["train"] |= {"ctx": int(lasting)}
         tree["seed"] = 0
         self.trained = configs.from_dict(tree)
-        self.digest = checkpoint.digest(self.folder)
+        self.digest = self.weights = checkpoint.digest(self.folder)
         self.name = f"hf-{checkpoint.slug(name)}-{self.digest[:8]}"
         self.results = Path(config.runs_dir).expanduser() / self.name / "results"
         self.facts = {

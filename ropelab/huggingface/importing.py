@@ -82,7 +82,7 @@ def bring_in(name: str, config: Config, *, text: DataConfig | None, progress: Pr
     if run.manifest_path.exists() and run.is_done():
         return run, True
     known = exported or {}
-    run.path.mkdir(exist_ok=True)
+    run.make()
     with run.locked():
         tokenizer.save(run.tokenizer_path)
         files.write(run.metrics_path, b"")

@@ -7,6 +7,7 @@
         checkpoints/       step-00001000/{model,optimizer}.safetensors, state.json with their sha256: the newest two,
                            of a finished run the last; keep-0.2500/model.safetensors where train.keep asked for it
         results/           evaluations: <digest>.json and its per-token losses <digest>.safetensors
+        searches/          of LongRoPE's factors, a folder each
 
 Files are written under a temporary name, synced and renamed. Nothing here is a pickle: a stranger's run folder cannot
 execute code.
@@ -20,7 +21,6 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
 import stat
 import sys
 import time
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # what a manifest says, by type: whoever wrote it, what is read from it is of these
-TYPES: dict[str, tuple[type, ...]] = {
+TYPES: dict[str, files.Types] = {
     "run": (str,), "digest": (str,), "identity": (dict,), "config": (dict,), "status": (str,), "dtype": (str,),
     "train_ctx": (int,), "original_ctx": (int,), "first_step": (int,), "params": (int,), "step": (int,),
     "parent": (dict, type(None)), "corpus": (dict,), "tokenizer": (dict,), "error": (str, type(None)),
@@ -48,6 +48,13 @@ INSIDE: dict[str, dict[str, type]] = {"corpus": {"name": str}}
 INSIDE_OF_RUNS: dict[str, dict[str, type]] = {
     "corpus": {"digest": str, "name": str}, "tokenizer": {"digest": str, "n_vocab": int}
 }  # fmt: skip
+
+
+STATE: dict[str, files.Types] = {  # what state.json may say beside step and checksums
+    "metrics": (dict,), "digest": (str,), "best_val_nll": (float, int, type(None)), "dtype": (str,),
+    "matmul_precision": (str,), "threads": (int,), "summary": (dict,),
+}  # fmt: skip
+LINE = 2**16  # bytes of a line of metrics; ours have some hundred
 
 
 class RunError(ValueError):
@@ -68,37 +75,62 @@ class RunDir:
     def name(self) -> str:
         return self.path.name
 
+    def _own(self, name: str) -> Path:
+        """A file or folder of the run. `RunError` where it is a link: it may lead out of a stranger's run."""
+        try:
+            return files.own(self.path / name, self.path)
+        except files.OutsideError as error:
+            raise RunError(str(error)) from None
+
     @property
     def manifest_path(self) -> Path:
-        return self.path / "manifest.json"
+        return self._own("manifest.json")
 
     @property
     def metrics_path(self) -> Path:
-        return self.path / "metrics.jsonl"
+        return self._own("metrics.jsonl")
 
     @property
     def tokenizer_path(self) -> Path:
-        return self.path / "tokenizer.json"
+        return self._own("tokenizer.json")
 
     @property
     def results(self) -> Path:
-        return self.path / "results"
+        return self._own("results")
+
+    @property
+    def searches(self) -> Path:
+        return self._own("searches")
+
+    @property
+    def checkpoints(self) -> Path:
+        return self._own("checkpoints")
+
+    def make(self) -> None:
+        """Make the folder, should it not be there. `RunError` where a link stands in its place.
+
+        A run that is evaluated may be reached through a link; one that is trained is written to where it was asked for.
+        """
+        if self.path.is_symlink():
+            raise RunError(
+                f"{self.path} is a link, and nothing is trained through one: move what it leads to into its place "
+                "(mv), or give runs_dir=FOLDER"
+            )
+        self.path.mkdir(exist_ok=True)
 
     def manifest(self) -> dict[str, Any]:
         """`RunError` when it is absent, damaged, or not what a manifest holds."""
         fix = f"restore it, or train with the run's settings again: {self.name} is made from its checkpoints"
+        path = self.manifest_path
         try:
-            data = files.load_json(self.manifest_path)
+            data = files.load_json(path)
         except FileNotFoundError:
             raise RunError(f"{self.path} is not a run: it has no manifest.json") from None
         except (OSError, ValueError) as error:
-            raise RunError(f"{self.manifest_path} cannot be read: {error}; {fix}") from None
-        if not isinstance(data, dict):
-            raise RunError(f"{self.manifest_path} is not a JSON object; {fix}")
-        for key, kinds in TYPES.items():
-            if key in data and (not isinstance(data[key], kinds) or isinstance(data[key], bool)):
-                raise RunError(f"{self.manifest_path} is no manifest: {key} is {type(data[key]).__name__}; {fix}")
-        return data
+            raise RunError(f"{path} cannot be read: {error}; {fix}") from None
+        if (wrong := files.mistyped(data, {}, TYPES)) is not None:
+            raise RunError(f"{path} is no manifest: {wrong}; {fix}")
+        return dict(data)
 
     def finished_manifest(self) -> dict[str, Any]:
         """The manifest of a run whose weights can be used. `RunError` for an unfinished one; as `whole_manifest`."""
@@ -142,7 +174,7 @@ class RunDir:
     def written(self) -> int:
         """When the manifest was written, in nanoseconds; 0 where there is none any more."""
         try:
-            return self.manifest_path.stat().st_mtime_ns
+            return (self.path / "manifest.json").lstat().st_mtime_ns
         except OSError:
             return 0
 
@@ -153,7 +185,7 @@ class RunDir:
 
     def _locked(self) -> bool:
         try:
-            handle = os.open(self.path / "lock", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            handle = os.open(self.path / "lock", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError:
             return False
         try:
@@ -179,23 +211,19 @@ class RunDir:
         A run that cannot be written has no writers: then it is used without a lock.
         """
         try:
-            os.close(self._open_lock())
+            os.close(files.open_lock(self.path))
         except OSError:
             yield
             return
         with self._flock(fcntl.LOCK_SH, f"{self.name} is being written by another process; wait for it or stop it"):
             yield
 
-    def _open_lock(self) -> int:
-        # no link is followed: a stranger's run must not make files elsewhere
-        return os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-
     @contextlib.contextmanager
     def _flock(self, kind: int, refused: str) -> Iterator[None]:
         pauses = iter((0.05, 0.1, 0.2, None))  # `status` of another process holds it for a moment
         while True:
             try:
-                handle = self._open_lock()
+                handle = files.open_lock(self.path)
             except FileNotFoundError:
                 raise RunError(f"{self.name} was removed by another process") from None
             try:
@@ -223,27 +251,25 @@ class RunDir:
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
         """Add a line. `OSError` names the file when the disk is full."""
-        try:
-            with self.metrics_path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line, allow_nan=False) + "\n")
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.metrics_path)) from None
+        files.append(self.metrics_path, json.dumps(line, allow_nan=False) + "\n", within=self.path)
 
     def metrics(self) -> list[dict[str, Any]]:
         """Every complete line."""
-        if not self.metrics_path.is_file():
+        path = self.metrics_path
+        if not path.is_file():
             return []
         lines = []
-        for text in self.metrics_path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(ValueError, RecursionError):  # a line cut short by a kill
-                line = json.loads(text)
-                if isinstance(line, dict) and isinstance(line.get("step"), int):
-                    lines.append(line)
+        with path.open("rb") as file:
+            while text := file.readline(LINE):
+                with contextlib.suppress(ValueError):  # a line cut short by a kill, or none of ours
+                    line = files.parse_json(text)
+                    if files.mistyped(line, {"step": (int,)}) is None:
+                        lines.append(line)
         return lines
 
     def _metrics_state(self) -> dict[str, Any]:
         """Size and sha256 of the metrics, synced: what a checkpoint says of the lines up to its step."""
-        if not self.metrics_path.exists():
+        if not self.metrics_path.is_file():
             return {"bytes": 0, "sha256": hashlib.sha256().hexdigest()}
         with self.metrics_path.open("rb") as file:
             os.fsync(file.fileno())  # a checkpoint on the disk never has fewer metrics beside it than steps
@@ -255,8 +281,12 @@ class RunDir:
         if known is None:
             return True
         try:
+            digest, left = hashlib.sha256(), known["bytes"]
             with self.metrics_path.open("rb") as file:
-                return bool(hashlib.sha256(file.read(known["bytes"])).hexdigest() == known["sha256"])
+                while left > 0 and (part := file.read(min(left, 2**20))):
+                    digest.update(part)
+                    left -= len(part)
+            return bool(digest.hexdigest() == known["sha256"])
         except (OSError, KeyError, TypeError, ValueError):
             return bool(known == {"bytes": 0, "sha256": hashlib.sha256().hexdigest()})
 
@@ -269,7 +299,7 @@ class RunDir:
         checkpoint = self.path / "checkpoints" / _step_name(step)
         state = _state(checkpoint) if step else None
         if state is not None and not self._metrics_hold(state):
-            aside = self.path / f"metrics.damaged-{step}.jsonl"
+            aside = self._own(f"metrics.damaged-{step}.jsonl")
             with contextlib.suppress(FileNotFoundError):
                 self.metrics_path.replace(aside)
             print(
@@ -278,18 +308,17 @@ class RunDir:
                 file=sys.stderr,
             )
         if state is not None and "metrics" in state and self._metrics_hold(state):
-            with self.metrics_path.open("ab") as file:
-                file.truncate(state["metrics"]["bytes"])
+            if self.metrics_path.exists():
+                files.truncate(self.metrics_path, state["metrics"]["bytes"], within=self.path)
         else:
             kept = [line for line in self.metrics() if line["step"] <= step]
             files.write(self.metrics_path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         for later in self._step_checkpoints():
             if later.name > _step_name(step):
-                files.discard(later)
-        for leftover in (self.path / "checkpoints").glob(".*"):  # temporary folders of killed processes
-            shutil.rmtree(leftover)
-        for leftover in self.path.glob(".*.json*.*"):
-            leftover.unlink()
+                files.remove(later, within=self.path)
+        # whoever writes here holds the run, so that what is left over is of killed processes, wherever they ran
+        for folder in (self.path, self.checkpoints):
+            files.clear_abandoned(folder, any_machine=True)
 
     # checkpoints
 
@@ -301,17 +330,17 @@ class RunDir:
         It is read back, and only when its checksums hold are earlier ones removed: all at the `last` step, before
         that all but the one before. `OSError` when it cannot be written or read back; the earlier ones are there.
         """
-        final = self.path / "checkpoints" / _step_name(step)
+        final = self.checkpoints / _step_name(step)
         self._save(final, tensors, {"step": step, **state, "metrics": self._metrics_state()})
         if not self._intact(final):
             raise OSError(errno.EIO, "the checkpoint reads back altered", str(final))
         earlier = [old for old in self._step_checkpoints() if old.name < final.name]
         for old in earlier if last else earlier[:-1]:
-            files.discard(old)
+            files.remove(old, within=self.path)
 
     def save_kept(self, fraction: float, step: int, model: Mapping[str, Tensor]) -> None:
         """Write the weights at a fraction of the training, which stay: `checkpoints/keep-<fraction>/`."""
-        self._save(self.path / "checkpoints" / f"keep-{fraction:.4f}", {"model": model}, {"step": step})
+        self._save(self.checkpoints / f"keep-{fraction:.4f}", {"model": model}, {"step": step})
 
     def _save(self, final: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
         """Write a folder with one safetensors file per entry of `tensors`, and state.json with their sha256."""
@@ -330,12 +359,11 @@ class RunDir:
                     os.fsync(handle.fileno())
                 sums[file.name] = files.sha256_of(file)
             files.write_sealed(temporary / "state.json", {**state, "sha256": sums})
-            if final.exists():
-                files.discard(final)
+            files.remove(final, within=self.path)
             files.publish(temporary, final)
 
     def _step_checkpoints(self) -> list[Path]:
-        return sorted((self.path / "checkpoints").glob("step-*"))
+        return sorted(self.checkpoints.glob("step-*"))
 
     @staticmethod
     def _intact(checkpoint: Path) -> bool:
@@ -406,14 +434,29 @@ class RunDir:
         except RunError as error:
             reason = str(error).partition("; ")[0]
             print(f"ropelab: {reason}; it is made again", file=sys.stderr)
-            self.manifest_path.unlink()
+            files.remove(self.manifest_path, within=self.path)
             return {}
 
     def _last_checkpoint(self, manifest: Mapping[str, Any]) -> Path:
         try:
-            return self.path / "checkpoints" / _step_name(int(manifest["config"]["train"]["steps"]))
+            return self.checkpoints / _step_name(int(manifest["config"]["train"]["steps"]))
         except (KeyError, TypeError, ValueError, AttributeError):
             raise RunError(f"{self.manifest_path} is no manifest: its config has no train.steps") from None
+
+    def weights_digest(self) -> str | None:
+        """sha256 of the finished run's weights as its checkpoint recorded it; None where there is no such record.
+
+        Nothing is hashed here: `load_weights` compares the file with it.
+        """
+        try:
+            state = _state(self._last_checkpoint(self.manifest()))
+        except RunError:
+            return None
+        return None if state is None else str(state["sha256"]["model.safetensors"])
+
+    def has_weights(self) -> bool:
+        """Are the finished run's weights those that its checkpoint recorded? They are read through for it."""
+        return self._intact(self._last_checkpoint(self.manifest()))
 
     def load_weights(self) -> dict[str, Tensor]:
         """The finished run's weights. `RunError` when the run is unfinished or its checkpoint is damaged."""
@@ -434,15 +477,20 @@ def _state(checkpoint: Path) -> dict[str, Any] | None:
     """state.json of a step checkpoint; None where it is damaged, or names other files than a checkpoint's."""
     try:
         state = files.load_json(checkpoint / "state.json")
-        sums, step = state["sha256"], state["step"]
-        if not isinstance(step, int) or checkpoint.name != _step_name(step):
+        if files.mistyped(state, {"sha256": (dict,), "step": (int,)}, STATE) is not None:
             return None
-        if "model.safetensors" not in sums or not set(sums) <= {"model.safetensors", "optimizer.safetensors"}:
+        sums = state["sha256"]
+        if checkpoint.name != _step_name(state["step"]) or "model.safetensors" not in sums:
+            return None
+        if files.mistyped(sums, {}, dict.fromkeys(sums, (str,))) is not None:
+            return None
+        if not set(sums) <= {"model.safetensors", "optimizer.safetensors"}:
             return None
         # a link or a pipe is no checkpoint: a stranger's run must not have other files read
         plain = all(stat.S_ISREG((checkpoint / name).lstat().st_mode) for name in sums)
-        return dict(state) if plain and isinstance(sums, dict) else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        metrics = state.get("metrics", {"bytes": 0})
+        return dict(state) if plain and files.is_of(metrics.get("bytes"), (int,)) and metrics["bytes"] >= 0 else None
+    except (OSError, ValueError):
         return None
 
 
@@ -455,6 +503,8 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    if not stat.S_ISREG(path.lstat().st_mode if os.path.lexists(path) else stat.S_IFREG):
+        raise RunError(f"{path} is a link or no file; put the file itself there")
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
