@@ -1,0 +1,312 @@
+"""Run and sweep folders made to harm: every command ends with a line or does its work, and touches nothing else.
+
+`HOSTILE` is the generator: each entry turns a good folder into one that a stranger might send.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from ropelab import files
+from tests.test_faults import Said, _one_thread, nodes, one_line, replaced, ropelab  # noqa: F401 (fixture)
+from tests.test_runs import write_corpus
+from tests.test_sweeps import SMALL
+
+SECRET = "what only the user may read"
+
+
+class Made(NamedTuple):
+    """A sweep of two runs that was trained and evaluated, and a folder of the user's that lies beside it."""
+
+    root: Path
+
+    @property
+    def runs(self) -> Path:
+        return self.root / "runs"
+
+    @property
+    def sweep(self) -> Path:
+        (found,) = (self.runs / "sweeps").iterdir()
+        return found
+
+    @property
+    def run(self) -> Path:
+        return next(path for path in sorted(self.runs.iterdir()) if path.name.startswith("rope"))
+
+    @property
+    def mine(self) -> Path:
+        return self.root / "mine"
+
+    def say(self, *arguments: str) -> Said:
+        return ropelab(*arguments, f"runs_dir={self.runs}")
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    root = tmp_path_factory.mktemp("strangers")
+    write_corpus(root / "text")
+    made = Made(root / "good")
+    settings = [item for item in SMALL if not item.startswith("train.steps")]
+    said = ropelab(
+        "sweep", "pos=rope,alibi", *settings, "train.steps=4", "eval.last=8", "eval.protocol=last",
+        "eval.tokens=500", f"data.path={root / 'text'}", f"runs_dir={made.runs}", f"cache_dir={root / 'cache'}",
+    )  # fmt: skip
+    assert said.status == 0, said.err
+    made.mine.mkdir()
+    for name in ("thesis.txt", "step-00000009", "metrics.jsonl", "0000.json"):
+        (made.mine / name).write_text(SECRET, encoding="utf-8")
+    return made
+
+
+@pytest.fixture
+def made(good: Made, tmp_path: Path) -> Made:
+    shutil.copytree(good.root, tmp_path / "copy", symlinks=True)
+    return Made(tmp_path / "copy")
+
+
+def rewrite(path: Path, change: Callable[[Any], Any]) -> None:
+    value = change(files.load_json(path))
+    path.write_text(json.dumps(files.sealed(value) if isinstance(value, dict) else value), encoding="utf-8")
+
+
+def in_manifest(place: tuple[Any, ...], value: Any, *, of: str) -> Callable[[Made], None]:
+    def attack(made: Made) -> None:
+        rewrite(getattr(made, of) / "manifest.json", lambda tree: replaced(tree, place, value))
+
+    return attack
+
+
+def without(place: tuple[Any, ...], key: str, *, of: str) -> Callable[[Made], None]:
+    def attack(made: Made) -> None:
+        path = getattr(made, of) / "manifest.json"
+        tree = files.load_json(path)
+        inner = tree
+        for part in place:
+            inner = inner[part]
+        del inner[key]
+        path.write_text(json.dumps(tree), encoding="utf-8")
+
+    return attack
+
+
+def written(name: str, text: str, *, of: str) -> Callable[[Made], None]:
+    return lambda made: (getattr(made, of) / name).write_text(text, encoding="utf-8") and None
+
+
+def sparse(name: str, *, of: str) -> Callable[[Made], None]:
+    def attack(made: Made) -> None:
+        with (getattr(made, of) / name).open("wb") as file:
+            file.truncate(2**40)
+
+    return attack
+
+
+def link(name: str, to: str, *, of: str) -> Callable[[Made], None]:
+    """A file or folder of a run or sweep replaced by a link to one of the user's."""
+
+    def attack(made: Made) -> None:
+        place = getattr(made, of) / name
+        if place.is_dir():
+            shutil.rmtree(place)
+        else:
+            place.unlink(missing_ok=True)
+        place.symlink_to(made.mine / to)
+
+    return attack
+
+
+def pipe(name: str, *, of: str) -> Callable[[Made], None]:
+    def attack(made: Made) -> None:
+        (getattr(made, of) / name).unlink(missing_ok=True)
+        os.mkfifo(getattr(made, of) / name)
+
+    return attack
+
+
+MANY = 10**400
+RUN, SWEEP = "run", "sweep"
+HOSTILE: dict[str, Callable[[Made], None]] = {
+    # sweeps of other shapes
+    "no config": without(("tasks", 0), "config", of=SWEEP),
+    "no evaluations": without(("tasks", 0), "evaluations", of=SWEEP),
+    "no steps": without(("tasks", 0, "config", "train"), "steps", of=SWEEP),
+    "tasks are words": in_manifest(("tasks",), ["x"], of=SWEEP),
+    "a run that leads up": in_manifest(("tasks", 0, "run"), "..", of=SWEEP),
+    "a run that leads away": in_manifest(("tasks", 0, "run"), "../mine", of=SWEEP),
+    "a run with a line break": in_manifest(("tasks", 0, "run"), "rope\n\x1b[2J", of=SWEEP),
+    "a step of 400 digits": in_manifest(("tasks", 0, "config", "train", "steps"), MANY, of=SWEEP),
+    "a sweep of a terabyte": sparse("manifest.json", of=SWEEP),
+    "an answer that is a list": written("answers/0000.json", "[1]", of=SWEEP),
+    "an answer of other shape": written("answers/0000.json", '{"train": {}, "evaluations": [{}]}', of=SWEEP),
+    "an answer of words": written("answers/0000.json", '{"train": 1, "evaluations": "x"}', of=SWEEP),
+    "an answer that steers": written("answers/0000.json", '{"error": "\\u001b[2J\\nDONE"}', of=SWEEP),
+    "an answer of depth": written("answers/0000.json", "[" * 10**5, of=SWEEP),
+    "an answer of a terabyte": sparse("answers/0000.json", of=SWEEP),
+    "jobs that are no numbers": written("jobs", "", of=SWEEP),
+    "a pipe for an answer": pipe("answers/0000.json", of=SWEEP),
+    # runs of other shapes
+    "an infinite step": written("metrics.jsonl", '{"step": Infinity}\n{"step": 1e999}\n[]\n', of=RUN),
+    "metrics of a terabyte": sparse("metrics.jsonl", of=RUN),
+    "a fraction that is a word": in_manifest(("config", "pos", "fraction"), "x", of=RUN),
+    "a base of 400 digits": in_manifest(("config", "pos", "base"), MANY, of=RUN),
+    "a width of 30 digits": in_manifest(("config", "model", "d_model"), 10**30, of=RUN),
+    "layers without an end": in_manifest(("config", "model", "n_layer"), 10**9, of=RUN),
+    "a width without an end": in_manifest(("config", "model", "d_model"), 2**40, of=RUN),
+    "a context without an end": in_manifest(("train_ctx",), 2**39, of=RUN),
+    "a run of a terabyte": sparse("manifest.json", of=RUN),
+    "a pipe for a manifest": pipe("manifest.json", of=RUN),
+    "a pipe for a lock": pipe("lock", of=RUN),
+    "a pipe for metrics": pipe("metrics.jsonl", of=RUN),
+    "a manifest of depth": written("manifest.json", '{"a":' * 10**5, of=RUN),
+    # what leads elsewhere
+    "linked results": link("results", "", of=RUN),
+    "linked checkpoints": link("checkpoints", "", of=RUN),
+    "linked metrics": link("metrics.jsonl", "metrics.jsonl", of=RUN),
+    "a linked lock of a run": link("lock", "thesis.txt", of=RUN),
+    "a linked manifest": link("manifest.json", "thesis.txt", of=RUN),
+    "a linked tokenizer": link("tokenizer.json", "thesis.txt", of=RUN),
+    "linked answers": link("answers", "", of=SWEEP),
+    "a linked answer": link("answers/0000.json", "0000.json", of=SWEEP),
+    "linked jobs": link("jobs", "", of=SWEEP),
+    "a linked lock of a sweep": link("lock", "thesis.txt", of=SWEEP),
+    "a linked manifest of a sweep": link("manifest.json", "thesis.txt", of=SWEEP),
+}
+
+
+def untouched(made: Made) -> dict[str, str]:
+    return {path.name: path.read_text(encoding="utf-8") for path in sorted(made.mine.iterdir())}
+
+
+def ended_well(said: Said) -> None:
+    assert said.status in (0, 1, 2), said.err
+    assert "\x1b" not in said.out + said.err
+    assert SECRET not in said.out + said.err
+    if said.status:
+        assert said.err.splitlines()[-1].startswith("ropelab: ")
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_folder_is_refused_or_harmless(good: Made, made: Made, tmp_path: Path, name: str) -> None:
+    HOSTILE[name](made)
+    before = untouched(made)
+    sweep, run = made.sweep.name, made.run.name
+    others = [path.name for path in made.runs.iterdir() if path.name.startswith("alibi")]
+    listed = made.say("runs", "list", "--json")
+    assert {row["run"] for row in json.loads(listed.out)} >= {*others}  # one bad folder hides no other
+    for arguments in (
+        ("status", sweep), ("status", "--json"), ("collect", sweep), ("cancel", sweep),
+        ("report", run, "-o", str(tmp_path / "page")), ("report", sweep, "-o", str(tmp_path / "page")),
+        ("show", run), ("runs", "pos=rope"),
+    ):  # fmt: skip
+        ended_well(made.say(*arguments))
+        assert untouched(made) == before, arguments
+    ended_well(made.say("eval", run, "--ctx", "32,", "eval.tokens=200", f"cache_dir={good.root.parent / 'cache'}"))
+    assert untouched(made) == before
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in HOSTILE if "link" in name or "lead" in name or name.startswith("an answer")]
+)
+def test_a_hostile_sweep_that_is_tried_again_touches_nothing_else(good: Made, made: Made, name: str) -> None:
+    """`retry` trains and evaluates what is missing: in the folder of runs, or not at all."""
+    for path in made.runs.glob("*/checkpoints/step-*"):  # there is something to do
+        shutil.rmtree(path)
+    HOSTILE[name](made)
+    before = untouched(made)
+    ended_well(made.say("retry", made.sweep.name, f"cache_dir={good.root.parent / 'cache'}"))
+    assert untouched(made) == before
+
+
+@pytest.mark.parametrize("of", [RUN, SWEEP])
+def test_any_change_of_a_manifest_is_refused_or_harmless(made: Made, of: str) -> None:
+    """Values of it in turn replaced by ones of another kind, sealed anew."""
+    path = getattr(made, of) / "manifest.json"
+    tree = files.load_json(path)
+    draw = random.Random(7)
+    run, sweep = made.run.name, made.sweep.name
+    commands = itertools.cycle(
+        [("status", sweep), ("runs", "pos=rope"), ("collect", sweep), ("report", run, "-o", "x")]
+    )
+    places = [place for place in nodes(tree) if place != ("environment",)]
+    for place in draw.sample(places, 40):
+        by = draw.choice([None, [], {}, "x", -1, 1e300, True, 10**30, "..", [[]], {"name": {}}])
+        path.write_text(json.dumps(files.sealed(replaced(tree, place, by))), encoding="utf-8")
+        arguments = next(commands)
+        out = [str(made.root / "page") if item == "x" else item for item in arguments]
+        ended_well(made.say(*out))
+
+
+def test_results_of_other_weights_are_not_told(made: Made, good: Made) -> None:
+    """The weights are replaced, their record too: the stored numbers are of others, and no command prints them."""
+    (at,) = (made.run / "checkpoints").iterdir()
+    (other,) = (next(p for p in made.runs.iterdir() if p.name.startswith("alibi")) / "checkpoints").iterdir()
+    (stored,) = (made.run / "results").glob("*.json")
+    asked = ("--ctx", "64", "--protocol", "last", "eval.last=8", "eval.tokens=500", "--json")
+    cache = f"cache_dir={good.root.parent / 'cache'}"
+    first = json.loads(made.say("eval", made.run.name, *asked, cache).out)
+    assert first["weights"] == files.sha256_of(at / "model.safetensors") == files.load_json(stored)["weights"]
+    weights = (other / "model.safetensors").read_bytes()
+    (at / "model.safetensors").write_bytes(weights)
+    state = files.load_json(at / "state.json")
+    state["sha256"]["model.safetensors"] = files.sha256_of(at / "model.safetensors")
+    files.write_sealed(at / "state.json", state)
+    said = made.say("report", made.run.name, "-o", str(made.root / "page"))
+    assert said.status == 2
+    one_line(said, stored.name, "other weights")
+    assert "LOST" in made.say("status", made.sweep.name).out
+    again = made.say("eval", made.run.name, *asked, cache)
+    assert again.status == 0, again.err
+    assert "other weights" in again.err
+    assert json.loads(again.out)["rows"] != first["rows"]
+    assert json.loads(again.out)["weights"] == files.sha256_of(at / "model.safetensors")
+
+
+def test_a_result_of_an_earlier_version_is_bound_after_one_look_at_the_weights(
+    made: Made, good: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (stored,) = (made.run / "results").glob("*.json")
+    item = files.load_json(stored)
+    weights = item.pop("weights")
+    files.write_sealed(stored, item)
+    hashed: list[str] = []
+    sha256_of = files.sha256_of
+    monkeypatch.setattr(files, "sha256_of", lambda path: hashed.append(path.name) or sha256_of(path))
+    for arguments in (("runs",), ("status", made.sweep.name), ("collect", made.sweep.name)):
+        assert made.say(*arguments).status == 0
+    assert not hashed
+    for _ in range(2):
+        assert made.say("report", made.run.name, "-o", str(made.root / "page")).status == 0
+        bound = files.load_json(stored)
+        assert (bound["weights"], bound["weights_bound"]) == (weights, "later")
+    assert hashed.count("model.safetensors") == 1
+    files.write_sealed(stored, item)  # and where the weights are not those of the record, it is refused
+    (at,) = (made.run / "checkpoints").iterdir()
+    with (at / "model.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x55")
+    said = made.say("report", made.run.name, "-o", str(made.root / "page"))
+    assert said.status == 2
+    one_line(said, made.run.name, "weights")
+
+
+def test_a_sweep_that_was_moved_trains_where_it_is_now(made: Made, good: Made) -> None:
+    """The folders in a stored configuration are those of another time, or of a stranger."""
+    rewrite(
+        made.sweep / "manifest.json", lambda tree: replaced(tree, ("tasks", 0, "config", "runs_dir"), str(made.mine))
+    )
+    before = untouched(made)
+    for path in made.runs.glob("rope*/checkpoints/step-*"):
+        shutil.rmtree(path)
+    (made.sweep / "answers" / "0000.json").unlink()
+    assert made.say("retry", made.sweep.name, f"cache_dir={made.root / 'cache'}").status == 0
+    assert untouched(made) == before
+    assert list((made.run / "checkpoints").iterdir())
