@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
@@ -27,6 +30,11 @@ from ropelab.sweeps import Sweep
 
 PATIENCE = 30  # seconds for an answer of the scheduler: a daemon that is down never gives one
 STOPS = (signal.SIGTERM, signal.SIGUSR2)
+JOB = re.compile(
+    r"[0-9]{1,18}(_[0-9]{1,18})?"
+)  # a job as squeue names it; nothing else of a folder reaches its programs
+WAITS = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "CONFIGURING", "COMPLETING")  # of a job that is in the queue again
+PAUSES = (0.5, 1.0, 2.0, 4.0)  # seconds between two attempts to be queued again
 
 
 class SchedulerError(RuntimeError):
@@ -75,9 +83,10 @@ def _ask(*command: str) -> str:
 
 def job_states(jobs: Sequence[str]) -> dict[str, str]:
     """The state of each job that Slurm still knows. `SchedulerError` where `squeue` does not answer."""
+    jobs = [job for job in jobs if JOB.fullmatch(job)]
     if not jobs:
         return {}
-    states = dict(_rows(_ask("squeue", "-h", "-r", "-t", "all", "-u", str(os.getuid()), "-o", "%i|%T")))
+    states = queued()
     missing = [job for job in jobs if job not in states]
     if missing:
         parents = ",".join(sorted({job.partition("_")[0] for job in missing}))
@@ -87,16 +96,35 @@ def job_states(jobs: Sequence[str]) -> dict[str, str]:
     return {job: states[job] for job in jobs if job in states}
 
 
+def queued() -> dict[str, str]:
+    """The state of every job of this user that `squeue` knows, ended ones for some minutes."""
+    return dict(_rows(_ask("squeue", "-h", "-r", "-t", "all", "-u", str(os.getuid()), "-o", "%i|%T")))
+
+
 def _rows(text: str) -> list[tuple[str, str]]:
     """`job|STATE` lines; "CANCELLED by 0" is CANCELLED."""
     pairs = [line.partition("|") for line in text.splitlines() if "|" in line]
     return [(job.strip(), state.split()[0].rstrip("+")) for job, _, state in pairs if state.strip()]
 
 
-def cancel(jobs: Sequence[str]) -> None:
-    """Cancel jobs. `SchedulerError` where Slurm refuses."""
-    if jobs:
-        _ask("scancel", *jobs)
+def cancel(sweep: Sweep, jobs: Sequence[str]) -> None:
+    """Cancel jobs of a sweep. `SchedulerError` where Slurm refuses.
+
+    `ValueError` where a job may be another's: which are the sweep's stands in its folder, which may be a stranger's.
+    """
+    if not jobs:
+        return
+    odd = next((job for job in jobs if not JOB.fullmatch(job)), None)
+    if odd is not None:
+        raise ValueError(f"{sweep.path / 'jobs'} names a job that is none; it was altered")
+    names = dict(_rows(_ask("squeue", "-h", "-r", "-t", "all", "-u", str(os.getuid()), "-o", "%i|%j")))
+    other = next((job for job in jobs if names.get(job, job_name(sweep)) != job_name(sweep)), None)
+    if other is not None:
+        raise ValueError(
+            f"job {other} is named '{names[other]}' and not '{job_name(sweep)}', so it may be another's; "
+            f"if it is this sweep's: scancel {other}"
+        )
+    _ask("scancel", *jobs)
 
 
 def largest_array() -> int:
@@ -111,18 +139,28 @@ def largest_array() -> int:
 # --- submitting -----------------------------------------------------------------------------------------------------
 
 
+def check_folder(folder: Path) -> None:
+    """`ValueError` where a folder's path cannot stand in a batch script: there it is text, with Slurm's own marks."""
+    path = str(folder.expanduser().resolve())
+    odd = next((letter for letter in path if not letter.isprintable() or letter in "%\\"), None)
+    if odd is not None:
+        raise ValueError(f"Slurm cannot have its logs below a folder whose path holds {odd!r}; choose another runs_dir")
+
+
+def job_name(sweep: Sweep) -> str:
+    """What the jobs of a sweep are called, in plain letters: the name of its folder becomes text of a batch script."""
+    return re.sub(r"[^A-Za-z0-9._-]", "_", f"ropelab-{sweep.name}")[:60]
+
+
 def submit(sweep: Sweep, indices: Sequence[int], settings: SlurmLauncher) -> dict[int, str]:
     """Submit tasks as job arrays and return at once: the job of each task, noted in the sweep's folder too.
 
-    `SchedulerError` where Slurm refuses; what was submitted before that is noted.
+    `SchedulerError` where Slurm refuses, with what was submitted before that, which is noted.
     """
     import submitit
 
-    sweep.logs.mkdir(exist_ok=True)
-    spool = sweep.path / "spool"
-    spool.mkdir(mode=0o700, exist_ok=True)
-    spool.chmod(0o700)
-    executor = submitit.SlurmExecutor(folder=spool)
+    check_folder(sweep.path)
+    executor = submitit.SlurmExecutor(folder=_spool(sweep))
     executor.update_parameters(**_parameters(sweep, settings))
     size = largest_array()
     jobs: dict[int, str] = {}
@@ -132,18 +170,33 @@ def submit(sweep: Sweep, indices: Sequence[int], settings: SlurmLauncher) -> dic
         try:
             submitted = executor.map_array(_call, work)
         except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError, OSError) as error:
-            raise SchedulerError(f"sbatch refused: {' '.join(str(error).split())}") from None
+            done = f"{len(jobs)} of {len(indices)} runs were submitted" if jobs else "nothing was submitted"
+            rest = f"; when there is room, ropelab retry {sweep.name} submits the other {len(indices) - len(jobs)}"
+            raise SchedulerError(
+                f"sbatch refused: {' '.join(str(error).split())}; {done}{rest if jobs else ''}"
+            ) from None
         for index, job in zip(part, submitted, strict=True):
             jobs[index] = str(job.job_id)
             sweep.add_job(index, jobs[index])
     return jobs
 
 
+def _spool(sweep: Sweep) -> Path:
+    """A new folder for what submitit writes. Its pickles are read in the job, so nothing may lie there before them."""
+    sweep.logs.mkdir(exist_ok=True)
+    spool = sweep.path / "spool"
+    spool.mkdir(mode=0o700, exist_ok=True)
+    if spool.is_symlink() or sweep.logs.is_symlink():
+        raise ValueError(f"logs and spool of {sweep.path} must not be links; remove the link, and retry")
+    spool.chmod(0o700)
+    return Path(tempfile.mkdtemp(dir=spool)).resolve()
+
+
 def _parameters(sweep: Sweep, settings: SlurmLauncher) -> dict[str, Any]:
     """What submitit calls the settings of `configs/launcher/slurm.yaml`."""
     more: dict[str, Any] = {"requeue": True, **_options(settings.sbatch)}
     chosen = {
-        "job_name": f"ropelab-{sweep.name}"[:60], "time": settings.time_min, "mem": f"{round(settings.mem_gb * 1024)}M",
+        "job_name": job_name(sweep), "time": settings.time_min, "mem": f"{round(settings.mem_gb * 1024)}M",
         "cpus_per_task": settings.cpus, "nodes": settings.nodes, "ntasks_per_node": settings.tasks_per_node,
         "array_parallelism": settings.array_parallelism, "signal_delay_s": settings.signal_delay_s,
         "partition": settings.partition, "account": settings.account, "qos": settings.qos,
@@ -171,10 +224,11 @@ def _options(items: Sequence[str]) -> dict[str, Any]:
 
 def sbatch_script(sweep: Sweep, indices: Sequence[int], settings: SlurmLauncher) -> str:
     """A batch script that does what `submit` would, for sites where it has to be changed by hand."""
+    check_folder(sweep.path)
     logs = sweep.logs.resolve()
     array = ",".join(map(str, indices))
     options: dict[str, Any] = {
-        "job-name": f"ropelab-{sweep.name}"[:60], "array": f"{array}%{settings.array_parallelism}",
+        "job-name": job_name(sweep), "array": f"{array}%{settings.array_parallelism}",
         "time": settings.time_min, "mem": f"{round(settings.mem_gb * 1024)}M", "cpus-per-task": settings.cpus,
         "nodes": settings.nodes, "ntasks-per-node": settings.tasks_per_node, "partition": settings.partition,
         "account": settings.account, "qos": settings.qos, "constraint": settings.constraint,
@@ -233,6 +287,8 @@ def run_task(sweep: Sweep, index: int, *, max_requeues: int) -> None:
             if first:
                 sweep.say(index, answer)
     except (Exception, Stopped) as error:
+        for one in STOPS:  # a second signal must not stop us before the job is in the queue again
+            signal.signal(one, signal.SIG_IGN)
         signum = getattr(error, "signum", None)
         if not first and signum is not None:
             return  # stopped together; the first rank says so
@@ -264,7 +320,7 @@ def _stop(signum: int, frame: FrameType | None) -> None:
 
 def _stopped(sweep: Sweep, index: int, signum: int, saved: str, max_requeues: int) -> None:
     """Queue the job again, unless it was cancelled or has come back too often."""
-    job = os.environ["SLURM_JOB_ID"]
+    job = own_job()
     if signum == signal.SIGTERM and _state_of(job) != "RUNNING":
         sweep.say(index, {"cancelled": saved})
         return
@@ -273,7 +329,7 @@ def _stopped(sweep: Sweep, index: int, signum: int, saved: str, max_requeues: in
         return
     print(f"ropelab: {saved}; queued again", file=sys.stderr, flush=True)
     try:
-        _ask("scontrol", "requeue", job)
+        _queue_again(job)
     except SchedulerError as error:
         sweep.say(index, {"error": f"could not be queued again: {error}; {saved}"})
         raise
@@ -281,10 +337,24 @@ def _stopped(sweep: Sweep, index: int, signum: int, saved: str, max_requeues: in
     os._exit(0)  # the job is in the queue again: what this process would still say is of no use
 
 
+def _queue_again(job: str) -> None:
+    """Put a running job back into the queue. `SchedulerError` where Slurm keeps refusing, or does not answer."""
+    for pause in (*PAUSES, None):
+        try:
+            _ask("scontrol", "requeue", job)
+            return
+        except SchedulerError:
+            if _state_of(job) in WAITS:  # by Slurm itself, which preempts so, or by who told us to stop
+                return
+            if pause is None:
+                raise
+            time.sleep(pause)
+
+
 def _state_of(job: str) -> str:
     """The state of this very job: RUNNING if a signal was all that came."""
     try:
-        return _ask("squeue", "-h", "-t", "all", "-j", job, "-o", "%T").strip()
+        return dict(_rows(_ask("squeue", "-h", "-r", "-t", "all", "-j", job, "-o", "%i|%T"))).get(job, "unknown")
     except SchedulerError:
         return "unknown"
 

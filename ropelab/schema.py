@@ -7,7 +7,7 @@ A range that a user can violate raises `ValueError` with the dotted key in it.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 DTYPES = ("auto", "fp32", "bf16")
@@ -225,6 +225,10 @@ class SlurmLauncher:
     sbatch: tuple[str, ...]
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int | float) and not value < 2**31:
+                raise ValueError(f"launcher.{field.name} must be < 2**31")
         for key in ("time_min", "cpus", "nodes", "tasks_per_node", "array_parallelism"):
             _at_least(f"launcher.{key}", getattr(self, key), 1)
         for key in ("gpus", "signal_delay_s", "max_requeues"):
@@ -235,6 +239,10 @@ class SlurmLauncher:
                 f"launcher.gpus={self.gpus} cannot be shared by launcher.tasks_per_node={self.tasks_per_node} ranks; "
                 "give each rank one GPU"
             )
+        # each is a comment line of a batch script: after a line's end it would be a command
+        for text in (self.partition, self.account, self.qos, self.constraint, *self.sbatch):
+            if text is not None and not text.isprintable():
+                raise ValueError(f"launcher settings are printable text in one line, not {text!r}")
         for item in self.sbatch:
             if not item.partition("=")[0].strip("-"):
                 raise ValueError(f"launcher.sbatch takes key=value or a flag's name, not '{item}'")

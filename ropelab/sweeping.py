@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import shlex
 import signal
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from ropelab import cluster, launcher, sweeps
+from ropelab.config import LAUNCHERS
 from ropelab.config import points as grammar
 from ropelab.schema import Config, LocalLauncher, SlurmLauncher
 from ropelab.sweeps import PENDING, RUNNING, Standing, Sweep
@@ -57,8 +60,15 @@ def check(settings: Sequence[str], compose: Callable[[list[str]], Config], progr
 
 def standings(sweep: Sweep) -> list[Standing]:
     """How every task stands, by its files and by what the cluster says. `SchedulerError` where that does not answer."""
-    jobs = [job for index, job in sweep.jobs().items() if not {"train", "error"} & (sweep.answer(index) or {}).keys()]
-    return sweep.standings(cluster.job_states(jobs))
+    jobs = sweep.jobs()
+    answers = {index: sweep.answer(index) or {} for index in jobs}
+    failed = [index for index in jobs if "error" in answers[index]]
+    states = cluster.job_states([jobs[index] for index in jobs if not {"train", "error"} & answers[index].keys()])
+    if failed:  # it may have been queued again; where nobody can be asked, its answer is what is known
+        with contextlib.suppress(cluster.SchedulerError):
+            known = cluster.queued()
+            states |= {jobs[index]: known[jobs[index]] for index in failed if jobs[index] in known}
+    return sweep.standings(states)
 
 
 def missing(sweep: Sweep) -> list[int]:
@@ -96,7 +106,7 @@ def work_here(sweep: Sweep, settings: LocalLauncher, progress: Progress) -> int 
             progress("sweep", done, len(indices))
 
         progress("sweep", 0, len(indices))
-        tasks = [sweep.tasks[index] for index in indices]
+        tasks = [{**sweep.tasks[index], "lock": str(sweep.work_path(index))} for index in indices]
         _, interrupted = launcher.run_in_batches(
             tasks, stack=settings.stack, slots=launcher.cores(), progress=progress, ended=ended, **sharing
         )
@@ -116,6 +126,43 @@ def submit(sweep: Sweep, settings: SlurmLauncher) -> list[int]:
         return indices
 
 
+def kept_settings(sweep: Sweep, name: str, given: Collection[str]) -> list[str]:
+    """The settings with which a sweep was last launched by this launcher, as overrides: those that are numbers.
+
+    What becomes shell or sbatch text is never taken from a folder, which may be a stranger's: `ValueError`, with what
+    to type, where there is such text and the user has `given` (keys) nothing in its place.
+    """
+    stored = sweep.manifest.get("launcher")
+    if not isinstance(stored, dict) or stored.get("name") != name:
+        return []
+    kinds = {field.name: str(field.type) for field in dataclasses.fields(LAUNCHERS[name])}
+    kept, texts = [], []
+    for key, value in stored.items():
+        if key == "name" or key in given:
+            continue
+        if "str" in kinds.get(key, ""):
+            if value not in (None, [], ""):
+                texts.append(_typable(f"launcher.{key}=", value))
+        elif value is not None:
+            if key in kinds and type(value) not in (int, float):
+                raise ValueError(f"{sweep.path / 'manifest.json'}: launcher.{key} is no number; it was altered")
+            kept.append(f"launcher.{key}={value}")
+    if texts:
+        raise ValueError(
+            f"{sweep.name} was launched with text for sbatch or the shell, which is never taken from a folder: "
+            f"ropelab retry {shlex.quote(sweep.name)} {' '.join(texts)} takes it from you; launcher.KEY=null or [] is "
+            "none, and a file of yours that ROPELAB_SLURM names is asked too"
+        )
+    return kept
+
+
+def _typable(key: str, value: Any) -> str:
+    """A stored text as it would be typed in a shell; letters that steer a terminal are replaced."""
+    text = f"[{','.join(map(str, value))}]" if isinstance(value, list) else str(value)
+    text = "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
+    return shlex.quote(key + (text if len(text) <= 300 else f"{text[:300]}..."))
+
+
 def _begin(sweep: Sweep, indices: Sequence[int], settings: dict[str, Any]) -> None:
     for index in indices:
         sweep.forget(index)
@@ -132,7 +179,7 @@ def stop(sweep: Sweep) -> tuple[int, int | None]:
         raise ValueError(f"{sweep.name} is worked on by process {holder.process} of {holder.host}; cancel it there")
     jobs = sweep.jobs()
     waiting = [one.task for one in standings(sweep) if one.state in (PENDING, RUNNING) and one.task in jobs]
-    cluster.cancel([jobs[index] for index in waiting])
+    cluster.cancel(sweep, [jobs[index] for index in waiting])
     for index in waiting:
         if sweep.answer(index) is None:  # a job that runs says so itself, with the step it saved
             sweep.say(index, {"cancelled": "cancelled by `ropelab cancel`"})

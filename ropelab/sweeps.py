@@ -4,6 +4,7 @@
         manifest.json        the settings, the points, and the tasks they come to: a run and its evaluations each
         answers/0007.json    what became of task 7: its results, or why it ended
         jobs/0007.json       the job of task 7 on a cluster
+        work/0007            locked by the process that works on task 7, for as long as it lives
         logs/, spool/        of jobs; the spool is submitit's own, private and never read back
         lock                 held while the sweep is worked on from this machine
 
@@ -30,6 +31,8 @@ from ropelab.runs import SWEEPS, RunDir, RunError, wrong_evaluation
 
 PENDING, RUNNING, DONE, FAILED, CANCELLED, LOST = "PENDING", "RUNNING", "DONE", "FAILED", "CANCELLED", "LOST"
 UNFINISHED = (FAILED, CANCELLED, LOST)  # what `retry` starts again
+NOT_LAUNCHED = "not launched"
+NOT_SUBMITTED = "not launched: Slurm took no job for it; `ropelab retry` submits it"
 TAIL = 5  # lines of a log in a failure's note
 
 
@@ -179,6 +182,24 @@ class Sweep:
 
     # --- one worker at a time
 
+    def work_path(self, index: int) -> Path:
+        """The file that the process which works on a task keeps locked (`holding`)."""
+        return self.path / "work" / f"{index:04d}"
+
+    def is_at_work(self, index: int) -> bool:
+        """Does a process of this machine work on the task: train, evaluate, or save because it was left alone?"""
+        try:
+            handle = os.open(self.work_path(index), os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+        finally:
+            os.close(handle)
+        return False
+
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the sweep for one launch; a dead process does not keep it. `RunError` when another one holds it."""
@@ -259,11 +280,12 @@ class Sweep:
         task, run, answer = self.tasks[index], self.run(index), self.answer(index)
         state, note = PENDING, ""
         told = scheduled.get(job) if job is not None else None
+        goes_on = told is not None and told != "COMPLETING" and _of_job(told)[0] in (PENDING, RUNNING)
         if self.is_done(index):
             state = DONE  # a result comes before the scheduler knows that its job has ended
-        elif answer is not None and "error" in answer:
+        elif answer is not None and "error" in answer and not goes_on:
             state, note = FAILED, str(answer["error"])
-        elif answer is not None and "cancelled" in answer and told not in ("PENDING", "RUNNING"):
+        elif answer is not None and "cancelled" in answer and not goes_on:
             state, note = CANCELLED, str(answer["cancelled"])
         elif answer is not None and "train" in answer:
             state, note = LOST, "its run or evaluations are gone; `ropelab retry` makes them again"
@@ -271,14 +293,18 @@ class Sweep:
             state, note = _of_job(told)
             if state == FAILED:
                 note = f"{note}: {self.log_tail(index)}"
+        elif self.is_at_work(index) or _is_written(run):
+            state = RUNNING  # also of a sweep whose process was killed: its runs save themselves and end
         elif job is not None:
             state, note = LOST, f"the cluster no longer knows job {job}, and there is no result"
         elif working:
-            state = RUNNING if _status(run) == "running" else PENDING
+            state = PENDING
         elif self.manifest.get("launched"):
             state, note = LOST, "its process is gone, and there is no result"
+            if self.launcher == "slurm":
+                state, note = PENDING, NOT_SUBMITTED
         else:
-            note = "not launched"
+            note = NOT_LAUNCHED
         step = None if state in (PENDING, DONE) else _last_step(run)
         return Standing(index, task["run"], state, step, task["config"]["train"]["steps"], note)
 
@@ -299,11 +325,11 @@ def _of_job(told: str) -> tuple[str, str]:
     )  # FAILED, TIMEOUT, OUT_OF_MEMORY, NODE_FAIL, PREEMPTED, BOOT_FAIL, DEADLINE
 
 
-def _status(run: RunDir) -> str:
+def _is_written(run: RunDir) -> bool:
     try:
-        return run.status()
+        return run.status() == "running"
     except RunError:
-        return "none"
+        return False
 
 
 def _last_step(run: RunDir) -> int | None:

@@ -8,6 +8,7 @@ stdin stays open: when that closes, whoever wanted the work is gone, and what wa
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import signal
@@ -151,10 +152,23 @@ def _save_when_left_alone() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
+def _lock(path: Path) -> None:
+    """Lock the file of a task until this process ends, however it ends: it is what says that somebody works on it.
+
+    The process that worked on it before, left alone and saving itself, is waited for.
+    """
+    path.parent.mkdir(exist_ok=True)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+
+
 def main() -> None:
     task = json.loads(sys.stdin.buffer.raw.readline())  # type: ignore[union-attr]
     _save_when_left_alone()
     try:
+        for one in task.get("stack", [task]):
+            if "lock" in one:
+                _lock(Path(one["lock"]))
         emit(work(task, _Reporter()))
     except KeyboardInterrupt:  # outside the training, which saves and says where
         emit({"cancelled": "interrupted"})

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ropelab.cli.options import Json, app, check_output, fail, print_json, reported, say
+from ropelab.cli.options import Json, app, check_output, fail, plain, print_json, reported, say
 from ropelab.cli.training import composed
 
 if TYPE_CHECKING:
@@ -66,8 +66,14 @@ def sweep(
         from ropelab.progress import Bar
 
         given = list(arguments or [])
-        if any(item.startswith(("hydra/", "hydra.")) for item in given):
-            _hand_to_hydra(given, where)
+        hydras = next((item for item in given if item.startswith(("hydra/", "hydra."))), None)
+        if hydras is not None:
+            options = {"--launcher": where, "--skip-invalid": skip_invalid, "--dry-run": dry_run,
+                       "--emit-sbatch": emit_sbatch, "--wait": wait, "--json": as_json}  # fmt: skip
+            asked = next((option for option, value in options.items() if value), None)
+            if asked is not None:
+                raise ValueError(f"{asked} and {hydras}: Hydra's multirun knows no {asked}; give one of them")
+            _hand_to_hydra(given)
             return
         named, settings, name, launching = _separate(given, where)
         chosen = config.launcher(name, launching)
@@ -84,6 +90,10 @@ def sweep(
         with Bar() as bar:
             checked = sweeping.check(settings, composed, bar)
         _refuse(checked, skip_invalid=skip_invalid)
+        if name == "slurm":
+            from ropelab import cluster
+
+            cluster.check_folder(checked.runs_dir)
         if dry_run:
             _print_plan(checked, as_json=as_json)
             return
@@ -132,10 +142,14 @@ def _refuse(checked: Checked, *, skip_invalid: bool) -> None:
         return
     if len(checked.invalid) >= len(checked.points) and len({reason for _, reason in checked.invalid}) == 1:
         fail(2, checked.invalid[0][1])  # one mistake, in every point
-    for label, reason in checked.invalid[:50]:
-        say(f"{'left out' if skip_invalid else 'invalid'}: {label}: {' '.join(reason.split())}")
-    if len(checked.invalid) > 50:
-        say(f"and {len(checked.invalid) - 50} more")
+    points: dict[str, list[str]] = {}
+    for label, reason in checked.invalid:
+        points.setdefault(reason, []).append(label)
+    for reason, labels in list(points.items())[:50]:
+        more = f" and {len(labels) - 1} more points" if len(labels) > 1 else ""
+        say(plain(f"{'left out' if skip_invalid else 'invalid'}: {labels[0]}{more}: {' '.join(reason.split())}"))
+    if len(points) > 50:
+        say(f"and {len(points) - 50} more mistakes")
     if not checked.tasks:
         fail(2, "no point of this sweep can be")
     if not skip_invalid:
@@ -152,13 +166,12 @@ def _print_plan(checked: Checked, *, as_json: bool) -> None:
     say(f"{len(checked.points)} points, {len(checked.tasks)} runs; nothing was started")
 
 
-def _hand_to_hydra(given: list[str], where: list[str] | None) -> None:
+def _hand_to_hydra(given: list[str]) -> None:
     """Hydra's multirun over our configuration, with the launcher that the user asked for."""
     from ropelab import worker
     from ropelab.config import points
 
-    if where:
-        raise ValueError(f"--launcher {where[0]} and hydra/launcher: give one of them")
+    points.check_for_hydra(given)
     points.run_with_hydra(given, worker.work_for_hydra)
 
 
@@ -218,7 +231,8 @@ def status(arguments: SweepAndSettings = None, as_json: Json = False) -> None:
 def _print_standings(made: Sweep, stands: list[Standing]) -> None:
     for one in stands:
         step = "" if one.step is None else f"{one.step}/{one.steps}"
-        print(f"{one.run:<48} {one.state:<10} {step:<14} {one.note}".rstrip())
+        note = " ".join(one.note.split())
+        print(plain(f"{one.run:<48} {one.state:<10} {step:<14} {note}".rstrip()))
     counts: dict[str, int] = {}
     for one in stands:
         counts[one.state] = counts.get(one.state, 0) + 1
@@ -227,17 +241,24 @@ def _print_standings(made: Sweep, stands: list[Standing]) -> None:
 
 def _wait(made: Sweep) -> None:
     """Until nothing of the sweep is waiting or running."""
-    from ropelab import sweeping, sweeps
+    from ropelab import sweeping
     from ropelab.progress import Bar
 
     with Bar() as bar:
         while True:
             stands = sweeping.standings(made)
-            going = sum(one.state in (sweeps.PENDING, sweeps.RUNNING) for one in stands)
+            going = sum(_is_to_come(one) for one in stands)
             bar("sweep", len(stands) - going, len(stands))
             if not going:
                 return
             time.sleep(POLL)
+
+
+def _is_to_come(one: Standing) -> bool:
+    """Is a run waiting or running, so that something will come of it?"""
+    from ropelab import sweeps
+
+    return one.state in (sweeps.PENDING, sweeps.RUNNING) and one.note != sweeps.NOT_SUBMITTED
 
 
 @app.command()
@@ -278,10 +299,10 @@ def _collect(made: Sweep, *, as_json: bool, output: Path | None = None) -> None:
 
             Console().print(report.terminal_table(results))
         _print_counts(made, stands)
-    bad = [one for one in stands if one.state in sweeps.UNFINISHED]
+    bad = [one for one in stands if one.state != sweeps.DONE and not _is_to_come(one)]
     if bad:
         for one in bad:
-            say(f"{one.state}: {one.run}: {one.note}")
+            say(plain(f"{one.state}: {one.run}: {' '.join(one.note.split())}"))
         fail(1, f"{len(bad)} of {len(stands)} runs are not done; ropelab retry {made.name} starts them again")
 
 
@@ -289,7 +310,7 @@ def _print_counts(made: Sweep, stands: list[Standing]) -> None:
     from ropelab import sweeps
 
     done = sum(one.state == sweeps.DONE for one in stands)
-    going = sum(one.state in (sweeps.PENDING, sweeps.RUNNING) for one in stands)
+    going = sum(_is_to_come(one) for one in stands)
     rest = f", {going} still to come" if going else ""
     say(f"{made.name}: {done} of {len(stands)} runs done{rest}; a page of it: ropelab report {made.name}")
 
@@ -304,7 +325,9 @@ def cancel(arguments: SweepAndSettings = None) -> None:
         jobs, process = sweeping.stop(made)
         told = [f"{jobs} jobs cancelled"] if jobs else []
         told += [f"process {process} told to stop"] if process is not None else []
-        say(f"{made.name}: {', '.join(told) or 'nothing of it is waiting or running'}")
+        left = sum(made.is_at_work(index) for index in range(len(made.tasks))) if not told else 0
+        nothing = f"its process is gone, and {left} of its runs save themselves and end" if left else "nothing of it is"
+        say(f"{made.name}: {', '.join(told) or nothing}{'' if told or left else ' waiting or running'}")
 
 
 @app.command()
@@ -321,30 +344,19 @@ def retry(
 ) -> None:
     """Start the runs of a sweep again that failed, were cancelled or are lost; they go on from their checkpoints."""
     with asking():
-        from ropelab import config
+        from ropelab import config, sweeping
 
         launching = [item for item in arguments or [] if item.startswith("launcher.")]
         made = _find([item for item in arguments or [] if item not in launching])
         name = (where or [made.launcher])[0]
-        before = made.manifest.get("launcher", {})
-        kept = [] if name != before.get("name") else _spelled(before, {item.partition("=")[0] for item in launching})
-        chosen = config.launcher(name, [*kept, *launching])
+        chosen = config.launcher(name, launching)  # what is given is right, before something is said of the rest
+        given = {item.partition("=")[0].removeprefix("launcher.") for item in launching} | {*config.own_launcher(name)}
+        chosen = config.launcher(name, [*sweeping.kept_settings(made, name, given), *launching])
         if name == "slurm":
             from ropelab import cluster
 
             cluster.check_slurm()
         _work(made, chosen, wait=wait, as_json=as_json)
-
-
-def _spelled(settings: dict[str, Any], but: set[str]) -> list[str]:
-    """A launcher's stored settings as overrides."""
-    spelled = []
-    for key, value in settings.items():
-        if key == "name" or f"launcher.{key}" in but:
-            continue
-        text = "null" if value is None else f"[{','.join(map(str, value))}]" if isinstance(value, list) else value
-        spelled.append(f"launcher.{key}={text}")
-    return spelled
 
 
 @app.command(hidden=True)

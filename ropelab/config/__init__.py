@@ -1,6 +1,7 @@
 """From the command line to validated configurations: `load` one, `points` of a sweep. The only border to Hydra."""
 
 from ropelab.config.load import (
+    LAUNCHERS,
     METHODS,
     changed,
     choices,
@@ -10,12 +11,14 @@ from ropelab.config.load import (
     launcher,
     load,
     nearest,
+    own_launcher,
     parse_scaling,
     summaries,
     to_dict,
 )
 
 __all__ = [
+    "LAUNCHERS",
     "METHODS",
     "changed",
     "choices",
@@ -25,6 +28,7 @@ __all__ = [
     "launcher",
     "load",
     "nearest",
+    "own_launcher",
     "parse_scaling",
     "summaries",
     "to_dict",

@@ -33,6 +33,14 @@ from ropelab.schema import (
 )
 
 GROUPS = ("pos", "scaling", "positions", "model", "data")
+OTHER_NAMES = {  # of the same things elsewhere
+    **dict.fromkeys(("width", "dim", "hidden_size", "hidden_dim", "n_embd", "embed_dim"), "d_model"),
+    **dict.fromkeys(("depth", "layers", "n_layers", "num_layers", "num_hidden_layers"), "n_layer"),
+    **dict.fromkeys(("heads", "n_heads", "num_heads", "num_attention_heads"), "n_head"),
+    **dict.fromkeys(("block_size", "context", "context_length", "seq_len", "sequence_length", "length"), "ctx"),
+    **dict.fromkeys(("learning_rate", "max_lr"), "lr"), "batch": "batch_size", "max_steps": "steps",
+}  # fmt: skip
+OWN_SLURM = "ROPELAB_SLURM"  # names a file of the user's own settings of the launcher slurm
 ENVIRONMENT = {"runs_dir": "ROPELAB_RUNS", "cache_dir": "ROPELAB_CACHE"}
 LATER: dict[str, Any] = {"positions": {"name": "contiguous"}, "parent": None}  # keys newer than the first version
 LATER_IN: dict[str, dict[str, Any]] = {
@@ -80,6 +88,23 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else f"; valid: {', '.join(options)}"
 
 
+def _nearest_key(key: str, valid: Sequence[str]) -> str:
+    """`nearest` for a dotted key: by its last name among the keys of its section, or of all where it names none.
+
+    What other programs call a setting is known too. Far from all keys of a section, it is answered with their list.
+    """
+    head, dot, last = key.rpartition(".")
+    last = OTHER_NAMES.get(last, last)
+    inside = [known for known in valid if dot and known.startswith(f"{head}.")]
+    close = difflib.get_close_matches(last, [known.removeprefix(f"{head}.") for known in inside], n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean {head}.{close[0]}?"
+    same = [known for known in valid if known.endswith(f".{last}")]
+    if same:
+        return f"; did you mean {' or '.join(same)}?"
+    return f"; valid: {', '.join(sorted(inside))}" if inside else nearest(key, valid)
+
+
 def keys() -> list[str]:
     """Every key that a run can be told by, dotted; of a method's parameters those of the default one."""
     return _all_keys(_compose({}))
@@ -116,12 +141,16 @@ def load(overrides: Sequence[str] = (), *, parent: Mapping[str, Any] | None = No
 
 
 def launcher(name: str, overrides: Sequence[str]) -> LocalLauncher | SlurmLauncher:
-    """How a sweep runs: `configs/launcher/NAME.yaml` with overrides such as `launcher.partition=gpu`. `ValueError`."""
+    """How a sweep runs: `configs/launcher/NAME.yaml`, `own_launcher`, and overrides such as `launcher.partition=gpu`.
+
+    `ValueError` for what is unknown or of another type.
+    """
     if name not in LAUNCHERS:
         raise ValueError(f"unknown launcher '{name}'{nearest(name, LAUNCHERS)}")
     import yaml
 
     tree = yaml.safe_load((config_dir() / "launcher" / f"{name}.yaml").read_text(encoding="utf-8"))
+    tree |= own_launcher(name)
     hints = typing.get_type_hints(LAUNCHERS[name])
     for override in overrides:
         key, _, text = override.partition("=")
@@ -131,6 +160,30 @@ def launcher(name: str, overrides: Sequence[str]) -> LocalLauncher | SlurmLaunch
             raise ValueError(f"launcher={name} has no setting '{key}'{nearest(key, known)}")
         tree[field] = _parse(key, text, hints[field])
     return typing.cast(LocalLauncher | SlurmLauncher, _section("launcher", LAUNCHERS[name], tree))
+
+
+def own_launcher(name: str) -> dict[str, Any]:
+    """The settings of a launcher in the file that the user's ROPELAB_SLURM names, with the keys of the shipped one.
+
+    `ValueError` where it cannot be read or has other keys; {} without one, and for other launchers than slurm.
+    """
+    file = os.environ.get(OWN_SLURM) if name == "slurm" else None
+    if not file:
+        return {}
+    import yaml
+
+    path = Path(file).expanduser()
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{OWN_SLURM}={file} cannot be read: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{OWN_SLURM}={file} is no file of lines such as partition: gpu; correct it, or unset it")
+    known = typing.get_type_hints(LAUNCHERS[name])
+    odd = next((key for key in found if key not in known), None)
+    if odd is not None:
+        raise ValueError(f"{OWN_SLURM}={file} has no setting '{odd}'{nearest(str(odd), known)}")
+    return found
 
 
 def _inherit(tree: dict[str, Any], parent: dict[str, Any], chosen: Mapping[str, str]) -> None:
@@ -275,7 +328,7 @@ def _assign(tree: dict[str, Any], key: str, text: str) -> None:
     """Set one dotted key of the composed tree to the value that `text` spells for its type."""
     head, _, rest = key.partition(".")
     if head not in tree:
-        raise ValueError(f"unknown key '{key}'{nearest(key, _all_keys(tree))}")
+        raise ValueError(f"unknown key '{key}'{_nearest_key(key, _all_keys(tree))}")
     if not isinstance(tree[head], dict):
         if rest:
             raise ValueError(f"unknown key '{key}'; {head} holds a value, write {head}=VALUE")
@@ -297,7 +350,7 @@ def _assign(tree: dict[str, Any], key: str, text: str) -> None:
             known = [f"{head}.{parameter}" for parameter in tree[head] if parameter != "name"]
             takes = nearest(key, known) if known else "; it has none"
             raise ValueError(f"{head}={name} has no parameter '{rest}'{takes}")
-        raise ValueError(f"unknown key '{key}'{nearest(key, _all_keys(tree))}")
+        raise ValueError(f"unknown key '{key}'{_nearest_key(key, _all_keys(tree))}")
     if head in METHODS:
         tree[head][rest] = _read(key, text, tree[head][rest])
     else:

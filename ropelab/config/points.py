@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ropelab.config.load import choices, config_dir, nearest
+from ropelab.config.load import choices, config_dir, load, nearest
 
 MOST = 10_000  # points of a sweep
 LITERAL = ("eval.ctx",)  # keys whose commas are their own: a ladder of lengths is one value
@@ -136,6 +136,29 @@ def _spelled(value: Any) -> str:
     if hasattr(value, "quote"):  # Hydra's QuotedString
         return str(value.text)
     raise ValueError(f"{value} cannot be one of several values; use a,b or one range, choice or glob")
+
+
+def check_for_hydra(overrides: Sequence[str]) -> None:
+    """`ValueError`, in one line, for settings that Hydra's multirun would refuse with a trace of its own.
+
+    Our own keys are checked point by point, unless another sweeper than Hydra's own makes the points.
+    """
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from hydra.types import RunMode
+    from omegaconf.errors import OmegaConfBaseException
+
+    given = [item for item in overrides if not item.startswith("-")]
+    hydras = [item for item in given if item.startswith(("hydra/", "hydra."))]
+    with _Grammar():
+        try:
+            GlobalHydra.instance().config_loader().load_configuration("config", hydras, RunMode.MULTIRUN)
+        except (HydraException, OmegaConfBaseException) as error:
+            reason = " ".join(str(error).partition("Config search path")[0].partition("See https")[0].split())
+            raise ValueError(f"Hydra takes no {' '.join(hydras)}: {reason}") from None
+    if not any(item.startswith(("hydra/sweeper", "hydra.sweeper")) for item in hydras):
+        for point in expand([item for item in given if item not in hydras]):
+            load(point)
 
 
 def run_with_hydra(overrides: Sequence[str], work: Callable[[list[str]], Any]) -> None:
