@@ -126,6 +126,33 @@ def submit(sweep: Sweep, settings: SlurmLauncher) -> list[int]:
         return indices
 
 
+def place(sweep: Sweep, config: Config) -> list[str]:
+    """Have a sweep's runs use this user's cache and tracking, whatever its folder says, which may be a stranger's.
+
+    Returns a line for each setting that was another before.
+    """
+    mine = {"cache_dir": str(Path(config.cache_dir).expanduser().resolve()), "track": dataclasses.asdict(config.track)}
+    before: dict[str, list[Any]] = {key: [] for key in mine}
+    for task in sweep.tasks:
+        for key, value in mine.items():
+            if task["config"].get(key) not in (value, *before[key]):
+                before[key].append(task["config"].get(key))
+            task["config"][key] = value
+    lines = []
+    for stored in before["cache_dir"]:
+        lines.append(
+            f"cache_dir={mine['cache_dir']}, not {stored} as before; {_typable('cache_dir=', stored)} keeps that"
+        )
+    for stored in before["track"]:
+        if isinstance(stored, dict) and stored.get("wandb") != "disabled":
+            lines.append(
+                f"track.wandb={config.track.wandb}, not {stored.get('wandb')} as before; "
+                f"{_typable('track.wandb=', stored.get('wandb'))} {_typable('track.project=', stored.get('project'))} "
+                "keeps that"
+            )
+    return lines
+
+
 def kept_settings(sweep: Sweep, name: str, given: Collection[str]) -> list[str]:
     """The settings with which a sweep was last launched by this launcher, as overrides: those that are numbers.
 

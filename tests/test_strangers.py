@@ -214,11 +214,13 @@ def test_a_hostile_folder_is_refused_or_harmless(good: Made, made: Made, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in HOSTILE if "link" in name or "lead" in name or name.startswith("an answer")]
-)
+    "name",
+    ["linked results", "linked checkpoints", "linked metrics", "a linked lock of a run", "linked answers",
+     "linked jobs", "a linked lock of a sweep", "a run that leads up"],
+)  # fmt: skip
 def test_a_hostile_sweep_that_is_tried_again_touches_nothing_else(good: Made, made: Made, name: str) -> None:
     """`retry` trains and evaluates what is missing: in the folder of runs, or not at all."""
-    for path in made.runs.glob("*/checkpoints/step-*"):  # there is something to do
+    for path in made.runs.glob("rope*/checkpoints/step-*"):  # there is something to do
         shutil.rmtree(path)
     HOSTILE[name](made)
     before = untouched(made)
@@ -298,15 +300,26 @@ def test_a_result_of_an_earlier_version_is_bound_after_one_look_at_the_weights(
     one_line(said, made.run.name, "weights")
 
 
-def test_a_sweep_that_was_moved_trains_where_it_is_now(made: Made, good: Made) -> None:
-    """The folders in a stored configuration are those of another time, or of a stranger."""
-    rewrite(
-        made.sweep / "manifest.json", lambda tree: replaced(tree, ("tasks", 0, "config", "runs_dir"), str(made.mine))
-    )
+def test_a_sweep_trains_where_it_lies_with_the_users_cache_and_no_tracking(made: Made) -> None:
+    """The folders in a stored configuration are those of another time, or of a stranger; so is where it reports to."""
+    tree = files.load_json(made.sweep / "manifest.json")
+    for place, value in (("runs_dir", made.mine), ("cache_dir", made.mine / "cache")):
+        tree = replaced(tree, ("tasks", 0, "config", place), str(value))
+    tree = replaced(tree, ("tasks", 0, "config", "track"), {"wandb": "offline", "project": "x\x1b[2J"})
+    (made.sweep / "manifest.json").write_text(json.dumps(tree), encoding="utf-8")
     before = untouched(made)
+    index = next(number for number, task in enumerate(tree["tasks"]) if task["run"] == made.run.name)
+    assert index == 0
     for path in made.runs.glob("rope*/checkpoints/step-*"):
         shutil.rmtree(path)
     (made.sweep / "answers" / "0000.json").unlink()
-    assert made.say("retry", made.sweep.name, f"cache_dir={made.root / 'cache'}").status == 0
+    said = made.say("retry", made.sweep.name, f"cache_dir={made.root / 'cache'}")
+    assert said.status == 0, said.err
+    assert f"not {made.mine / 'cache'} as before" in said.err
+    assert "track.wandb=disabled, not offline as before" in said.err
+    assert "\x1b" not in said.err
     assert untouched(made) == before
     assert list((made.run / "checkpoints").iterdir())
+    assert not (made.run / "wandb").exists()
+    again = files.load_json(made.sweep / "manifest.json")["tasks"][0]["config"]
+    assert (again["cache_dir"], again["track"]["wandb"]) == (str(made.root / "cache"), "disabled")

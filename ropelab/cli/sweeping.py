@@ -334,7 +334,9 @@ def cancel(arguments: SweepAndSettings = None) -> None:
 def retry(
     arguments: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[SWEEP] [launcher.KEY=VALUE]...", help="Its name; settings that are to be others."),
+        typer.Argument(
+            metavar="[SWEEP] [KEY=VALUE]...", help="Its name; launcher.*, cache_dir and track.* to be others."
+        ),
     ] = None,
     where: Annotated[
         list[str] | None, typer.Option("--launcher", metavar="local|slurm", help="Another launcher than before.")
@@ -347,7 +349,10 @@ def retry(
         from ropelab import config, sweeping
 
         launching = [item for item in arguments or [] if item.startswith("launcher.")]
-        made = _find([item for item in arguments or [] if item not in launching])
+        mine = [item for item in arguments or [] if item.startswith(("cache_dir=", "track."))]
+        made = _find([item for item in arguments or [] if item not in (*launching, *mine)])
+        for line in sweeping.place(made, config.load(mine)):
+            say(plain(line))
         name = (where or [made.launcher])[0]
         chosen = config.launcher(name, launching)  # what is given is right, before something is said of the rest
         given = {item.partition("=")[0].removeprefix("launcher.") for item in launching} | {*config.own_launcher(name)}
