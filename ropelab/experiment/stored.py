@@ -43,7 +43,7 @@ TOP: dict[str, tuple[type, ...]] = {
 }  # fmt: skip
 OPTIONAL: dict[str, tuple[type, ...]] = {
     "baseline": _TEXT + _NOTHING, "kept_scaling": (bool,), "scaling_parameters": (dict,), "scaling_changed": (dict,),
-    "pos_changed": (dict,), "recipe": _TEXT,
+    "pos_changed": (dict,), "recipe": _TEXT, "warnings": (list,),
 }  # fmt: skip
 ROW: dict[str, tuple[type, ...]] = {
     "ctx": _LENGTH, "status": _TEXT, "factor": _NUMBER + _NOTHING, "ppl": _NUMBER + _NOTHING,
@@ -52,13 +52,14 @@ ROW: dict[str, tuple[type, ...]] = {
 }  # fmt: skip
 ROW_OPTIONAL: dict[str, tuple[type, ...]] = {
     "targets_digest": _TEXT + _NOTHING, "reason": _TEXT + _NOTHING, "unit": _TEXT + _NOTHING, "idle": (bool,),
-    "context_gain": _NUMBER + _NOTHING,
+    "context_gain": _NUMBER + _NOTHING, "layers": _TEXT + _NOTHING,
 }  # fmt: skip
 PROTOCOL: dict[str, tuple[type, ...]] = {"name": _TEXT}
 PROTOCOL_OPTIONAL: dict[str, tuple[type, ...]] = {
     "stride": _LENGTH + _NOTHING, "last": _LENGTH + _NOTHING, "span": _LENGTH + _NOTHING, "tokens": _LENGTH + _NOTHING,
     "max_ctx": _LENGTH + _NOTHING, "split": _TEXT, "documents": _LENGTH, "left_out": _LENGTH, "unused": _LENGTH,
     "targets_digest": _TEXT + _NOTHING, "document_digests": (list,), "authors": (list,), "dtype": _TEXT,
+    "bos": _LENGTH + _NOTHING,
 }  # fmt: skip
 
 
