@@ -2,7 +2,8 @@
 
 Document: tokens x_0 .. x_{n-1}. A target is an index t >= 1; x_0 is never scored. A window starts at token `a`, reads
 `ctx` tokens x_a .. x_{a+ctx-1} at positions 0 .. ctx-1 and predicts the targets a+1 .. a+ctx, of which the last
-`scored` count. Documents are never joined and no token is put before them. With C the span's length (the largest ctx):
+`scored` count. Documents are never joined and no token is put before them; under `eval.bos` a checkpoint's
+beginning-of-text token is read in the place of x_a. With C the span's length (the largest ctx):
 
     nonoverlapping  windows at 0, ctx, 2 ctx, ... over the first N targets, N a multiple of C; all targets count
     sliding         `stride` targets at a time from target C - stride + 1 on, whatever the ctx; windows end with them
@@ -192,10 +193,12 @@ def score(
     *,
     rows: int,
     progress: Callable[[int], None] | None = None,
+    bos: int | None = None,
 ) -> NDArray[np.float32]:
     """Losses of all scored targets in nats, (N x scored,), document by document in the order of the targets.
 
-    `rows` windows are scored in one forward pass; `progress` is told how many tokens were done.
+    `rows` windows are scored in one forward pass; `progress` is told how many tokens were done. `bos` stands in the
+    place of the first token of every window, which is no target of it.
     """
     count, ctx, scored = len(windows.start), windows.ctx, windows.scored
     losses = np.empty((count, scored), np.float32)
@@ -207,6 +210,8 @@ def score(
                 for d, a in zip(windows.document[low:high], windows.start[low:high], strict=True)
             ]
         )  # (B, ctx + 1)
+        if bos is not None:
+            batch[:, 0] = bos
         losses[low:high] = scorer(batch[:, :-1], batch[:, ctx - scored + 1 :])
         if progress is not None:
             progress((high - low) * ctx)

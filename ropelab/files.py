@@ -53,20 +53,21 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_json(path: Path, *, limit: int = JSON_LIMIT, follow: bool = False) -> Any:
-    """The value in a JSON file, or None when there is none or it is damaged, its seal included."""
+def read_json(path: Path, *, limit: int = JSON_LIMIT, follow: bool = False, finite: bool = True) -> Any:
+    """`load_json`, or None when there is no such file or it is damaged, its seal included."""
     try:
-        return load_json(path, limit=limit, follow=follow)
+        return load_json(path, limit=limit, follow=follow, finite=finite)
     except (OSError, ValueError):
         return None
 
 
-def load_json(path: Path, *, limit: int = JSON_LIMIT, follow: bool = False) -> Any:
+def load_json(path: Path, *, limit: int = JSON_LIMIT, follow: bool = False, finite: bool = True) -> Any:
     """The value in a JSON file of at most `limit` bytes; of a sealed object what was sealed.
 
     `DamagedError` where it is no such file; `OSError` where none is there. A link counts as none, unless `follow`.
+    `finite`: as of `parse_json`.
     """
-    return unsealed(parse_json(read(path, limit=limit, follow=follow)))
+    return unsealed(parse_json(read(path, limit=limit, follow=follow), finite=finite))
 
 
 def read(path: Path, *, limit: int, follow: bool = False) -> bytes:
@@ -92,13 +93,15 @@ def read(path: Path, *, limit: int, follow: bool = False) -> bytes:
         os.close(handle)
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes, *, finite: bool = True) -> Any:
     """The value that a JSON text spells. `DamagedError` where it is none, nested too deeply, or holds no number.
 
-    Infinity, NaN and numbers beyond a float or of more than `DIGITS` digits are none.
+    A whole number of more than `DIGITS` digits is none; neither, if `finite`, are Infinity, NaN and what is beyond a
+    float.
     """
+    number = _finite if finite else float
     try:
-        return json.loads(text, parse_int=_whole, parse_float=_finite, parse_constant=_finite)
+        return json.loads(text, parse_int=_whole, parse_float=number, parse_constant=number)
     except DamagedError:
         raise
     except ValueError as error:

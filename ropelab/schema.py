@@ -15,6 +15,7 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 PARALLEL = ("auto", "ddp", "fsdp")
 PROTOCOLS = ("nonoverlapping", "sliding", "last", "prefix")
 BASELINES = ("unigram",)
+BOS = ("false", "true", "auto")
 WANDB_MODES = ("disabled", "offline", "online")
 CORPORA = ("stdlib", "text", "hf", "books", "nonfiction", "wikitext")
 TOKENIZERS = ("bytes", "bpe", "gpt2")
@@ -158,6 +159,7 @@ class EvalConfig:
     max_ctx: int | None  # span laid out for this ctx, so that two ladders score the same targets
     window: int | None  # attention window control: keep keys with 0 <= i - j < window
     baseline: str | None  # unigram: score the targets by the training text's token frequencies instead of the model
+    bos: str  # does a checkpoint's beginning-of-text token begin every window? auto: as its tokeniser does
     scalings: tuple[str, ...]  # `name` or `name:factor`; empty: --scaling, or the trained one
     dtype: str
     memory_gb: float | None  # memory that a pass may take beside the weights, in 10**9 bytes; null: what is free
@@ -170,6 +172,7 @@ class EvalConfig:
             _at_least(f"eval.{key}", getattr(self, key), 1)
         if self.baseline is not None:
             _one_of("eval.baseline", self.baseline, BASELINES)
+        _one_of("eval.bos", self.bos, BOS)
         for key in ("max_ctx", "window"):
             value = getattr(self, key)
             if value is not None:

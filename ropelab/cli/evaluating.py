@@ -47,6 +47,9 @@ def evaluate(
         list[str] | None,
         typer.Option("--hf", metavar="PATH|NAME", help="A checkpoint of transformers instead of a run: folder or hub."),
     ] = None,
+    adapter: Annotated[
+        Path | None, typer.Option("--adapter", metavar="FOLDER", help="A LoRA adapter to add to the one --hf.")
+    ] = None,
     as_json: Json = False,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Where the plot goes (default: curves.png in the run folder).")
@@ -65,6 +68,8 @@ def evaluate(
                 raise ValueError(f"{item} is fixed by the run; eval takes {', '.join(EVAL_KEYS)}")
             if item.startswith(("data.tokenizer", "data.vocab_size")):
                 raise ValueError(f"{item}: evaluation uses the run's own tokeniser")
+        if adapter is not None and len(hf or []) != 1:
+            raise ValueError(f"--adapter {adapter} is added to one checkpoint: give one --hf with it")
         from ropelab import config, runs
 
         plain = [item for item in settings if item.partition("=")[0].partition(".")[0] not in ("scaling", "data")]
@@ -94,7 +99,7 @@ def evaluate(
             from ropelab import huggingface
 
             for name in hf:
-                source = huggingface.Checkpoint(name, base, text_of(config.to_dict(base)["data"], settings))
+                source = huggingface.Checkpoint(name, base, text_of(config.to_dict(base)["data"], settings), adapter)
                 folders.append(source.results.parent)
                 for scaled in scalings_of(source.manifest["config"]["scaling"], settings, base.eval.scalings):
                     source.check(base.eval, scaled)
@@ -109,6 +114,8 @@ def evaluate(
                 results.append(done.result)
         if not ranks.is_first:
             return
+        for line in dict.fromkeys(line for result in results for line in said_of(result)):
+            say(line)
         for result in results:
             if all(row.get("idle", False) for row in result["rows"]):
                 say(
@@ -129,6 +136,15 @@ def evaluate(
             path = output or folders[0] / "curves.png"
             figures.save(figures.curves(results, title="Perplexity past the training length"), path)
             say(f"plot: {path}")
+
+
+def said_of(result: Mapping[str, Any]) -> list[str]:
+    """What has to be said of an evaluation beside its numbers: its warnings, and the layers that a scaling reached."""
+    lines = [f"{result['run']}: {line}" for line in result.get("warnings", [])]
+    for layers in dict.fromkeys(row.get("layers") for row in result["rows"]):
+        if layers is not None:
+            lines.append(f"{result['run']}: scaling={result['scaling']} reaches {layers}; the others are as they were")
+    return lines
 
 
 def questions_of(trained: dict[str, Any], settings: list[str], scalings: tuple[str, ...]) -> list[tuple[Any, Any]]:

@@ -44,7 +44,7 @@ OWN_SLURM = "ROPELAB_SLURM"  # names a file of the user's own settings of the la
 ENVIRONMENT = {"runs_dir": "ROPELAB_RUNS", "cache_dir": "ROPELAB_CACHE"}
 LATER: dict[str, Any] = {"positions": {"name": "contiguous"}, "parent": None}  # keys newer than the first version
 LATER_IN: dict[str, dict[str, Any]] = {
-    "eval": {"baseline": None, "memory_gb": None},
+    "eval": {"baseline": None, "bos": "false", "memory_gb": None},
     "train": {"activation_checkpointing": False, "deterministic": False, "parallel": "ddp"},
 }
 LAUNCHERS: dict[str, type[LocalLauncher] | type[SlurmLauncher]] = {"local": LocalLauncher, "slurm": SlurmLauncher}
@@ -262,6 +262,8 @@ def from_dict(tree: dict[str, Any]) -> Config:
 
 def changed(group: str, method: Method) -> dict[str, Any]:
     """The parameters of a method that are not the defaults of its YAML; a scaling's factor is told apart from them."""
+    if method.name not in choices(group):  # of a checkpoint a scaling may be kept that is none of ours
+        return dict(method.parameters)
     defaults = _defaults(group, method.name)
     return {
         key: value for key, value in method.parameters.items() if key != "factor" and value != defaults.get(key, value)

@@ -3,7 +3,7 @@
 from ropelab.data.batches import Batches
 from ropelab.data.corpora import CorpusInfo, describe
 from ropelab.data.documents import Progress
-from ropelab.data.fast import from_json, keeps_bytes, to_json
+from ropelab.data.fast import from_json, keeps_bytes, prefix, to_json, token_id
 from ropelab.data.overlap import Shingles
 from ropelab.data.prepare import check_overlap, prepare
 from ropelab.data.tokenizers import Bpe, Bytes, Tokenizer, load_tokenizer
@@ -24,6 +24,8 @@ __all__ = [
     "from_json",
     "keeps_bytes",
     "load_tokenizer",
+    "prefix",
     "prepare",
     "to_json",
+    "token_id",
 ]

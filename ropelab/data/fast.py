@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # a byte that no token holds, in vocabularies with byte fallback
 _SPACE = "▁"  # U+2581, for a space in vocabularies of SentencePiece
+MAX_IDS = 2**24  # the largest vocabularies that there are have some 2**18
 
 
 class Fast(Tokenizer):
@@ -31,19 +32,27 @@ class Fast(Tokenizer):
     name = "fast"
 
     def __init__(self, source: Mapping[str, Any], rows: int = 0) -> None:
+        if isinstance(rows, bool) or not isinstance(rows, int) or not 0 <= rows <= MAX_IDS:
+            raise ValueError(f"a tokeniser has no {str(rows)[:40]} rows")
         self._source = dict(source) | {"padding": None, "truncation": None}
         try:
-            size = self._encoder.get_vocab_size(with_added_tokens=True)
             vocabulary = self._encoder.get_vocab(with_added_tokens=True)
-        except Exception as error:  # the library raises a plain Exception
+            added = {token["content"] for token in self._source.get("added_tokens") or []}
+            by_letter = alphabet() if _byte_level(self._source) else None
+        except BaseException as error:  # a plain Exception of the library, or a panic of what is beneath it
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            said = " ".join(str(error).split())[:200]
+            raise ValueError(f"the checkpoint's tokenizer.json cannot be read ({said})") from None
+        if not vocabulary:
+            raise ValueError("the checkpoint's tokenizer.json has no vocabulary; fetch it again")
+        self.size = 1 + max(vocabulary.values())
+        if self.size > MAX_IDS:
             raise ValueError(
-                f"the checkpoint's tokenizer.json cannot be read ({' '.join(str(error).split())})"
-            ) from None
-        self.size = max(size, 1 + max(vocabulary.values(), default=0))
+                f"the checkpoint's tokenizer.json has the id {self.size - 1}, which no model has a row for"
+            )
         self.n_vocab = max(self.size, rows) + 1
         self.byte_lengths = np.zeros(self.n_vocab - 1, np.int64)
-        added = {token["content"] for token in self._source.get("added_tokens") or []}
-        by_letter = alphabet() if _byte_level(self._source) else None
         for token, index in vocabulary.items():
             self.byte_lengths[index] = _n_bytes(token, None if token in added else by_letter)
 
@@ -59,6 +68,15 @@ class Fast(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[Tokens]:
         encoded = self._encoder.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(one.ids, self.dtype) for one in encoded]
+
+    def ids(self, text: str, *, special: bool) -> list[int]:
+        """Ids of a short text, with or without what the post-processor puts around it."""
+        return list(self._encoder.encode(text, add_special_tokens=special).ids)
+
+    def id_of(self, content: str) -> int | None:
+        """The id of the token that is written so; None where there is none."""
+        found: int | None = self._encoder.token_to_id(content)
+        return found
 
     def decode_bytes(self, tokens: ArrayLike) -> bytes:
         ids = [token for token in np.asarray(tokens).tolist() if token != self.separator]
@@ -113,37 +131,45 @@ def to_json(tokenizer: Tokenizer) -> dict[str, Any]:
 def from_json(source: Mapping[str, Any], rows: int) -> Tokenizer:
     """The tokeniser of a tokenizer.json for a model of `rows` tokens: one of ours where it is one, else a `Fast`.
 
-    ValueError: it has ids that the model has not.
+    It may have ids that the model has not: special tokens that no text has. `ValueError` for what is no tokenizer.json.
     """
-    found = _ours(source)
-    # GPT-2's last token ends documents, which is what the separator is
-    if found is not None and rows in (found.n_vocab - 1, found.n_vocab):
-        return found
-    fast = Fast(source, rows)
-    if fast.size > rows:
-        raise ValueError(
-            f"the tokeniser has {fast.size} tokens and the model {rows}: they do not belong together; give the "
-            "checkpoint its own tokenizer.json"
-        )
-    return fast
+    try:
+        found = _ours(source)
+    except (AttributeError, KeyError, TypeError, ValueError):  # not even the shape of one: `Fast` says what is wrong
+        found = None
+    return found if found is not None and rows == found.n_vocab - 1 else Fast(source, rows)
+
+
+def prefix(tokenizer: Tokenizer) -> list[int]:
+    """The ids that a tokeniser's own post-processor puts before a text."""
+    if not isinstance(tokenizer, Fast):
+        return []
+    plain, whole = (tokenizer.ids("a", special=special) for special in (False, True))
+    starts = [k for k in range(len(whole)) if plain and whole[k : k + len(plain)] == plain]
+    return whole[: starts[0]] if starts else []
+
+
+def token_id(tokenizer: Tokenizer, content: str) -> int | None:
+    """The id of a token that is written so; None where there is none, and for a tokeniser of ours."""
+    return tokenizer.id_of(content) if isinstance(tokenizer, Fast) else None
 
 
 def _ours(source: Mapping[str, Any]) -> Tokenizer | None:
     """`Bytes` or `Bpe`, if every text has the same tokens under it; None else."""
     model = source.get("model") or {}
     before = source.get("pre_tokenizer") or {}
+    after = (source.get("post_processor") or {}).get("type", "ByteLevel")  # others put tokens before a text
     plain = model.get("type") == "BPE" and not source.get("normalizer") and before.get("type") == "ByteLevel"
     odd = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")
-    if not plain or before.get("add_prefix_space") or any(model.get(key) for key in odd):
+    if not plain or after != "ByteLevel" or before.get("add_prefix_space") or any(model.get(key) for key in odd):
+        return None
+    # a token that was added is one wherever a text spells it, which ours know nothing of
+    if source.get("added_tokens"):
         return None
     vocabulary = sorted(model["vocab"], key=model["vocab"].__getitem__)
-    added = {token["content"] for token in source.get("added_tokens") or []}
     if sorted(model["vocab"].values()) != list(range(len(vocabulary))):
         return None
-    if vocabulary and added == {vocabulary[-1]} and vocabulary[-1] == "<|endoftext|>":
-        vocabulary.pop()
-        added = set()
-    if added or any(letter not in alphabet() for token in vocabulary for letter in token):
+    if any(letter not in alphabet() for token in vocabulary for letter in token):
         return None
     merges = [merge_pair(merge) for merge in model["merges"]]
     if before.get("use_regex", True):

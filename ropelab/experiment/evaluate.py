@@ -136,7 +136,10 @@ def evaluate_subject(
     progress = progress if ranks.is_first else silent
     manifest, trained, tokenizer = subject.manifest, subject.trained, subject.tokenizer
     kept = scaling is None
+    bos = subject.beginning(config.bos)
     scaling, methods, encodings = ladder_of(trained, subject.original_ctx, config, scaling=scaling)
+    if kept and subject.own_scaling is not None:
+        scaling, methods = subject.own_scaling, dict.fromkeys(methods, subject.own_scaling)
     contexts = tuple(methods)
     per_row = scaling.parameters.get("factor") == "auto-row"
     with ranks.first_then_others():
@@ -159,6 +162,8 @@ def evaluate_subject(
         "tokenizer": tokenizer.digest,
         "dtype": DTYPE_NAMES[dtype],
         **({} if config.baseline is None else {"baseline": config.baseline}),
+        **({} if bos is None else {"bos": bos}),
+        **subject.asked,
     }
     name = files.digest_of(question)[:16]
     kept_in = folder or subject.results
@@ -202,6 +207,7 @@ def evaluate_subject(
     texts = [f"{digest} {tokenizer.digest}" for digest in split.digests]
     rows: list[dict[str, Any]] = []
     tensors: dict[str, Tensor] = {}
+    warnings: dict[str, None] = {}  # each once
     curve = None
     total = sum(len(layout.windows(ctx).start) * ctx for ctx in contexts)
     done = 0
@@ -220,6 +226,7 @@ def evaluate_subject(
         except ContextLengthError as error:
             rows.append(_undefined(ctx, factor, str(error)))
             continue
+        warnings |= dict.fromkeys(here.warnings)
         tokens = target_tokens(windows, documents)
         if baseline is not None:
             losses = baseline[tokens]
@@ -229,7 +236,7 @@ def evaluate_subject(
             advance(len(windows.start) * ctx)
         else:
             assert passes is not None
-            losses = _score(windows, documents, here.scorer, passes.windows[ctx], advance, ranks)
+            losses = _score(windows, documents, here.scorer, passes.windows[ctx], advance, ranks, bos)
             shared = losses if shared is None else shared
         owner = target_documents(windows)
         n_bytes = int(tokenizer.byte_lengths[tokens].sum()) if text.bytes_known else None
@@ -238,6 +245,7 @@ def evaluate_subject(
                 "ctx": ctx,
                 "factor": factor,
                 "idle": here.idle,
+                **({} if here.layers is None else {"layers": here.layers}),
                 **_figures(losses, n_bytes, owner, authors, max(contexts)),
                 "documents": len(documents),
                 "context_min": ctx - windows.scored + 1,
@@ -285,7 +293,7 @@ def evaluate_subject(
             "documents": len(documents),
             "left_out": layout.left_out,
             "unused": layout.unused,
-            "bos": None,
+            "bos": bos,
             "targets_digest": next((row["targets_digest"] for row in reversed(rows) if row["status"] == "ok"), None)
             if layout.protocol != "prefix"
             else None,
@@ -297,6 +305,7 @@ def evaluate_subject(
         },
         "rows": rows,
         "position_curve": curve,
+        **({"warnings": [*warnings]} if warnings else {}),
     }
     if tensors and ranks.is_first:
         subject.keep()
@@ -322,6 +331,7 @@ def _score(
     rows: int,
     progress: Callable[[int], None],
     ranks: Ranks,
+    bos: int | None,
 ) -> NDArray[np.float32]:
     """`score`, its passes shared out; all ranks get all losses, (N x scored,).
 
@@ -330,7 +340,7 @@ def _score(
     """
     count = len(windows.start)
     if ranks.world == 1:
-        return score(windows, documents, scorer, rows=rows, progress=progress)
+        return score(windows, documents, scorer, rows=rows, progress=progress, bos=bos)
     rows = ranks.told(lambda: min(rows, math.ceil(count / ranks.world)))  # the first rank's: they may have other memory
     passes = math.ceil(count / rows)
     bounds = [min(count, passes * rank // ranks.world * rows) for rank in range(ranks.world + 1)]
@@ -338,7 +348,7 @@ def _score(
     share = max(1, mine.stop - mine.start)
     part = score(
         windows._replace(document=windows.document[mine], start=windows.start[mine]), documents, scorer, rows=rows,
-        progress=lambda tokens: progress(tokens * count // share),
+        progress=lambda tokens: progress(tokens * count // share), bos=bos,
     )  # fmt: skip
     losses = np.empty((count, windows.scored), np.float32)
     losses[mine] = part.reshape(-1, windows.scored)

@@ -11,6 +11,7 @@ from ropelab import config as configs
 from ropelab.evaluation import lay_out
 from ropelab.experiment.evaluate import ladder_of
 from ropelab.experiment.session import Session, found_from_anywhere
+from ropelab.experiment.subject import no_beginning
 from ropelab.progress import Progress
 from ropelab.schema import Config
 
@@ -46,6 +47,7 @@ def plan_tasks(points: Sequence[tuple[str, Config]], progress: Progress) -> Task
             item = question["scaling"]
             scaling = None if item is None else configs.parse_scaling(item)
             try:
+                no_beginning(config.eval.bos)
                 ladder = ladder_of(resolved, session.original_ctx, config.eval, scaling=scaling)
                 scored = session.corpus.test if config.eval.split == "test" else session.corpus.validation
                 lay_out([len(scored.document(i)) for i in range(len(scored))], tuple(ladder.methods), config.eval)
@@ -71,4 +73,6 @@ def plan_tasks(points: Sequence[tuple[str, Config]], progress: Progress) -> Task
 def questions(config: Config) -> list[dict[str, Any]]:
     """The evaluations that follow a training: under each of `eval.scalings`, or once, as it was trained (None)."""
     tree = {**configs.to_dict(config)["eval"], "scalings": []}
+    if tree["bos"] == "false":  # as the sweeps of the first versions, which are found again
+        del tree["bos"]
     return [{"eval": tree, "scaling": item} for item in config.eval.scalings or (None,)]

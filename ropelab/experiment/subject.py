@@ -17,6 +17,12 @@ from ropelab.progress import Progress
 from ropelab.schema import Config, DataConfig, Method
 
 
+def no_beginning(asked: str) -> None:
+    """`ValueError` where `eval.bos` asks for a token that a run of ours has not."""
+    if asked == "true":
+        raise ValueError("eval.bos=true: a run of ours was trained without a beginning-of-text token; leave it out")
+
+
 class Text(NamedTuple):
     """The text that is scored."""
 
@@ -34,6 +40,8 @@ class At(NamedTuple):
     idle: bool  # is the scaling, by its definition, without effect here?
     length_dependent: bool  # does what is said at a position depend on ctx?
     scorer: Scorer
+    layers: str | None = None  # those that the scaling reaches, where it is not all
+    warnings: tuple[str, ...] = ()  # what a reader of the number has to know
 
 
 class Loaded(ABC):
@@ -54,7 +62,8 @@ class Subject(ABC):
 
     name: of its folder. results: where its evaluations are kept. manifest: as of a run. trained: its configuration.
     original_ctx: the length that scalings refer to. facts: further fields of the result. weights: their digest, as it
-    was recorded and has been checked; None where there is no record.
+    was recorded and has been checked; None where there is no record. asked: what is part of every question about it.
+    own_scaling: the scaling that it is kept under, where that is none of ours.
     """
 
     name: str
@@ -65,6 +74,13 @@ class Subject(ABC):
     tokenizer: data.Tokenizer
     facts: Mapping[str, Any] = {}
     weights: str | None = None
+    asked: Mapping[str, Any] = {}
+    own_scaling: Method | None = None
+
+    def beginning(self, asked: str) -> int | None:
+        """The token that begins every window under `eval.bos`; None: none does. `ValueError` where there is none."""
+        no_beginning(asked)
+        return None
 
     def keep(self) -> None:  # noqa: B027 - a run has its folder
         """Make its folder, just before the first result is written."""

@@ -196,6 +196,8 @@ def protocol_facts(protocol: Mapping[str, Any]) -> str:
         facts.append(f"tokeniser {protocol['tokenizer']}")
     if protocol.get("dtype") is not None:
         facts.append(str(protocol["dtype"]))
+    if protocol.get("bos") is not None:
+        facts.append(f"every window begins with token {protocol['bos']}")
     if protocol.get("targets_digest") is not None:
         facts.append(f"targets {str(protocol['targets_digest'])[:8]}")
     return " · ".join(facts)

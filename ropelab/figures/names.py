@@ -44,11 +44,12 @@ NAMES = {
     "block_causal": "block-causal",
     "clamp": "clamped",
     "interpolate": "interpolated",
+    "own": "its own scaling",  # a checkpoint's, that is none of ours
 }
 
 OF_FACTORS = ("long_factors", "short_factors", "start_tokens", "attention_factor", "original_ctx")  # of a factors file
 
-WITHOUT_FACTOR = ("rerope", "self_extend", "block_causal", "clamp")  # scalings that have none
+WITHOUT_FACTOR = ("rerope", "self_extend", "block_causal", "clamp", "own")  # scalings that have none
 
 
 def method_name(

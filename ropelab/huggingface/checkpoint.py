@@ -7,27 +7,41 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ropelab import data, files
 from ropelab.experiment.devices import DTYPE_NAMES
-from ropelab.huggingface import rotary
+from ropelab.huggingface import adapter, rotary
 from ropelab.runs import is_run
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+JSON_LIMIT = 2**28  # bytes of a JSON file: a vocabulary, or an index of many files
 LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx", "max_sequence_length")
 POSITION_TABLES = ("wpe", "embed_positions", "position_embeddings", "pos_emb")
+LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+NAMED_WEIGHTS = "transformers_weights"  # of config.json: the name of the file that holds the weights
+# of config.json: other files to read, other code to run
+LEADING_AWAY = (
+    NAMED_WEIGHTS, "configuration_files", "auto_map", "fusion_config", "_attn_implementation", "attn_implementation",
+    "_experts_implementation", "experts_implementation", "distributed_config", "kernel_config", "use_kernels",
+)  # fmt: skip
+OF_TOKENIZERS = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt",
+    "special_tokens_map.json", "added_tokens.json", "spiece.model", "sentencepiece.bpe.model",
+)  # fmt: skip
 
 
 @contextmanager
@@ -59,7 +73,9 @@ def find(name: str) -> Path:
         raise ValueError(f"{name} is a run of ropelab: leave out --hf")
     if not folder.is_dir():
         raise ValueError(f"{name} is a file; give the folder that holds config.json and {WEIGHTS}")
-    if not (folder / "config.json").is_file():
+    if own_file(folder, "config.json") is None:
+        if own_file(folder, adapter.CONFIG) is not None:
+            raise ValueError(f"{name} is an adapter; give the model that it is for: --hf MODEL --adapter {name}")
         raise ValueError(f"{name} has no config.json: it is no checkpoint of transformers")
     if not weight_files(folder):
         pickles = [path.name for pattern in PICKLES for path in sorted(folder.glob(pattern))]
@@ -85,15 +101,67 @@ def _fetched(name: str) -> Path:
         ) from None
 
 
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def own_file(folder: Path, name: str) -> Path | None:
+    """A regular file of a checkpoint's folder; None where there is none of that name.
+
+    `ValueError` for a name that is a path, and for a link that leads out of the folder. The files of a hub snapshot are
+    links into the blobs of the same repository's cache: these are followed.
+    """
+    if Path(name).name != name:
+        raise ValueError(f"{folder} names '{name}' as a file; only plain names of files in the folder are read")
+    path = folder / name
+    if not path.is_file():
+        return None
+    real, root = path.resolve(), folder.resolve()
+    cached = root.parent.name == "snapshots" and real.is_relative_to(root.parent.parent / "blobs")
+    if not cached and not real.is_relative_to(root):
+        raise ValueError(f"{path} is a link out of its folder, which is not followed; put the file itself there")
+    return path
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file of a checkpoint, which may be a link into its cache; None where there is none.
+
+    Configurations of transformers have infinite numbers in them.
+    """
+    return files.read_json(path, limit=JSON_LIMIT, follow=True, finite=False)
+
+
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that make up a checkpoint; none where there are none."""
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    index = files.read_json(folder / INDEX)
-    names = sorted(set(index["weight_map"].values())) if isinstance(index, dict) and "weight_map" in index else []
-    if missing := [name for name in names if not (folder / name).is_file()]:
-        raise ValueError(f"{folder} is incomplete: {INDEX} names {missing[0]}, which is not there")
-    return [folder / name for name in names]
+    """The safetensors files that make up a checkpoint, each once; none where there are none."""
+    named, placed = _weights(folder)
+    return named if placed is None else [folder / name for name in sorted(set(placed.values()))]
+
+
+def _weights(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
+    """The one file of weights, or none and, of several files, which tensor lies in which."""
+    raw = read_json(folder / "config.json")
+    first = raw.get(NAMED_WEIGHTS) if isinstance(raw, dict) else None
+    if first is not None and not (
+        isinstance(first, str) and first.endswith((".safetensors", ".safetensors.index.json"))
+    ):
+        raise ValueError(f"{folder / 'config.json'}: {NAMED_WEIGHTS} is not the name of a safetensors file")
+    if first is None and own_file(folder, WEIGHTS) is not None:
+        first = WEIGHTS
+    if first is not None and not first.endswith(".json"):
+        found = own_file(folder, first)
+        if found is None:
+            raise ValueError(f"{folder} is incomplete: config.json names {first}, which is not there")
+        return [found], None
+    name = first or INDEX
+    index = read_json(folder / name) if own_file(folder, name) is not None else None
+    placed = index.get("weight_map") if isinstance(index, dict) else None
+    if placed is None:
+        return [], None
+    if not isinstance(placed, dict) or not all(isinstance(item, str) for item in placed.values()):
+        raise ValueError(f"{folder / name} is no index of weights: weight_map does not name a file for each")
+    for item in sorted(set(placed.values())):
+        if own_file(folder, item) is None:
+            raise ValueError(f"{folder} is incomplete: {name} names {item}, which is not there")
+    return [], placed
 
 
 def digest(folder: Path) -> str:
@@ -104,32 +172,107 @@ def digest(folder: Path) -> str:
     return hasher.hexdigest()
 
 
+@contextmanager
+def _laid_out(folder: Path, *, weights: bool = False, names: Iterable[str] = ()) -> Iterator[Path]:
+    """A folder with links to what is read of a checkpoint, and nothing else: transformers looks for more by itself."""
+    with tempfile.TemporaryDirectory(prefix="ropelab-") as made:
+        place = Path(made)
+        raw = read_json(folder / "config.json")
+        files.write_json(place / "config.json", _without(raw, LEADING_AWAY))
+        for name in names:
+            if (found := own_file(folder, name)) is not None:
+                (place / name).symlink_to(found.resolve())
+        if weights:
+            single, placed = _weights(folder)
+            for path in single:
+                (place / WEIGHTS).symlink_to(path.resolve())
+            if placed is not None:
+                shards = sorted(set(placed.values()))
+                given = {name: f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i, name in enumerate(shards)}
+                for name, link in given.items():
+                    (place / link).symlink_to((folder / name).resolve())
+                weight_map = {key: given[name] for key, name in placed.items()}
+                files.write_json(place / INDEX, {"metadata": {}, "weight_map": weight_map})
+        yield place
+
+
+def _without(value: Any, keys: Iterable[str]) -> Any:
+    """A JSON value without these keys, at whatever depth."""
+    if isinstance(value, dict):
+        return {key: _without(inner, keys) for key, inner in value.items() if key not in keys}
+    return [_without(inner, keys) for inner in value] if isinstance(value, list) else value
+
+
+def tensor_count(folder: Path) -> int:
+    """How many tensors the weights hold. `ValueError` for a damaged file, and for a tensor that two files hold."""
+    seen: set[str] = set()
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, framework="pt") as opened:
+                names = set(opened.keys())
+        except Exception as error:  # the library has its own class
+            raise ValueError(f"{folder} cannot be loaded ({_line(error)})") from None
+        if twice := seen & names:
+            raise ValueError(f"{folder} holds {min(twice)} in two of its files; leave one of them out")
+        seen |= names
+    return len(seen)
+
+
+# --- configuration ----------------------------------------------------------------------------------------------------
+
+
 def read_config(folder: Path) -> Any:
     """The configuration of a causal language model. `ValueError` for an encoder, and for a model with its own code."""
-    raw = files.read_json(folder / "config.json")
-    if not isinstance(raw, dict) or "model_type" not in raw:
-        raise ValueError(f"{folder / 'config.json'} is no configuration of transformers: it names no model_type")
+    path = folder / "config.json"
+    raw = read_json(path)
+    if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
+        raise ValueError(f"{path} is no configuration of transformers: it names no model_type")
     kind = raw["model_type"]
     if kind not in CONFIG_MAPPING:
         own = "comes with its own code, which is never run" if raw.get("auto_map") else "is not a model that it knows"
         raise ValueError(f"{folder}: model_type '{kind}' {own} (transformers {transformers.__version__})")
+    _check_numbers(path, raw, tensor_count(folder))
     try:
-        with quiet():
-            config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        with quiet(), _laid_out(folder) as place:
+            config = transformers.AutoConfig.from_pretrained(place, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # a wrong value raises whatever the configuration's class raises
-        raise ValueError(f"{folder / 'config.json'} is refused by transformers ({_line(error)})") from None
+        raise ValueError(f"{path} is refused by transformers ({_line(error)})") from None
     known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-    built = raw.get("architectures") or []
+    built = raw.get("architectures")
+    built = [name for name in built if isinstance(name, str)] if isinstance(built, list) else []
     if getattr(config, "is_encoder_decoder", False) or not known or not all(_causal(config, name) for name in built):
         what = built[0] if built else kind
         raise ValueError(f"{folder} is {what}, no causal language model: there is no next token to score")
     return config
 
 
+def _check_numbers(path: Path, raw: Mapping[str, Any], tensors: int) -> None:
+    """`ValueError` for a number that no model has, before anything is built of that size.
+
+    tensors: those of the weights; a layer has at least one.
+    """
+    for where, value in rotary.walk(raw):
+        if not isinstance(value, int):
+            continue
+        if not -(2**63) <= value < 2**63:
+            raise ValueError(f"{path}: {'.'.join(where)} is a number of {len(str(abs(value)))} digits, which none is")
+        if where and where[-1] in LAYERS and value > tensors:
+            raise ValueError(
+                f"{path} asks for {value} layers ({'.'.join(where)}), and the weights hold {tensors} tensors: they do "
+                "not belong together"
+            )
+
+
 def _causal(config: Any, architecture: str) -> bool:
+    """May this be the name of a causal language model? One that transformers knows as something else may not.
+
+    A name that it does not know is one as published, such as MPTForCausalLM: loading decides.
+    """
     classes = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     names = [one.__name__ for one in (classes if isinstance(classes, tuple | list) else (classes,))]
-    return architecture in names or architecture.endswith("ForConditionalGeneration")
+    if architecture in names or architecture.endswith("ForConditionalGeneration"):
+        return True
+    return not hasattr(transformers, architecture)
 
 
 def _line(error: BaseException) -> str:
@@ -156,9 +299,9 @@ def load(folder: Path, config: Any, dtype: torch.dtype) -> Any:
     `ValueError` for weights that do not fit the configuration, and for a model that attends to later tokens.
     """
     try:
-        with quiet():
+        with quiet(), _laid_out(folder, weights=True) as place:
             model, info = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, config=copy.deepcopy(config), dtype=dtype, use_safetensors=True, trust_remote_code=False,
+                place, config=copy.deepcopy(config), dtype=dtype, use_safetensors=True, trust_remote_code=False,
                 local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True,
             )  # fmt: skip
     except Exception as error:  # damaged files, wrong shapes: each library has its own class
@@ -189,8 +332,18 @@ def _check_causal(model: Any, folder: Path, dtype: str) -> None:
 def longest_trained(config: Any) -> int | None:
     """The length that a configuration says the model is made for."""
     text = config.get_text_config()
-    found = next((getattr(text, key, None) for key in LENGTHS if getattr(text, key, None)), None)
-    return None if found is None else int(found)
+    key = next((key for key in LENGTHS if getattr(text, key, None)), None)
+    return None if key is None else whole(text, key)
+
+
+def whole(config: Any, key: str) -> int:
+    """A number of a configuration that counts something; `ValueError` with its key for what is none."""
+    value = getattr(config, key, None)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**40:
+        raise ValueError(f"config.json has no usable {key}: {str(value)[:40]} is no count")
+    return value
 
 
 def table_rows(model: nn.Module, config: Any) -> int | None:
@@ -204,23 +357,58 @@ def table_rows(model: nn.Module, config: Any) -> int | None:
 
 
 def read_tokenizer(folder: Path, rows: int) -> data.Tokenizer:
-    """The checkpoint's tokeniser, ours where it is one. `ValueError` where there is none, or it has other tokens."""
-    source = files.read_json(folder / "tokenizer.json")
-    if not isinstance(source, dict):
-        try:
-            with quiet():
-                found = transformers.AutoTokenizer.from_pretrained(
-                    folder, trust_remote_code=False, local_files_only=True
-                )
-            source = json.loads(found.backend_tokenizer.to_str())
-            if not found("a text")["input_ids"]:  # some classes make an empty one of nothing
-                raise ValueError("no vocabulary")
-        except Exception as error:  # each tokeniser fails in its own way without its files
-            raise ValueError(
-                f"{folder} has no tokenizer.json, and none can be made of its files ({type(error).__name__}); write "
-                "one with AutoTokenizer.from_pretrained(...).save_pretrained(FOLDER)"
-            ) from None
+    """The checkpoint's tokeniser, ours where it is one; `rows`: of the model's table, which may be fewer than its ids.
+
+    `ValueError` where there is none.
+    """
+    if own_file(folder, "tokenizer.json") is not None:
+        source = read_json(folder / "tokenizer.json")
+        if not isinstance(source, dict):
+            raise ValueError(f"{folder / 'tokenizer.json'} is damaged: it is no JSON object; fetch it again")
+        return data.from_json(source, rows)
+    try:
+        with quiet(), _laid_out(folder, names=OF_TOKENIZERS) as place:
+            found = transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False, local_files_only=True)
+        source = json.loads(found.backend_tokenizer.to_str())
+        if not found("a text")["input_ids"]:  # some classes make an empty one of nothing
+            raise ValueError("no vocabulary")
+    except Exception as error:  # each tokeniser fails in its own way without its files
+        raise ValueError(
+            f"{folder} has no tokenizer.json, and none can be made of its files ({type(error).__name__}); write "
+            "one with AutoTokenizer.from_pretrained(...).save_pretrained(FOLDER)"
+        ) from None
     return data.from_json(source, rows)
+
+
+class Beginning(NamedTuple):
+    """The token that a checkpoint's texts begin with."""
+
+    token: int | None  # its id; None: there is none
+    usual: bool  # does the tokeniser put it before a text by itself?
+
+
+def beginning(folder: Path, tokenizer: data.Tokenizer, config: Any) -> Beginning:
+    """What the checkpoint's tokeniser begins a text with.
+
+    Its post-processor says, unless `add_bos_token` of tokenizer_config.json does; the id is the post-processor's, else
+    that of `bos_token` in tokenizer_config.json or special_tokens_map.json, else `bos_token_id` of config.json.
+    """
+    prefix = data.prefix(tokenizer)
+    said: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        found = read_json(folder / name) if own_file(folder, name) is not None else None
+        said |= found if isinstance(found, dict) else {}
+    token = prefix[0] if prefix else None
+    content = said.get("bos_token")
+    if isinstance(content, dict):
+        content = content.get("content")
+    if token is None and isinstance(content, str):
+        token = data.token_id(tokenizer, content)
+    stated = getattr(config.get_text_config(), "bos_token_id", None)
+    if token is None and isinstance(stated, int) and not isinstance(stated, bool) and stated >= 0:
+        token = stated
+    given = said.get("add_bos_token")
+    return Beginning(token, token is not None and (given if isinstance(given, bool) else bool(prefix)))
 
 
 def slug(name: str) -> str:

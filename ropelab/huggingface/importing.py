@@ -50,11 +50,15 @@ def bring_in(name: str, config: Config, *, text: DataConfig | None, progress: Pr
     ours = weights.from_family(found.model_type, state, shape, interleaved=interleaved, tied=found.tie_word_embeddings)
     rows = len(ours["tokens.weight"])
     tokenizer = checkpoint.read_tokenizer(folder, rows)
-    if tokenizer.n_vocab == rows + 1:
-        separator = rest.get("separator")
-        if separator is None:  # no text has it, and no loss has seen it: the mean token is as neutral as any
-            separator = ours["tokens.weight"].mean(0)
-        ours["tokens.weight"] = torch.cat((ours["tokens.weight"], separator[None]))
+    if tokenizer.n_vocab != rows + 1:
+        raise ValueError(
+            f"the tokeniser has {tokenizer.n_vocab - 1} tokens and the model {rows}: a run has a row for each; give "
+            "the checkpoint its own tokenizer.json"
+        )
+    separator = rest.get("separator")
+    if separator is None:  # no text has it, and no loss has seen it: the mean token is as neutral as any
+        separator = ours["tokens.weight"].mean(0)
+    ours["tokens.weight"] = torch.cat((ours["tokens.weight"], separator[None]))
     ours |= {key: tensor for key, tensor in rest.items() if key.startswith("encoding.")}
     if pos.name == "learned":
         ours.setdefault("encoding.table", state[weights.TABLE].float().contiguous())

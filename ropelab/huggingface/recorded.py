@@ -31,7 +31,7 @@ class Recorded(NamedTuple):
 
 def read(folder: Path) -> Recorded | None:
     """The record in a folder; None where there is none, or it is damaged."""
-    found = files.read_json(folder / RUN)
+    found = files.read_json(folder / RUN, follow=True)
     try:
         stated = dict(found["scaling"])
         return Recorded(

@@ -8,8 +8,9 @@ any spectrum is applied by writing these two, and read back from the cosines and
 from __future__ import annotations
 
 import copy
+import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,9 +23,31 @@ from ropelab.schema import Method
 
 OTHER_MODALITIES = ("vision", "visual", "audio", "speech")
 LOCAL = ("sliding", "local", "chunked")  # layers that see a window only: a scaling leaves them as they were trained
+# keys of rotary parameters that are a scaling's; others are the model's own, such as a temperature of its queries
+OF_SCALING = (
+    "rope_type", "type", "factor", "alpha", "attention_factor", "mscale", "mscale_all_dim", "beta_fast", "beta_slow",
+    "truncate", "low_freq_factor", "high_freq_factor", "short_factor", "long_factor", "short_mscale", "long_mscale",
+)  # fmt: skip
+BASES = ("rope_theta", "rotary_emb_base", "rotary_base", "rope_base", "base_freq", "rope_freq_base")  # parts of keys
+SHARES = ("partial_rotary_factor", "rotary_pct", "rotary_percentage", "rope_pct")
+ORIGINAL = "original_max_position_embeddings"
+DIMENSIONS = ("rotary_dim", "rotary_ndims", "qk_rope_head_dim")
 
 
 # --- configurations -------------------------------------------------------------------------------------------------
+
+
+def walk(value: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every number, string, truth and null of a JSON value, and the keys that lead to it; those of a list have none."""
+    waiting: list[tuple[tuple[str, ...], Any]] = [((), value)]
+    while waiting:
+        where, found = waiting.pop()
+        if isinstance(found, dict):
+            waiting += [((*where, str(key)), inner) for key, inner in reversed(found.items())]
+        elif isinstance(found, list):
+            waiting += [(where, inner) for inner in reversed(found)]
+        else:
+            yield where, found
 
 
 def declared(config: Any) -> dict[str, dict[str, Any]]:
@@ -62,9 +85,7 @@ def without_scaling(config: Any) -> Any:
     text = plain.get_text_config()
     labels = declared(config)
     label = scaled_label(labels)
-    kept: dict[str, Any] = {
-        key: labels[label][key] for key in ("rope_theta", "partial_rotary_factor") if key in labels[label]
-    }
+    kept = {key: value for key, value in labels[label].items() if key not in OF_SCALING}
     if labels[label].get("rope_type") == "proportional":  # how p-RoPE is trained, not a scaling
         kept = {**kept, "rope_type": "proportional"}
     else:
@@ -88,6 +109,12 @@ def encoding_of(parameters: Mapping[str, Any], *, pairs: int, d_head: int) -> Me
     if parameters.get("rope_type") == "proportional":
         return Method("p_rope", {**rope, "p": float(parameters.get("partial_rotary_factor", 1.0))})
     return Method("rope", {**rope, "fraction": fraction})
+
+
+def stated_base(parameters: Mapping[str, Any]) -> float | None:
+    """The base that rotary parameters state, where it is one that an encoding of ours can have."""
+    (base, *_) = [*_floats(parameters.get("rope_theta")), 0.0]
+    return base if 1 < base < math.inf else None
 
 
 def scaling_of(parameters: Mapping[str, Any], max_ctx: int | None) -> Method:
@@ -145,6 +172,57 @@ def _yarn_attention(parameters: Mapping[str, Any], factor: float) -> float | Non
     if factor <= 1:
         return 1.0
     return float(0.1 * mscale * math.log(factor) + 1) / float(0.1 * mscale_all * math.log(factor) + 1)
+
+
+def unheeded(raw: Any, labels: Mapping[str, Mapping[str, Any]], turned: Sequence[Plain], d_head: int) -> list[str]:
+    """The rotary numbers of config.json, wherever they stand, that a loaded model does not turn by, each in a line.
+
+    labels: its parameters as transformers has them. turned: what its rotary modules turn by.
+    """
+    lines = []
+    bases = {base for one in turned for base in one.bases}
+    numbers: dict[str, set[float]] = {}
+    for parameters in labels.values():
+        for key, value in parameters.items():
+            numbers.setdefault(key, set()).update(_floats(value))
+
+    def say(where: tuple[str, ...], value: float, found: Iterable[float]) -> None:
+        known = ", ".join(f"{number:.6g}" for number in sorted(found)) or "none"
+        lines.append(
+            f"config.json says {'.'.join(where)} = {value:.6g}; the model as transformers loads it has {known}"
+        )
+
+    for where, value in walk(raw):
+        if not where or any(word in part for word in OTHER_MODALITIES for part in where) or not _floats(value):
+            continue
+        key, (number,) = where[-1], _floats(value)
+        if any(part in key for part in BASES):
+            if number and not any(math.isclose(number, base, rel_tol=1e-4) for base in bases):
+                say(where, number, {float(f"{one.bases[0]:.5g}") for one in turned if one.bases})
+        elif key in SHARES or key in DIMENSIONS:
+            due = number * d_head if key in SHARES else number
+            proportional = any(one.get("rope_type") == "proportional" for one in labels.values())
+            if number and not proportional and not any(abs(2 * one.pairs - due) < 2 for one in turned):
+                say(where, number, {2 * one.pairs / (d_head if key in SHARES else 1) for one in turned})
+        elif any(part.startswith("rope_") for part in where[:-1]) and key in (*OF_SCALING, ORIGINAL):
+            known = numbers.get(key, set())
+            if not any(math.isclose(number, other) for other in known):
+                say(where, number, known)
+    return lines
+
+
+def _floats(value: Any) -> list[float]:
+    """The numbers in a value, or in a list."""
+    if isinstance(value, list | tuple):
+        return [number for item in value for number in _floats(item)]
+    return [float(value)] if isinstance(value, int | float) and not isinstance(value, bool) else []
+
+
+class Plain(NamedTuple):
+    """What a rotary module turns by, as far as its frequencies say it."""
+
+    bases: tuple[float, ...]  # that they may come from: an odd dimension has as many pairs as the next even one
+    pairs: int
 
 
 class Written(NamedTuple):
@@ -271,8 +349,8 @@ class Turns(NamedTuple):
 class Rotary:
     """The rotary modules of a loaded model."""
 
-    def __init__(self, model: nn.Module, labels: Mapping[str, Any]) -> None:
-        self._model = model
+    def __init__(self, model: Any, labels: Mapping[str, Any]) -> None:
+        self._model, self._labels = model, labels
         self.handles = handles(model, labels)
         self.label = scaled_label(labels)
         self._pristine = {path: copy.deepcopy(model.get_submodule(path)) for path in {h.path for h in self.handles}}
@@ -310,6 +388,71 @@ class Rotary:
             raise ValueError("the rotary modules of one layer type turn differently: no one spectrum says what they do")
         return read[0]
 
+    def plain(self) -> list[Plain]:
+        """What each module turns by; of layers under a scaling the base that transformers has."""
+        found = []
+        for handle in self.handles:
+            stated = self._labels.get(handle.label, {})
+            inv_freq = getattr(self._model.get_submodule(handle.path), f"{handle.prefix}inv_freq").double()
+            pairs, bases = len(inv_freq), [float(stated.get("rope_theta") or 0)]
+            turning = int(inv_freq.count_nonzero())
+            if stated.get("rope_type", "default") in ("default", "proportional") and turning > 1:
+                last = turning - 1  # inv_freq = base ** (-2 last / R)
+                log = -float(inv_freq[last].log()) / (2 * last)
+                bases = [math.exp(log * 2 * pairs), math.exp(log * (2 * pairs - 1))]
+            found.append(Plain(tuple(bases), pairs))
+        return found
+
+    @torch.no_grad()
+    def reached(self) -> list[bool] | None:
+        """Which layers the rotation reaches: by layer, is its output another one without it, on the same input?
+
+        None where the model has no list of layers. Of modules that nothing reads all are False.
+        """
+        layers = _layers_of(self._model)
+        if layers is None:
+            return None
+        text = self._model.config.get_text_config()
+        ids = torch.arange(PROBE, device=self._model.device)[None] * 7 % text.vocab_size  # (1, T)
+        inputs: list[Tensor] = []
+        first = self._outputs(layers, ids, inputs, fill=True)
+        again = self._outputs(layers, ids, inputs)  # kernels of a GPU may differ in the last bit
+        hooks = [
+            module.register_forward_hook(functools.partial(_unturned, handle), with_kwargs=True)
+            for handle, module in self.scaled()
+        ]
+        without = self._outputs(layers, ids, inputs)
+        for hook in hooks:
+            hook.remove()
+        if not len(first) == len(again) == len(without) == len(layers):
+            return None
+        return [
+            float((one - other).abs().max()) > 2 * float((one - same).abs().max())
+            for one, same, other in zip(first, again, without, strict=True)
+        ]
+
+    def _outputs(self, layers: nn.ModuleList, ids: Tensor, inputs: list[Tensor], *, fill: bool = False) -> list[Tensor]:
+        """What each layer makes of its input in a pass; `inputs` are put in its place, or noted under `fill`."""
+        outputs: list[Tensor] = []
+
+        def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            given = args[0] if args else kwargs["hidden_states"]
+            if fill:
+                inputs.append(given.clone())
+                return None
+            put = inputs[len(outputs)]
+            return ((put, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": put})
+
+        def after(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+            outputs.append((out if isinstance(out, Tensor) else out[0]).float().clone())
+
+        hooks = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in layers]
+        hooks += [layer.register_forward_hook(after, with_kwargs=True) for layer in layers]
+        self._model(input_ids=ids, use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        return outputs
+
     def watched(self) -> Callable[[], None]:
         """Watch the modules in the next forward pass; what is returned ends that, and checks that it used them.
 
@@ -331,6 +474,25 @@ class Rotary:
                 raise ValueError("the model made its pass without its rotary modules: no scaling can be applied to it")
 
         return end
+
+
+PROBE = 16  # tokens
+
+
+def _layers_of(model: Any) -> nn.ModuleList | None:
+    """The layers of a model: of the lists of so many modules the one with the most weights."""
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    lists = [one for one in model.modules() if isinstance(one, nn.ModuleList) and len(one) == count]
+    return max(lists, key=lambda one: sum(p.numel() for p in one.parameters()), default=None)
+
+
+def _unturned(handle: Handle, module: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
+    """A hook of a rotary module: what it returns for a rotation by nothing."""
+    if not concerns(handle, args, kwargs):
+        return None
+    if isinstance(out, Tensor):
+        return torch.ones_like(out)
+    return (torch.ones_like(out[0]), torch.zeros_like(out[1]), *out[2:])
 
 
 def concerns(handle: Handle, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:

@@ -17,6 +17,7 @@ TOP: dict[str, Types] = {
 OPTIONAL: dict[str, Types] = {
     "baseline": _TEXT + _NOTHING, "kept_scaling": (bool,), "scaling_parameters": (dict,), "scaling_changed": (dict,),
     "pos_changed": (dict,), "recipe": _TEXT, "weights": _TEXT, "losses_sha256": _TEXT,
+    "warnings": (list,),
 }  # fmt: skip
 ROW: dict[str, Types] = {
     "ctx": _LENGTH, "status": _TEXT, "factor": _NUMBER + _NOTHING, "ppl": _NUMBER + _NOTHING,
@@ -25,13 +26,14 @@ ROW: dict[str, Types] = {
 }  # fmt: skip
 ROW_OPTIONAL: dict[str, Types] = {
     "targets_digest": _TEXT + _NOTHING, "reason": _TEXT + _NOTHING, "unit": _TEXT + _NOTHING, "idle": (bool,),
-    "context_gain": _NUMBER + _NOTHING,
+    "context_gain": _NUMBER + _NOTHING, "layers": _TEXT + _NOTHING,
 }  # fmt: skip
 PROTOCOL: dict[str, Types] = {"name": _TEXT}
 PROTOCOL_OPTIONAL: dict[str, Types] = {
     "stride": _LENGTH + _NOTHING, "last": _LENGTH + _NOTHING, "span": _LENGTH + _NOTHING, "tokens": _LENGTH + _NOTHING,
     "max_ctx": _LENGTH + _NOTHING, "split": _TEXT, "documents": _LENGTH, "left_out": _LENGTH, "unused": _LENGTH,
     "targets_digest": _TEXT + _NOTHING, "document_digests": (list,), "authors": (list,), "dtype": _TEXT,
+    "bos": _LENGTH + _NOTHING,
 }  # fmt: skip
 
 

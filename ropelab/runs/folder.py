@@ -503,8 +503,6 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    if not stat.S_ISREG(path.lstat().st_mode if os.path.lexists(path) else stat.S_IFREG):
-        raise RunError(f"{path} is a link or no file; put the file itself there")
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
