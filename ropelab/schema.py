@@ -19,6 +19,10 @@ BOS = ("false", "true", "auto")
 WANDB_MODES = ("disabled", "offline", "online")
 CORPORA = ("stdlib", "text", "hf", "books", "nonfiction", "wikitext")
 TOKENIZERS = ("bytes", "bpe", "gpt2")
+OVERLAPS = ("refuse", "warn", "drop")
+HEADS = ("keep", "drop")
+SPLIT_BY = ("document", "file")
+FIRST_ENDINGS = (".txt", ".txt.gz", ".txt.xz", ".jsonl", ".jsonl.gz", ".jsonl.xz")  # what the first versions read
 
 
 class ContextLengthError(ValueError):
@@ -74,6 +78,21 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class SplitNames:
+    """What the splits of a corpus are called there; None: by the usual names."""
+
+    train: str | None = None
+    validation: str | None = None
+    test: str | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in (self.train, self.validation, self.test) if name is not None]
+        twice = next((name for name in given if given.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"data.splits.* names '{twice}' twice; a text is in one split")
+
+
+@dataclass(frozen=True)
 class DataConfig:
     name: str  # one of CORPORA
     path: str | None  # file or folder (text, hf, presets), or a hub name (hf)
@@ -81,7 +100,14 @@ class DataConfig:
     tokenizer: str  # one of TOKENIZERS
     vocab_size: int  # bpe: entries, the separator included
     tokenizer_path: str | None  # gpt2: folder with encoder.json and vocab.bpe (or vocab.json and merges.txt)
-    text_field: str  # field of a .jsonl line or of a hub dataset that holds the text
+    text_field: str  # field of a row that holds the text; `document.text` is one inside another
+    splits: SplitNames = SplitNames()
+    test_path: str | None = None  # own test files (text, hf)
+    held_out: float = 0.05  # share of the text for each split that is made
+    split_by: str = "document"  # one of SPLIT_BY
+    endings: tuple[str, ...] | None = None  # which files of a folder are read (text); None: those that are known
+    overlap: str = "refuse"  # one of OVERLAPS
+    repeated_heads: str = "keep"  # one of HEADS
 
     def __post_init__(self) -> None:
         _one_of("data.name", self.name, CORPORA)
@@ -94,6 +120,29 @@ class DataConfig:
             raise ValueError(f"data=stdlib reads no data.path={self.path}; add data=text")
         if self.name in ("text", "hf") and not self.path:
             raise ValueError(f"data={self.name} needs data.path=FILE_OR_FOLDER")
+        if not 0 < self.held_out <= 0.4:
+            raise ValueError(f"data.held_out must be above 0 and at most 0.4, not {self.held_out}")
+        _one_of("data.split_by", self.split_by, SPLIT_BY)
+        _one_of("data.overlap", self.overlap, OVERLAPS)
+        _one_of("data.repeated_heads", self.repeated_heads, HEADS)
+        for ending in self.endings or ():
+            if not (ending.startswith(".") and len(ending) > 1):
+                raise ValueError(f"data.endings holds endings of file names such as .txt, not '{ending}'")
+        if self.endings == ():
+            raise ValueError("data.endings=[] reads no file; give endings such as [.txt], or null")
+        own = self.name in ("text", "hf")  # the others say themselves what they are made of
+        choices = {
+            "test_path": self.test_path is None or own,
+            "held_out": self.held_out == 0.05 or own,
+            "splits.*": self.splits == SplitNames() or own,
+            "overlap": self.overlap == "refuse" or self.name != "stdlib",
+            "repeated_heads": self.repeated_heads == "keep" or own,
+            "split_by": self.split_by == "document" or self.name == "text",
+            "endings": self.endings in (None, FIRST_ENDINGS) or self.name == "text",
+        }
+        for key, fits in choices.items():
+            if not fits:
+                raise ValueError(f"data={self.name} knows no data.{key}: leave it out, or add data=text")
 
 
 @dataclass(frozen=True)

@@ -298,6 +298,8 @@ def _read(path: Path) -> object:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(f"{path.name}: no valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ValueError(f"{path.name}: nested too deeply for a claim") from None
 
 
 def _refuse_duplicates(file: str, root: Any) -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ropelab.schema import (
+    FIRST_ENDINGS,
     Config,
     DataConfig,
     EvalConfig,
@@ -44,6 +45,15 @@ OWN_SLURM = "ROPELAB_SLURM"  # names a file of the user's own settings of the la
 ENVIRONMENT = {"runs_dir": "ROPELAB_RUNS", "cache_dir": "ROPELAB_CACHE"}
 LATER: dict[str, Any] = {"positions": {"name": "contiguous"}, "parent": None}  # keys newer than the first version
 LATER_IN: dict[str, dict[str, Any]] = {
+    "data": {
+        "splits": {"train": None, "validation": None, "test": None},
+        "test_path": None,
+        "held_out": 0.05,
+        "split_by": "document",
+        "endings": list(FIRST_ENDINGS),
+        "overlap": "refuse",
+        "repeated_heads": "keep",
+    },
     "eval": {"baseline": None, "bos": "false", "memory_gb": None},
     "train": {"activation_checkpointing": False, "deterministic": False, "parallel": "ddp"},
 }
@@ -204,7 +214,7 @@ def _factors_file(name: str) -> dict[str, Any]:
     path = Path(_unquoted(name)).expanduser()
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no JSON"
         raise ValueError(f"scaling.factors={name} cannot be read ({reason}); give a FILE of `ropelab search`") from None
     if not isinstance(found, dict) or not isinstance(found.get("long_factors"), list):
@@ -234,6 +244,8 @@ def to_dict(config: Config) -> dict[str, Any]:
         tree[group] = {"name": tree[group]["name"], **tree[group]["parameters"]}
     tree["train"]["keep"] = list(tree["train"]["keep"])
     tree["eval"]["scalings"] = list(tree["eval"]["scalings"])
+    if tree["data"]["endings"] is not None:
+        tree["data"]["endings"] = list(tree["data"]["endings"])
     return tree
 
 
@@ -339,6 +351,13 @@ def _assign(tree: dict[str, Any], key: str, text: str) -> None:
     if not rest:
         inside = ", ".join(f"{head}.{name}" for name in tree[head])
         raise ValueError(f"{head} is a section, not a value; set one of its keys: {inside}")
+    outer, _, inner = rest.partition(".")
+    if head in SECTIONS and isinstance(tree[head].get(outer), dict):  # a section inside a section
+        names = ", ".join(f"{head}.{outer}.{name}" for name in tree[head][outer])
+        if inner not in tree[head][outer]:
+            wrong = f"unknown key '{key}'" if inner else f"{key} is a section, not a value"
+            raise ValueError(f"{wrong}; set one of its keys: {names}")
+        rest = outer
     if rest == "name":
         raise ValueError(f"{key} is fixed by the group; choose with {head}={text}")
     if rest not in tree[head]:
@@ -355,6 +374,9 @@ def _assign(tree: dict[str, Any], key: str, text: str) -> None:
         raise ValueError(f"unknown key '{key}'{_nearest_key(key, _all_keys(tree))}")
     if head in METHODS:
         tree[head][rest] = _read(key, text, tree[head][rest])
+    elif inner:
+        kind = typing.get_type_hints(SECTIONS[head])[rest]
+        tree[head][rest][inner] = _parse(key, text, typing.get_type_hints(kind)[inner])
     else:
         tree[head][rest] = _parse(key, text, typing.get_type_hints(SECTIONS[head])[rest])
 
@@ -363,7 +385,11 @@ def _all_keys(tree: dict[str, Any]) -> list[str]:
     keys = list(tree)
     for head, inner in tree.items():
         if isinstance(inner, dict):
-            keys += [f"{head}.{name}" for name in inner if name != "name"]
+            for name, value in inner.items():
+                if isinstance(value, dict):
+                    keys += [f"{head}.{name}.{innermost}" for innermost in value]
+                elif name != "name":
+                    keys.append(f"{head}.{name}")
     return keys
 
 
@@ -492,7 +518,14 @@ def _section(name: str, kind: type, tree: Any) -> Any:
     missing = [key for key in hints if key not in tree]
     if missing:
         raise ValueError(f"{name}.{missing[0]} is missing from the configuration")
-    return kind(**{key: _typed(f"{name}.{key}", tree[key], hint) for key, hint in hints.items()})
+    return kind(
+        **{
+            key: _section(f"{name}.{key}", hint, tree[key])
+            if isinstance(hint, type) and dataclasses.is_dataclass(hint)
+            else _typed(f"{name}.{key}", tree[key], hint)
+            for key, hint in hints.items()
+        }
+    )
 
 
 def _typed(key: str, value: Any, kind: Any) -> Any:

@@ -61,6 +61,8 @@ def named(name: str) -> list[str]:
         node = yaml.compose(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"{path} is no YAML: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply; write lines such as pos: rope,alibi") from None
     if not isinstance(found, dict) or not found:
         raise ValueError(f"{path} holds no settings; write lines such as pos: rope,alibi")
     assert isinstance(node, yaml.MappingNode)

@@ -1,21 +1,14 @@
-"""Text documents: one is a .txt file, a line of a .jsonl file, or a row of a dataset."""
+"""Text documents: one is a file of plain text, or a row of a table or of a dataset."""
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
-import lzma
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from ropelab.data.overlap import EMPTY, Shingles
 
-SUFFIXES = (".txt", ".jsonl")
-COMPRESSIONS = ("", ".gz", ".xz")
 SPLITS = ("train", "validation", "test")
 
 Progress = Callable[[str, int, int], None]  # (what is being done, done, total)
@@ -36,6 +29,22 @@ def document(name: str, text: str, author: str | None = None) -> Document:
     text = text.replace("\r\n", "\n")
     data = text.encode()
     return Document(name, text, author, hashlib.sha256(data).hexdigest(), len(data))
+
+
+class TextsOf(Sequence[str]):
+    """The texts of documents, each read when it is asked for."""
+
+    def __init__(self, documents: Sequence[Document]) -> None:
+        self._documents = documents
+
+    def __len__(self) -> int:
+        return len(self._documents)
+
+    def __iter__(self) -> Iterator[str]:
+        return (document.text for document in self._documents)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._documents[index].text
 
 
 @dataclass(frozen=True)
@@ -62,104 +71,32 @@ class Texts:
         return sum(document.n_bytes for _, documents in self.splits() for document in documents)
 
 
-def is_text_file(path: Path) -> bool:
-    """Whether the name says that this is a file of documents: .txt or .jsonl, also .gz or .xz, and not hidden."""
-    return not path.name.startswith(".") and path.name.lower().endswith(
-        tuple(suffix + compression for suffix in SUFFIXES for compression in COMPRESSIONS)
-    )
-
-
-def stem(path: Path) -> str:
-    """The file's name without .txt or .jsonl and without .gz or .xz."""
-    name = path.name
-    for endings in (COMPRESSIONS[1:], SUFFIXES):
-        for ending in endings:
-            if name.lower().endswith(ending):
-                name = name[: -len(ending)]
-                break
-    return name
-
-
-def read_documents(path: Path, name: str, text_field: str) -> list[Document]:
-    """The documents of one file: one of a .txt file, one of each line of a .jsonl file that has text.
-
-    name: what the documents are called after, where they have no title of their own.
-    ValueError: names the file, and the line or the byte, when it is empty, binary, not UTF-8 or not JSON.
-    """
-    text = read_text(path)
-    if _is_jsonl(path):
-        return _parse_jsonl(text, path, name, text_field)
-    return [document(name, text)]
-
-
-def _is_jsonl(path: Path) -> bool:
-    return path.name.lower().removesuffix(".gz").removesuffix(".xz").endswith(".jsonl")
-
-
-def read_text(path: Path) -> str:
-    """The text of a file, decompressed by its suffix (.gz, .xz), without a byte-order mark."""
-    data = _read_bytes(path)
-    if not data.removeprefix(b"\xef\xbb\xbf"):
-        raise ValueError(f"{path} is empty: remove it or give a file that holds text")
-    if (offset := data.find(b"\0")) >= 0:
-        raise ValueError(f"{path} is binary (a NUL byte at offset {offset}), not text: remove it or give a text file")
-    try:
-        return data.decode().removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not UTF-8 (byte 0x{data[error.start]:02x} at offset {error.start}): convert it, "
-            "for example with iconv -f latin1 -t utf-8"
-        ) from None
-
-
-def _read_bytes(path: Path) -> bytes:
-    ending = path.suffix.lower()
-    try:
-        if ending == ".gz":
-            with gzip.open(path) as file:
-                return file.read()
-        if ending == ".xz":
-            with lzma.open(path) as file:
-                return file.read()
-        return path.read_bytes()
-    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
-        raise ValueError(f"{path} is damaged or no {ending} file ({error}): fetch it again") from None
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}): check its permissions") from None
-
-
-def _parse_jsonl(text: str, path: Path, name: str, text_field: str) -> list[Document]:
-    documents = []
-    # not splitlines(): that also cuts at U+2028 and its like, which JSON strings may hold as they are
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number},"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{where} is not JSON ({error}): one object a line is needed") from None
-        if not isinstance(row, dict):
-            raise ValueError(f'{where} is no JSON object: it must look like {{"{text_field}": "..."}}')
-        if body := text_of(row, text_field, where):
-            try:
-                documents.append(document(title_of(row) or f"{name}:{number}", body, author_of(row)))
-            except UnicodeEncodeError as error:
-                raise ValueError(f"{where} has half a surrogate pair at character {error.start}: repair it") from None
-    if not documents:
-        raise ValueError(f"{path} holds no text: every line's '{text_field}' is empty")
-    return documents
-
-
-def text_of(row: dict[str, Any], text_field: str, where: str) -> str:
-    """The text of a row; ValueError, naming the row's fields, when it has no such field or no text in it."""
-    value = row.get(text_field)
-    if isinstance(value, str):
+def text_of(row: dict[str, Any], text_field: str, where: str) -> str | None:
+    """The text of a row, None where it has a null there. ValueError, naming the row's fields: it has no such field."""
+    value: Any = row
+    # a field may be called so as it stands
+    for key in (text_field,) if text_field in row else text_field.split("."):
+        if value is None:
+            return None
+        if not isinstance(value, dict) or key not in value:
+            raise ValueError(f"{where} has no field '{text_field}': {offer_fields(_text_fields(row))}")
+        value = value[key]
+    if value is None or isinstance(value, str):
         return value
-    if text_field in row:
-        raise ValueError(f"{where} has no text in '{text_field}' but {type(value).__name__}")
-    others = [key for key, value in row.items() if isinstance(value, str)]
-    raise ValueError(f"{where} has no field '{text_field}': {offer_fields(others)}")
+    inside = [f for f in _text_fields(row) if f.startswith(f"{text_field}.")] if isinstance(value, dict) else []
+    fix = f": {offer_fields(inside)}" if inside else ""
+    raise ValueError(f"{where} has no text in '{text_field}' but {type(value).__name__}{fix}")
+
+
+def _text_fields(row: dict[str, Any]) -> list[str]:
+    """The fields of a row that hold text, also those one level down."""
+    found = []
+    for key, value in row.items():
+        if isinstance(value, str):
+            found.append(key)
+        elif isinstance(value, dict):
+            found += [f"{key}.{inner}" for inner, deeper in value.items() if isinstance(deeper, str)]
+    return found
 
 
 def offer_fields(fields: list[str]) -> str:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, overload
 
 from ropelab.data.documents import Document, Progress, author_of, document, offer_fields, title_of
+from ropelab.data.reading import check_ends, check_json_lines, is_json, is_packed, leads_outside
 
 _ROWS = 1000  # read at a time
 _STRINGS = ("string", "large_string")  # types of a field that holds text
@@ -50,8 +53,11 @@ class HubDocuments(Sequence[Document]):
         return document(title_of(row) or f"{self._label}:{number}", row[self._text_field] or "", author_of(row))
 
 
-def load_hub(path: str, subset: str | None) -> Any:
-    """The dataset with its splits (a `datasets.DatasetDict`). ValueError: why it cannot be loaded, in one line."""
+def load_hub(path: str, subset: str | None, *, follow: bool = False) -> Any:
+    """The dataset with its splits (a `datasets.DatasetDict`). ValueError: why it cannot be loaded, in one line.
+
+    follow: links of a local folder may lead outside of it, as the first versions had it.
+    """
     import datasets
     from huggingface_hub.utils import logging as hub_logging
 
@@ -61,7 +67,12 @@ def load_hub(path: str, subset: str | None) -> Any:
     # each retry would be a warning; what it comes to is said once
     hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     try:
+        if Path(path).exists():
+            builder = datasets.load_dataset_builder(path, subset)
+            _check_files(Path(path), builder.config.data_files or {}, follow=follow)
         return datasets.load_dataset(path, subset)
+    except Refused as error:
+        raise ValueError(str(error)) from None
     except Exception as error:  # whatever goes wrong in there comes from the dataset or the network
         cause: BaseException = error
         while cause.__cause__ is not None:
@@ -72,12 +83,39 @@ def load_hub(path: str, subset: str | None) -> Any:
         ) from None
 
 
+class Refused(ValueError):
+    """What a local dataset asks for and does not get."""
+
+
+def _check_files(folder: Path, data_files: Mapping[Any, Iterable[Any]], *, follow: bool) -> None:
+    """`Refused`: a local dataset's card names files outside of its folder, or files that `datasets` dies of."""
+    for name in (str(file) for part in data_files.values() for file in part):
+        file = Path(os.path.normpath(name))
+        if "://" in name or "::" in name or not file.is_relative_to(folder.resolve()):
+            raise Refused(
+                f"data.path={folder} names a file outside of itself, {name}, in its README.md: remove that, or give "
+                "data.path the folder that is meant"
+            )
+        if not follow and leads_outside(file, folder):
+            raise Refused(f"{name} is a link to outside of data.path={folder}: put the file itself there")
+        try:
+            if is_json(file):
+                check_json_lines(file)
+            elif is_packed(file):
+                check_ends(file)
+        except ValueError as error:
+            raise Refused(str(error)) from None
+
+
 def read_split(rows: Any, label: str, path: str, text_field: str, progress: Progress | None) -> HubDocuments:
     """The documents of one split. ValueError: there is no such field, or it holds no strings; names those that do."""
-    strings = [name for name, feature in rows.features.items() if getattr(feature, "dtype", "") in _STRINGS]
+    if text_field not in rows.features:
+        rows = rows.flatten()  # document.text is a column of its own then
+    strings = _strings(rows)
     if text_field not in strings:
-        has = "holds no strings in" if text_field in rows.features else "has no field"
-        raise ValueError(f"data.path={path} {has} '{text_field}': {offer_fields(strings)}")
+        inner = [name for name in _strings(rows.flatten()) if name.startswith(f"{text_field}.")]
+        has = "holds no strings in" if text_field in rows.features or inner else "has no field"
+        raise ValueError(f"data.path={path} {has} '{text_field}': {offer_fields(inner or strings)}")
     if progress:
         progress(f"reading {label}", 0, 1)
     wanted = [name for name in (text_field, "title", "id", "author") if name in rows.features]
@@ -85,6 +123,10 @@ def read_split(rows: Any, label: str, path: str, text_field: str, progress: Prog
     if progress:
         progress(f"reading {label}", 1, 1)
     return documents
+
+
+def _strings(rows: Any) -> list[str]:
+    return [name for name, feature in rows.features.items() if getattr(feature, "dtype", "") in _STRINGS]
 
 
 def wikitext_lines(rows: Any, text_field: str) -> Iterator[str]:

@@ -8,7 +8,7 @@ the share is his containment, and of a large text, as there, only every m-th shi
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -97,8 +97,17 @@ def occurs(found: NDArray[np.uint64], train: Shingles) -> bool:
     return part is not None and part > LARGEST_SHARE
 
 
-def refusal(names: list[str]) -> ValueError:
+def refusal(names: Sequence[str]) -> ValueError:
     """The error for test documents, by name, whose text occurs in the training text."""
+    return ValueError(
+        f"{sentence(names)}: remove what is repeated from one of the two, or set data.overlap=drop (leaves them out of "
+        "the test text) or data.overlap=warn (keeps them, and the manifest says so); where they only begin alike, with "
+        "a licence, data.repeated_heads=drop; where a file holds several of a kind, data.split_by=file"
+    )
+
+
+def sentence(names: Sequence[str]) -> str:
+    """How many test documents occur in the training text, and the first of their names."""
     shown = ", ".join(f"'{name}'" for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     occur = "1 test document occurs" if len(names) == 1 else f"{len(names)} test documents occur"
-    return ValueError(f"{occur} in the training text ({shown}): remove what is repeated from one of the two")
+    return f"{occur} in the training text ({shown})"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache as once
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ from typing import Any
 from ropelab import files
 from ropelab.data import overlap
 from ropelab.data.corpora import Source, find_source, overlapping
-from ropelab.data.documents import Document, Progress, Texts
+from ropelab.data.documents import Document, Progress, Texts, TextsOf
 from ropelab.data.tokenizers import Bytes, Tokenizer, load_tokenizer, read_gpt2, train_bpe
 from ropelab.data.tokens import Corpus, Split, load_or_build
 from ropelab.schema import DataConfig
+
+_log = logging.getLogger(__name__)
 
 VERSION = 1  # of how corpora are read, split and checked: another number reads them again
 
@@ -51,7 +54,7 @@ def prepare(
         if tokenizer is None:
             tokenizer = _tokenizer(config, cache_dir, facts, texts, progress)
         folder = cache_dir / "tokens" / files.digest_of([facts.digest, tokenizer.digest])
-        splits, shingles = load_or_build(folder, tokenizer, lambda: _unchanged(texts(), facts), progress)
+        splits, shingles = load_or_build(folder, tokenizer, lambda: _unchanged(texts(), config, facts), progress)
     except OSError as error:  # text that cannot be read is a ValueError by here, so this is the cache
         raise ValueError(
             f"cache_dir={cache_dir} cannot be written ({error.strerror}): set it or ROPELAB_CACHE to another folder"
@@ -65,28 +68,30 @@ def _facts(source: Source, config: DataConfig, cache_dir: Path, texts: Callable[
     try:
         return Facts(**stored)
     except TypeError:  # there is none, or it is damaged
-        facts = _read_facts(texts())
+        facts = _read_facts(texts(), config)
         files.write_sealed(path, vars(facts))
         return facts
 
 
-def _read_facts(texts: Texts) -> Facts:
+def _read_facts(texts: Texts, config: DataConfig) -> Facts:
     rows = {
         split: [[document.name, document.author, document.digest] for document in documents]
         for split, documents in texts.splits()
     }
     counts = {split: len(documents) for split, documents in texts.splits()}
     sizes = {split: sum(document.n_bytes for document in documents) for split, documents in texts.splits()}
+    # the rest of the configuration shows in the documents and their splits
+    kept = {"overlap": "warn"} if config.overlap == "warn" else None
     return Facts(
-        digest=files.digest_of(rows),
+        digest=files.digest_of([rows, kept] if kept else rows),
         train_digest=files.digest_of([digest for _, _, digest in rows["train"]]),
         details=texts.details | {"documents": counts, "bytes": sizes},
     )
 
 
-def _unchanged(texts: Texts, facts: Facts) -> Texts:
+def _unchanged(texts: Texts, config: DataConfig, facts: Facts) -> Texts:
     """The texts, if they are still those that the facts are about."""
-    if _read_facts(texts).digest != facts.digest:
+    if _read_facts(texts, config).digest != facts.digest:
         raise ValueError("the text was changed while it was prepared: start again when it is complete")
     return texts
 
@@ -105,7 +110,7 @@ def _tokenizer(
     try:
         return load_tokenizer(path)
     except ValueError:  # there is none, or it is damaged
-        trained = train_bpe((document.text for document in texts().train), config.vocab_size, progress)
+        trained = train_bpe(TextsOf(texts().train), config.vocab_size, progress)
         trained.save(path)
         return trained
 
@@ -134,11 +139,26 @@ def _gpt2_from_hub() -> Path:
     return Path(files[0]).parent
 
 
-def check_overlap(train: Corpus, other: Corpus) -> None:
-    """Refuse test text that occurs in training text. ValueError: names the documents of `other`'s test split."""
+def check_overlap(train: Corpus, other: Corpus, policy: str = "refuse") -> Corpus:
+    """The other corpus, its test text held against training text by a policy of `data.overlap`.
+
+    With "drop" the documents that occur there are left out, and the digest is another. ValueError, naming them, with
+    "refuse", and where nothing is left.
+    """
     documents = (_document(other.test, index, other.tokenizer) for index in range(len(other.test)))
-    if names := overlapping(documents, train.shingles, set(train.train.digests)):
+    places = overlapping(documents, train.shingles, set(train.train.digests))
+    if not places:
+        return other
+    names = [other.test.names[place] for place in places]
+    if policy == "refuse" or len(places) == len(other.test):
         raise overlap.refusal(names)
+    share = f"{len(places) / len(other.test):.1%} of them"
+    if policy == "warn":
+        _log.warning("%s, %s: they are scored all the same (data.overlap)", overlap.sentence(names), share)
+        return other
+    _log.warning("%s, %s: left out (data.overlap)", overlap.sentence(names), share)
+    test = other.test.select([index for index in range(len(other.test)) if index not in set(places)])
+    return replace(other, digest=files.digest_of([other.digest, test.digests]), test=test)
 
 
 def _document(split: Split, index: int, tokenizer: Tokenizer) -> Document:

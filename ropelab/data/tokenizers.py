@@ -10,7 +10,7 @@ import gzip
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
 Tokens = NDArray[np.unsignedinteger[Any]]  # uint16 or uint32, see Tokenizer.dtype
 
+LONGEST = 1024  # bytes of a piece of text that BPE is trained on
 _PIECE = 2**20  # characters encoded at a time
+_BLANKS = re.compile(rf"\s{{{LONGEST // 4}}}")  # a blank has up to three bytes
 # A single line end between two visible ASCII characters: GPT-2's pattern splits behind it, whatever is around.
 _LINE_END = re.compile(r"(?<=[!-~]\n)(?=[!-~])")
 
@@ -138,9 +140,11 @@ class Bpe(Tokenizer):
         return b"".join(self._bytes[token] for token in np.asarray(tokens).tolist() if token != self.separator)
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, progress: Progress | None = None) -> Bpe:
+def train_bpe(texts: Sequence[str], vocab_size: int, progress: Progress | None = None) -> Bpe:
     """Train byte-level BPE (`vocab_size` entries, the separator included) on texts; equal texts give equal tokens.
 
+    Training takes time that grows with the square of a piece's length, so where a text has pieces of more than
+    `LONGEST` bytes (no blanks: a genome, Chinese) they are cut there for the training; encoding needs no such limit.
     A small corpus may run out of pairs to merge: then `n_vocab` is smaller than `vocab_size`.
     """
     from tokenizers import Tokenizer as Encoder
@@ -148,13 +152,18 @@ def train_bpe(texts: Iterable[str], vocab_size: int, progress: Progress | None =
     from tokenizers.trainers import BpeTrainer
 
     encoder = Encoder(BPE())
-    encoder.pre_tokenizer = _pieces()
+    encoder.pre_tokenizer = _short_pieces() if any(map(_has_long_run, texts)) else _pieces()
     trainer = BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=sorted(alphabet()), show_progress=False)
-    if progress:
-        progress("training the tokeniser", 0, 1)
-    encoder.train_from_iterator((part for text in texts for part in _cut_at_line_ends(text)), trainer)
-    if progress:
-        progress("training the tokeniser", 1, 1)
+    told = progress or (lambda description, done, total: None)
+    total = len(texts) + 1  # its pieces are counted text by text; then they are merged
+
+    def parts() -> Iterator[str]:
+        for done, text in enumerate(texts):
+            told("training the tokeniser", done, total)
+            yield from _cut_at_line_ends(text)
+
+    encoder.train_from_iterator(parts(), trainer)
+    told("training the tokeniser", total, total)
     model = json.loads(encoder.to_str())["model"]
     return Bpe(
         "bpe", sorted(model["vocab"], key=model["vocab"].__getitem__), [merge_pair(pair) for pair in model["merges"]]
@@ -187,7 +196,7 @@ def read_gpt2(folder: Path) -> Bpe:
         if ordered[-1] != "<|endoftext|>" or vocabulary[ordered[-1]] != len(ordered) - 1:
             raise ValueError("the last token must be <|endoftext|>")
         return Bpe("gpt2", ordered[:-1], [merge_pair(line) for line in lines])
-    except (ValueError, KeyError, OSError, EOFError, AttributeError) as error:
+    except (ValueError, KeyError, OSError, EOFError, AttributeError, RecursionError) as error:
         raise ValueError(f"{files[0]} and {files[1]} are no GPT-2 tokeniser ({error}): fetch them again") from None
 
 
@@ -223,6 +232,21 @@ def _pieces() -> Any:
     from tokenizers.pre_tokenizers import ByteLevel
 
     return ByteLevel(add_prefix_space=False, use_regex=True)
+
+
+def _short_pieces() -> Any:
+    """GPT-2's pattern, and pieces of more than `LONGEST` bytes cut after so many."""
+    from tokenizers import Regex
+    from tokenizers.pre_tokenizers import Sequence as Steps
+    from tokenizers.pre_tokenizers import Split
+
+    return Steps([_pieces(), Split(Regex(f".{{{LONGEST}}}"), "isolated")])
+
+
+def _has_long_run(text: str) -> bool:
+    """Could the text have a piece of more than `LONGEST` bytes? That has no blanks in it, or is nothing but blanks."""
+    longest = max(map(len, text.split()), default=0)  # of a character UTF-8 makes at most four bytes
+    return longest > LONGEST // 4 or bool(_BLANKS.search(text))
 
 
 def alphabet() -> dict[str, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,19 @@ class Split:
     def document(self, index: int) -> Tokens:
         """The tokens (n,) of one document."""
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+
+    def select(self, indices: Sequence[int]) -> Split:
+        """Only these of the documents, their tokens in memory."""
+        documents = [self.document(index) for index in indices]
+        return Split(
+            self.name,
+            np.concatenate([self.tokens[:0], *documents]),
+            np.cumsum([0, *map(len, documents)]),
+            [self.names[index] for index in indices],
+            [self.authors[index] for index in indices],
+            [self.digests[index] for index in indices],
+            self.n_bytes[list(indices)],
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -458,9 +458,13 @@ def compile_blocks(model: GPT, *, parallel: str | None = None) -> None:
 
 def found_from_anywhere(text: DataConfig) -> DataConfig:
     """The same text by an absolute path, so that an evaluation from another folder finds it; hub names stay."""
-    if text.path is None or not Path(text.path).expanduser().exists():
-        return text
-    return dataclasses.replace(text, path=str(Path(text.path).expanduser().resolve()))
+
+    def place(path: str | None) -> str | None:
+        if path is None or not Path(path).expanduser().exists():
+            return path
+        return str(Path(path).expanduser().resolve())
+
+    return dataclasses.replace(text, path=place(text.path), test_path=place(text.test_path))
 
 
 def _bytes_per_target(windows: NDArray[np.int64], tokenizer: data.Tokenizer) -> float:

@@ -19,7 +19,7 @@ from ropelab.model import GPT
 from ropelab.positions import PositionEncoding
 from ropelab.progress import Progress
 from ropelab.runs import RunDir, RunError
-from ropelab.schema import Config, DataConfig, Method
+from ropelab.schema import Config, DataConfig, Method, SplitNames
 from ropelab.training import matmul_precision
 
 
@@ -95,18 +95,25 @@ def evaluation_split(
     if which != "test":
         raise ValueError(f"eval.split={which} belongs to the run's own text; other text is all test")
     other = data.prepare(other_text, cache_dir=cache, evaluate_only=True, tokenizer=tokenizer, progress=progress)
-    data.check_overlap(own, other)
+    other = data.check_overlap(own, other, other_text.overlap)
     return own, other.test, other.digest, other.name
 
 
 def same_text(one: DataConfig, other: DataConfig) -> bool:
-    """Whether two configurations name the same text; a path counts as the place that it leads to."""
+    """Whether `one` names the text that `other` does; a path counts as the place that it leads to.
 
-    def place(text: DataConfig) -> tuple[str, str | None, str, Path | None]:
-        path = None if text.path is None else Path(text.path).expanduser().resolve()
-        return text.name, text.subset, text.text_field, path
+    What `one` leaves open of splits and test files is as in the other.
+    """
 
-    return place(one) == place(other)
+    def place(path: str | None) -> Path | None:
+        return None if path is None else Path(path).expanduser().resolve()
+
+    return (
+        (one.name, one.subset, one.text_field, place(one.path))
+        == (other.name, other.subset, other.text_field, place(other.path))
+        and one.test_path in (None, other.test_path)
+        and one.splits in (SplitNames(), other.splits)
+    )
 
 
 def scorer_of(model: GPT, *, window: int | None, dtype: torch.dtype) -> Callable[..., NDArray[np.float32]]:

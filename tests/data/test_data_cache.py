@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import ropelab.data.documents as documents_module
+import ropelab.data.reading as reading_module
 from ropelab.data import Corpus, prepare
 from ropelab.schema import DataConfig
 
@@ -47,10 +47,10 @@ def test_second_time_reads_nothing(
     first = content(prepare(config(path=file), cache_dir=tmp_path / "cache"))
     bpe = content(prepare(config(path=file, tokenizer="bpe"), cache_dir=tmp_path / "cache"))
 
-    def unreadable(path: Path) -> bytes:
+    def unreadable(path: Path, told: object) -> bytes:
         raise AssertionError(f"{path} is read again")
 
-    monkeypatch.setattr(documents_module, "_read_bytes", unreadable)
+    monkeypatch.setattr(reading_module, "chunks", unreadable)
     assert content(prepare(config(path=file), cache_dir=tmp_path / "cache")) == first
     assert content(prepare(config(path=file, tokenizer="bpe"), cache_dir=tmp_path / "cache")) == bpe
     with pytest.raises(AssertionError, match="read again"):
@@ -225,7 +225,8 @@ def test_progress_comes_to_its_end(file: Path, tmp_path: Path, config: MakeConfi
     calls: list[tuple[str, int, int]] = []
     prepare(config(path=file, tokenizer="bpe"), cache_dir=tmp_path / "cache", progress=lambda *call: calls.append(call))
     ends = {description: (done, total) for description, done, total in calls}
-    assert ends == {"reading": (1, 1), "training the tokeniser": (1, 1), "tokenising": (len(BODY), len(BODY))}
+    n = len(BODY)
+    assert ends == {"reading": (n, n), "training the tokeniser": (2, 2), "tokenising": (n, n)}
 
 
 def test_cache_that_cannot_be_written_is_named(file: Path, tmp_path: Path, config: MakeConfig) -> None:

@@ -105,7 +105,8 @@ def test_text_field_by_name(tmp_path: Path, config: MakeConfig) -> None:
             b'{"text": "a"}\n{"body": "b", "n": 1, "lang": "en"}\n',
             r"field\.jsonl, line 2, has no field 'text': set data\.text_field to one of body, lang",
         ),
-        ("type.jsonl", b'{"text": null}', r"type\.jsonl, line 1, has no text in 'text' but NoneType"),
+        ("type.jsonl", b'{"text": 3}', r"type\.jsonl, line 1, has no text in 'text' but int"),
+        ("null.jsonl", b'{"text": null}', r"null\.jsonl holds no text"),
         ("none.jsonl", b'{"text": ""}\n', r"none\.jsonl holds no text"),
         ("half.jsonl", b'{"text": "ok \\ud83d"}', r"half\.jsonl, line 1, has half a surrogate pair at character 3"),
     ],
@@ -137,9 +138,9 @@ def test_wrong_paths_are_named(tmp_path: Path, config: MakeConfig) -> None:
     with pytest.raises(ValueError, match=r"data\.path=.*nothing here.* does not exist"):
         prepare(config(path=tmp_path / "nothing here"), cache_dir=tmp_path / "cache")
     (tmp_path / "empty folder").mkdir()
-    with pytest.raises(ValueError, match=r"empty folder holds no \.txt or \.jsonl file \(also \.gz, \.xz\)"):
+    with pytest.raises(ValueError, match=r"empty folder holds no \.txt, .* or \.parquet file \(also \.gz, \.xz"):
         prepare(config(path=tmp_path / "empty folder"), cache_dir=tmp_path / "cache")
-    with pytest.raises(ValueError, match=r"a\.pdf is no \.txt or \.jsonl file"):
+    with pytest.raises(ValueError, match=r"a\.pdf is no \.txt, .* or \.parquet file .*data\.endings=\[\.pdf\]"):
         prepare(config(path=write(tmp_path / "a.pdf", "x")), cache_dir=tmp_path / "cache")
 
 
