@@ -131,7 +131,8 @@ RAW = {
     "unlink": set[str](), "rmtree": set[str](), "truncate": set[str](), "ftruncate": set[str](),
     "rmdir": {"huggingface.exporting"},  # an empty folder that -o names
     "removedirs": set[str](), "rename": set[str](), "renames": set[str](), "move": set[str](),
-    "symlink_to": set[str](), "copytree": set[str](), "copyfile": set[str](),
+    "symlink_to": {"huggingface.checkpoint"},  # in a temporary folder of its own
+    "copytree": set[str](), "copyfile": set[str](),
 }  # fmt: skip
 
 
