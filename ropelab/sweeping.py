@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ropelab import cluster, launcher, sweeps
-from ropelab.config import LAUNCHERS
+from ropelab.config import LAUNCHERS, own_launcher
 from ropelab.config import points as grammar
 from ropelab.schema import Config, LocalLauncher, SlurmLauncher
 from ropelab.sweeps import PENDING, RUNNING, Standing, Sweep
@@ -157,9 +157,9 @@ def kept_settings(sweep: Sweep, name: str, given: Collection[str]) -> list[str]:
     """The settings with which a sweep was last launched by this launcher, as overrides: those that are numbers.
 
     What becomes shell or sbatch text is never taken from a folder, which may be a stranger's: `ValueError`, with what
-    to type, where there is such text and the user has `given` (keys) nothing in its place.
+    to type, where there is such text and neither `given` (the keys typed) nor the user's own file has it.
     """
-    stored = sweep.manifest.get("launcher")
+    stored, own = sweep.manifest.get("launcher"), own_launcher(name)
     if not isinstance(stored, dict) or stored.get("name") != name:
         return []
     kinds = {field.name: str(field.type) for field in dataclasses.fields(LAUNCHERS[name])}
@@ -168,7 +168,7 @@ def kept_settings(sweep: Sweep, name: str, given: Collection[str]) -> list[str]:
         if key == "name" or key in given:
             continue
         if "str" in kinds.get(key, ""):
-            if value not in (None, [], ""):
+            if key not in own and value not in (None, [], ""):
                 texts.append(_typable(f"launcher.{key}=", value))
         elif value is not None:
             if key in kinds and type(value) not in (int, float):

@@ -220,6 +220,59 @@ def test_cancel_reaches_the_cluster(lab: Path, settings: tuple[str, ...], tmp_pa
     assert {squeue(job, "%T") for job in sweep.jobs().values()} <= {"CANCELLED", "COMPLETING", ""}
 
 
+def restarts(job: str) -> int:
+    shown = subprocess.run(["scontrol", "show", "job", "-o", job], capture_output=True, check=True).stdout.decode()
+    (line,) = [line for line in shown.splitlines() if f"ArrayTaskId={job.partition('_')[2]} " in line]
+    return int(line.partition(" Restarts=")[2].split()[0])
+
+
+def test_a_task_that_makes_room_queues_itself_again_and_no_other(
+    lab: Path, settings: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Two told at once, one of them the last, whose id is the array's: finished, cancelled and other ones stay."""
+    steps = ("train.steps=8,100000,100001,100002,100003", "train.eval_every=100000", "train.checkpoint_every=100000")
+    ropelab("sweep", *ON_SLURM, *changed(settings, *steps), f"runs_dir={tmp_path}")
+    sweep = sweeps.find_sweep(None, tmp_path)
+    jobs = sweep.jobs()
+
+    def standing(task: int) -> Standing:
+        return sweeping.standings(sweep)[task]
+
+    waited_for(lambda: min(standing(task).step or 0 for task in (1, 2, 3, 4)) >= 5, 120)
+    subprocess.run(["scancel", jobs[1]], check=True)
+    waited_for(lambda: standing(0).state == "DONE" and "saved at step" in standing(1).note, 120)
+    waited_for(lambda: squeue(jobs[1], "%T") == "CANCELLED")
+    answers = [sweep.answer(task) for task in (0, 1)]
+    subprocess.run(["scancel", "--signal=USR2", jobs[3], jobs[4]], check=True)
+    seen: list[str] = []
+
+    def back() -> bool:
+        seen.extend(standing(task).state for task in (3, 4))
+        return all(restarts(jobs[task]) == 1 and squeue(jobs[task], "%T") == "RUNNING" for task in (3, 4))
+
+    waited_for(back, 120)
+    assert set(seen) <= {"PENDING", "RUNNING"}
+    assert [restarts(jobs[task]) for task in range(5)] == [0, 0, 0, 1, 1]
+    assert [sweep.answer(task) for task in (0, 1)] == answers
+    assert [one.state for one in sweeping.standings(sweep)[:3]] == ["DONE", "CANCELLED", "RUNNING"]
+    ropelab("cancel", sweep.name, f"runs_dir={tmp_path}")
+    assert [one.state for one in ended(sweep)] == ["DONE", *["CANCELLED"] * 4]
+
+
+def test_a_job_of_another_name_is_not_cancelled(lab: Path, settings: tuple[str, ...], tmp_path: Path) -> None:
+    """A stranger's folder that names one of this user's own jobs."""
+    told = subprocess.run(["sbatch", "--parsable", "-o", "/dev/null", "--wrap", "sleep 60"], capture_output=True)
+    mine = told.stdout.decode().strip()
+    ropelab("sweep", "seed=0", *ON_SLURM, *settings, f"runs_dir={tmp_path}", "--emit-sbatch")
+    made = sweeps.find_sweep(None, tmp_path)
+    made.add_job(0, mine)
+    _, err = ropelab("cancel", made.name, f"runs_dir={tmp_path}", status=2)
+    assert f"job {mine} is named 'wrap'" in err
+    assert f"scancel {mine}" in err
+    assert squeue(mine, "%T") in ("PENDING", "CONFIGURING", "RUNNING")
+    subprocess.run(["scancel", mine], check=True)
+
+
 def test_the_emitted_script_does_the_same(lab: Path, settings: tuple[str, ...], tmp_path: Path) -> None:
     """Edited and submitted by hand; `status` finds its jobs, since they note themselves."""
     out, _ = ropelab("sweep", "seed=0,1", *ON_SLURM, *settings, f"runs_dir={tmp_path}", "--emit-sbatch")

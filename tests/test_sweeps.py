@@ -6,6 +6,8 @@ import io
 import json
 import os
 import random
+import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -19,7 +21,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ropelab import cli, launcher, runs, sweeping, sweeps
+from ropelab import cli, cluster, launcher, runs, sweeping, sweeps
 from ropelab import config as configs
 from ropelab.config import points as grammar
 from ropelab.schema import LocalLauncher, SlurmLauncher
@@ -201,6 +203,18 @@ def test_launcher_settings_are_read_by_their_types() -> None:
         (["pos=rope", "device=cpu,auto"], "device takes one value"),
         (["pos=rope", "launcher.jobs=0"], "launcher.jobs must be >= 1"),
         (["pos=rope", "hydra/launcher=basic", "--launcher", "slurm"], "give one of them"),
+        (["pos=rope", "hydra.job.chdir=false", "--dry-run"], "knows no --dry-run"),
+        (["pos=rope", "hydra/launcher=basic", "--json"], "knows no --json"),
+        (["pos=rope", "hydra/launcher=basic", "--emit-sbatch"], "knows no --emit-sbatch"),
+        (["pos=rope", "hydra/launcher=basic", "--wait"], "knows no --wait"),
+        (["pos=rope", "hydra/launcher=basic", "--skip-invalid"], "knows no --skip-invalid"),
+        (["pos=rope", "hydra.=1"], "Hydra takes no hydra.=1"),
+        (["pos=rope", "hydra/=x"], "Hydra takes no hydra/=x"),
+        (["pos=rope", "hydra/launcher=nosuch"], "Could not find 'hydra/launcher/nosuch'"),
+        (["pos=rope", "hydra.nosuch=1"], "Could not override 'hydra.nosuch'"),
+        (["pos=rope", "hydra.job.chdir=[1"], "Hydra takes no hydra.job.chdir=[1"),
+        (["pos=rope", "trian.lr=1", "hydra/launcher=basic"], "did you mean train.lr"),
+        (["pos=rope,alibi", "seed=0,1", "model.width=64,128"], "did you mean model.d_model?"),
         (["pos=rope", "eval.protocol=nonsense"], "eval.protocol must be one of"),
     ],
 )
@@ -211,7 +225,20 @@ def test_mistakes_end_with_2_before_anything_is_written(
     status, out, err = ropelab("sweep", *arguments)
     assert (status, out) == (2, "")
     assert said in err
-    assert not list(tmp_path.rglob("manifest.json"))
+    assert len(err.splitlines()) == 1
+    assert not list(tmp_path.rglob("*"))
+
+
+def test_a_mistake_of_several_points_is_said_once(ropelab: Run, here: tuple[str, ...]) -> None:
+    status, _, err = ropelab(
+        "sweep", "seed=0,1,2", "train.lr=1e-3,x", "model.n_layer=1,y", *(item for item in here if "n_layer" not in item)
+    )
+    assert status == 2
+    assert err.splitlines() == [
+        "invalid: seed=0 train.lr=0.001 model.n_layer=y and 2 more points: model.n_layer takes a whole number, not 'y'",
+        "invalid: seed=0 train.lr=x model.n_layer=1 and 5 more points: train.lr takes a number, not 'x'",
+        "ropelab: 9 of 12 points cannot be; --skip-invalid leaves them out",
+    ]
 
 
 def test_invalid_points_are_listed_and_can_be_left_out(ropelab: Run, here: tuple[str, ...], tmp_path: Path) -> None:
@@ -364,8 +391,18 @@ def test_a_killed_sweep_goes_on_to_the_same_numbers(ropelab: Run, here: tuple[st
         return [one.step or 0 for one in sweeping.standings(Sweep(found[-1]))] if found else [0]
 
     waited_for(lambda: min(steps()) > random.Random(3).randint(20, 250))
+    workers = [int(child) for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    assert len(workers) == 2
+    for worker in workers:
+        os.kill(worker, signal.SIGSTOP)  # the time that they take to save and end
     process.kill()
     process.communicate()
+    alive = sweeping.standings(sweeps.find_sweep(None, runs_dir))
+    said = ropelab("cancel", f"runs_dir={runs_dir}")[2]
+    for worker in workers:
+        os.kill(worker, signal.SIGCONT)
+    assert [one.state for one in alive] == ["RUNNING", "RUNNING"]
+    assert "its process is gone, and 2 of its runs save themselves and end" in said
     waited_for(lambda: all(run.status() == "interrupted" for run in runs.all_runs(runs_dir)))
     stands = sweeping.standings(sweeps.find_sweep(None, runs_dir))
     assert [one.state for one in stands] == ["LOST", "LOST"]
@@ -619,3 +656,251 @@ def test_a_worker_left_alone_saves_and_ends(home: Path, tmp_path: Path) -> None:
     (run,) = runs.all_runs(tmp_path)
     assert run.latest_checkpoint() is not None
     assert process.returncode == 0
+
+
+# --- Slurm, as far as it goes without one ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Programs of Slurm that play it: arrays of two tasks, a user's limit of `limit` arrays; the scripts they got."""
+    folder = tmp_path / "slurm"
+    folder.mkdir()
+    (folder / "limit").write_text("1\n")
+    (folder / "got").touch()
+    programs = {
+        "sbatch": 'n=$(grep -c "^#!" "$D/got"); '
+        'if [ "$n" -ge "$(cat "$D/limit")" ]; then echo "sbatch: error: AssocMaxSubmitJobLimit" >&2; exit 1; fi; '
+        'cat "$1" >> "$D/got"; echo "Submitted batch job $((n + 7))"',
+        "squeue": 'for i in $(seq "$(grep -c "^#!" "$D/got")"); do k=$((i + 6)); '
+        'echo "${k}_0|PENDING"; echo "${k}_1|PENDING"; echo "$k|PENDING"; done',
+        "scontrol": 'echo "MaxArraySize = 3"',
+        "scancel": 'echo "$@" >> "$D/cancelled"',
+        "srun": "exit 1",
+        "sacct": "exit 1",
+    }
+    for name, text in programs.items():
+        (folder / name).write_text(f"#!/bin/bash\nD={folder}\n{text}\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.delenv("SLURM_CONF", raising=False)
+    monkeypatch.delenv("ROPELAB_SLURM", raising=False)
+    return folder
+
+
+ON_SLURM = ("--launcher", "slurm")
+
+
+def test_a_submission_that_stops_half_way_says_so(
+    ropelab: Run, here: tuple[str, ...], slurm: Path, tmp_path: Path
+) -> None:
+    """Three runs in arrays of two, and the limit is met at the second array: one run was never submitted."""
+    where = f"runs_dir={tmp_path / 'runs'}"
+    status, out, err = ropelab("sweep", "seed=0,1,2", *ON_SLURM, *here)
+    assert (status, out) == (1, "")
+    (sweep,) = [Sweep(path) for path in sweeps.all_sweeps(tmp_path / "runs")]
+    assert "AssocMaxSubmitJobLimit; 2 of 3 runs were submitted; when there is room, " in err
+    assert f"ropelab retry {sweep.name} submits the other 1" in err
+    assert [(one.state, one.note[:12]) for one in sweeping.standings(sweep)] == [
+        ("PENDING", ""), ("PENDING", ""), ("PENDING", "not launched"),
+    ]  # fmt: skip
+    (slurm / "squeue").write_text("#!/bin/bash\n")  # the two are over and forgotten: waiting for the third is no use
+    status, _, err = ropelab("collect", sweep.name, where, "--wait")
+    assert status == 1
+    assert "3 of 3 runs are not done; ropelab retry" in err
+    assert "PENDING: " in err
+    (slurm / "squeue").write_text('#!/bin/bash\necho "7_0|RUNNING"; echo "7_1|PENDING"; echo "8|PENDING"\n')
+    (slurm / "limit").write_text("2\n")
+    status, _, err = ropelab("retry", sweep.name, where)
+    assert status == 0, err
+    assert "1 of 3 runs submitted" in err
+    assert Sweep(sweep.path).jobs() == {0: "7_0", 1: "7_1", 2: "8"}
+
+
+EVIL = {
+    "partition": "gpu\ntouch OWNED #", "account": "a'b", "qos": "\x1b[31mq", "constraint": "x y",
+    "setup": ["touch OWNED"], "sbatch": ["wrap=touch OWNED"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", EVIL)
+def test_text_for_the_shell_is_never_taken_from_a_folder(
+    ropelab: Run, here: tuple[str, ...], slurm: Path, tmp_path: Path, key: str
+) -> None:
+    sweep, where = launched(ropelab, here, tmp_path, {key: EVIL[key], "time_min": 77})
+    before = {path: path.stat().st_mtime_ns for path in sweep.path.rglob("*")}
+    status, out, err = ropelab("retry", sweep.name, where)
+    assert (status, out) == (2, "")
+    assert len(err.splitlines()) == 1
+    assert f"launcher.{key}=" in err
+    assert "never taken from a folder" in err
+    assert f"ropelab retry {sweep.name} " in err
+    assert "\x1b" not in err
+    assert (slurm / "got").read_text() == ""
+    assert {path: path.stat().st_mtime_ns for path in sweep.path.rglob("*")} == before
+    none = "[]" if isinstance(EVIL[key], list) else "null"
+    status, _, err = ropelab("retry", sweep.name, where, f"launcher.{key}={none}")
+    assert status == 0, err
+    script = (slurm / "got").read_text()
+    assert "OWNED" not in script
+    assert "#SBATCH --time=77" in script  # a number is kept
+
+
+def launched(ropelab: Run, here: tuple[str, ...], tmp_path: Path, stored: dict[str, Any]) -> tuple[Sweep, str]:
+    """A sweep that was launched on Slurm with settings that its folder says."""
+    assert ropelab("sweep", "seed=0,1", *ON_SLURM, *here, "--emit-sbatch")[0] == 0
+    (sweep,) = [Sweep(path) for path in sweeps.all_sweeps(tmp_path / "runs")]
+    sweeps.launched(sweep, {"name": "slurm", **stored})
+    return sweep, f"runs_dir={tmp_path / 'runs'}"
+
+
+def test_text_for_the_shell_may_come_from_a_file_of_the_users_own(
+    ropelab: Run, here: tuple[str, ...], slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tmp_path / "mine.yaml"
+    own.write_text("partition: mine\nsetup: ['module load a,b']\ntime_min: 5\n", encoding="utf-8")
+    monkeypatch.setenv("ROPELAB_SLURM", str(own))
+    sweep, where = launched(ropelab, here, tmp_path, {"partition": "theirs", "setup": ["theirs"], "time_min": 77})
+    status, _, err = ropelab("retry", sweep.name, where)
+    assert status == 0, err
+    script = (slurm / "got").read_text()
+    assert "#SBATCH --partition=mine\n" in script
+    assert "\nmodule load a,b\n" in script
+    assert "theirs" not in script
+    assert "#SBATCH --time=77" in script
+    for text, said in (("partitions: x\n", "did you mean partition?"), ("- a\n", "no file of lines"),
+                       ("cpus: many\n", "launcher.cpus must be int"), ("a: b: c\n", "cannot be read")):  # fmt: skip
+        own.write_text(text, encoding="utf-8")
+        status, _, err = ropelab("retry", sweep.name, where)
+        assert status == 2
+        assert said in err
+        assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "stored", [{"time_min": "7"}, {"time_min": [7]}, {"mem_gb": True}, {"cpus": 10**400}, {"mem_gb": 1e300}, {"x": 1}]
+)
+def test_an_altered_number_of_a_folder_is_refused(
+    ropelab: Run, here: tuple[str, ...], slurm: Path, tmp_path: Path, stored: dict[str, Any]
+) -> None:
+    sweep, where = launched(ropelab, here, tmp_path, stored)
+    status, _, err = ropelab("retry", sweep.name, where)
+    assert status == 2
+    assert f"launcher.{next(iter(stored))}" in err
+    assert (slurm / "got").read_text() == ""
+
+
+@pytest.mark.parametrize("override", ["launcher.partition=a\nb", "launcher.sbatch=[x=\x1b]", "launcher.qos=\u2028"])
+def test_a_line_of_a_batch_script_is_one_line(override: str) -> None:
+    with pytest.raises(ValueError, match="printable text in one line"):
+        configs.launcher("slurm", [override])
+
+
+def test_the_name_of_a_sweep_is_plain_in_a_batch_script(
+    ropelab: Run, here: tuple[str, ...], slurm: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "my; $(touch OWNED) 'sweep'.yaml"
+    file.write_text("seed: 0,1\n", encoding="utf-8")
+    status, out, err = ropelab("sweep", str(file), *ON_SLURM, *here, "--emit-sbatch")
+    assert status == 0, err
+    assert "#SBATCH --job-name=ropelab-my____touch_OWNED___sweep_-" in out
+    subprocess.run(["bash", "-n"], input=out, text=True, check=True)
+    for folder in ("a\nb", "a%j", "a\\b"):
+        status, out, err = ropelab("sweep", "seed=0,1", *ON_SLURM, *changed(here, f"runs_dir={tmp_path / folder}"))
+        assert (status, out) == (2, "")
+        assert "choose another runs_dir" in err
+        assert not (tmp_path / folder / "sweeps").exists()
+
+
+def test_nothing_of_a_folder_is_read_in_a_job(ropelab: Run, here: tuple[str, ...], slurm: Path, tmp_path: Path) -> None:
+    """What submitit reads in the job lies in a folder that did not exist before it was submitted."""
+    sweep, where = launched(ropelab, here, tmp_path, {})
+    (sweep.path / "spool").mkdir()
+    (sweep.path / "spool" / "7_0_submitted.pkl").write_bytes(b"a stranger's")
+    assert ropelab("retry", sweep.name, where)[0] == 0
+    (spool,) = [path for path in (sweep.path / "spool").iterdir() if path.is_dir()]
+    assert f"submitit.core._submit {spool}\n" in (slurm / "got").read_text()
+    shutil.rmtree(sweep.path / "spool")
+    sweep.forget(0)
+    sweep.forget(1)
+    (sweep.path / "spool").symlink_to(tmp_path)
+    (slurm / "limit").write_text("2\n")
+    status, _, err = ropelab("retry", sweep.name, where)
+    assert status == 2
+    assert "must not be links" in err
+
+
+@pytest.mark.parametrize("job", ["--user=root", "-u", "7 8", "7_0\n", "$(x)", "", "[0-9]", "*"])
+def test_only_jobs_reach_the_programs_of_slurm(
+    ropelab: Run, here: tuple[str, ...], slurm: Path, tmp_path: Path, job: str
+) -> None:
+    sweep, where = launched(ropelab, here, tmp_path, {})
+    sweep.add_job(0, job)
+    assert sweeping.standings(sweep)[0].state == "LOST"
+    with pytest.raises(ValueError, match="was altered"):
+        cluster.cancel(sweep, [job])
+    ropelab("cancel", sweep.name, where)
+    assert not (slurm / "cancelled").exists()
+
+
+def test_a_failed_run_that_is_in_the_queue_again_goes_on(tmp_path: Path, home: Path) -> None:  # noqa: F811
+    sweep = made(tmp_path, home)
+    sweep.add_job(0, "7_0")
+    sweep.say(0, {"error": "could not be queued again: Job is pending execution"})
+    told = ("PENDING", "REQUEUED", "RUNNING", "COMPLETING", "FAILED")
+    assert [sweep.standings({"7_0": one})[0].state for one in told] == [
+        "PENDING", "PENDING", "RUNNING", "FAILED", "FAILED",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("states", "asked"), [(["PENDING"], 1), (["RUNNING", "COMPLETING"], 2), (["RUNNING"] * 5, 5)])
+def test_a_job_that_is_queued_already_is_no_failure(
+    monkeypatch: pytest.MonkeyPatch, states: list[str], asked: int
+) -> None:
+    """Slurm refuses to queue again what is pending: then it is where it should be. Else it is asked a few times."""
+    requeues: list[str] = []
+
+    def ask(program: str, *rest: str) -> str:
+        if program == "scontrol":
+            requeues.append(rest[-1])
+            raise cluster.SchedulerError("scontrol: Job is pending execution for job 7_3")
+        return f"7|FAILED\n7_2|FAILED\n7_3|{states[len(requeues) - 1]}\n"
+
+    monkeypatch.setattr(cluster, "_ask", ask)
+    monkeypatch.setattr(cluster.time, "sleep", lambda _: None)
+    if states[-1] == "RUNNING":
+        with pytest.raises(cluster.SchedulerError, match="pending execution"):
+            cluster._queue_again("7_3")
+    else:
+        cluster._queue_again("7_3")
+    assert requeues == ["7_3"] * asked
+
+
+def test_a_task_is_at_work_for_as_long_as_its_worker_lives(tmp_path: Path, home: Path) -> None:  # noqa: F811
+    """Also between the training and its evaluation, when nothing of the run is being written."""
+    sweep = made(tmp_path, home)
+    sweeps.launched(sweep, {"name": "local"})
+    sweep.run(1).path.mkdir()
+    sweep.run(1).update_manifest(status="done")
+    program = "import sys, pathlib, ropelab.worker as w; w._lock(pathlib.Path(sys.argv[1])); input(print(1))"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", program, str(sweep.work_path(1))], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == b"1\n"
+    assert [one.state for one in sweep.standings()] == ["LOST", "RUNNING", "LOST"]
+    holder.kill()
+    holder.communicate()
+    assert [one.state for one in sweep.standings()] == ["LOST"] * 3
+
+
+def test_what_a_run_says_does_not_steer_the_terminal(
+    ropelab: Run, here: tuple[str, ...], slurm: Path, tmp_path: Path
+) -> None:
+    sweep, where = launched(ropelab, here, tmp_path, {})
+    sweep.say(0, {"error": "first\nDONE everything\r\x1b[2J\x1b]0;x\x07 \u202egnp"})
+    for command in ("status", "collect"):
+        _, out, err = ropelab(command, sweep.name, where)
+        assert "first DONE everything" in out + err
+        assert not set(out + err) & set("\x1b\x07\r\u202e")
+        assert not any(line.startswith("DONE") for line in (out + err).splitlines())

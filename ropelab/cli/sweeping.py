@@ -355,7 +355,7 @@ def retry(
             say(plain(line))
         name = (where or [made.launcher])[0]
         chosen = config.launcher(name, launching)  # what is given is right, before something is said of the rest
-        given = {item.partition("=")[0].removeprefix("launcher.") for item in launching} | {*config.own_launcher(name)}
+        given = {item.partition("=")[0].removeprefix("launcher.") for item in launching}
         chosen = config.launcher(name, [*sweeping.kept_settings(made, name, given), *launching])
         if name == "slurm":
             from ropelab import cluster

@@ -187,7 +187,7 @@ def own_launcher(name: str) -> dict[str, Any]:
         found = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"{OWN_SLURM}={file} cannot be read: {error}") from None
-    if not isinstance(found, dict):
+    if not isinstance(found, dict):  # a folder, a pipe or a device as well
         raise ValueError(f"{OWN_SLURM}={file} is no file of lines such as partition: gpu; correct it, or unset it")
     known = typing.get_type_hints(LAUNCHERS[name])
     odd = next((key for key in found if key not in known), None)
