@@ -54,8 +54,10 @@ def read(folder: Path) -> Adapter:
                 "model.merge_and_unload().save_pretrained(FOLDER)"
             )
     rank, alpha = said.get("r"), said.get("lora_alpha")
-    if type(rank) is not int or type(alpha) not in (int, float) or not 0 < rank < 2**20 or not abs(alpha) < 2**20:
+    whole = isinstance(rank, int) and not isinstance(rank, bool) and 0 < rank < 2**20
+    if not whole or not isinstance(alpha, int | float) or isinstance(alpha, bool) or not abs(alpha) < 2**20:
         raise ValueError(f"{folder / CONFIG} lacks r and lora_alpha, the rank and the factor of an adapter")
+    assert isinstance(rank, int)
     scale = float(alpha) / (math.sqrt(rank) if said.get("use_rslora") is True else rank)
     try:
         tensors = runs.load_tensors(folder / WEIGHTS)
