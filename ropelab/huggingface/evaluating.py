@@ -80,8 +80,9 @@ class Checkpoint(Subject):
         stated: Any = parameters.get("original_max_position_embeddings") or getattr(
             body, "original_max_position_embeddings", None
         )
-        usable = isinstance(stated, int | float) and 1 <= stated < lasting
-        self.original_ctx = int(stated) if usable else lasting
+        self.original_ctx = lasting
+        if isinstance(stated, int | float) and 1 <= stated < lasting:
+            self.original_ctx = int(stated)
         heads, layers = checkpoint.whole(body, "num_attention_heads"), checkpoint.whole(body, "num_hidden_layers")
         checkpoint.whole(body, "hidden_size")
         self.head_size = self._head_size(body)
@@ -146,6 +147,7 @@ class Checkpoint(Subject):
     def _rotation(self, geometry: Geometry) -> tuple[Method, Method]:
         parameters = self.labels[rotary.scaled_label(self.labels)] if self.labels else {}
         kind = str(parameters.get("rope_type", "default"))
+        rotary.check_base(parameters)
         try:
             pos = rotary.encoding_of(parameters, pairs=self._pairs(), d_head=self.head_size)
             build(pos, NO_SCALING, geometry)
@@ -340,7 +342,7 @@ class _LoadedCheckpoint(Loaded):
             self._rotary.reset()
             found = None if method.name == "own" else self._difference(encoding, ctx, method, of_transformers=True)
             if found is not None and method.name != "none":
-                raise _TurnsOtherwise(found)
+                raise _TurnsOtherwise(_otherwise(ctx, method, found))
             if method.name == "own" or found is not None:
                 return self._as_transformers_turns(ctx, method, encoding, found)
         else:
@@ -385,14 +387,11 @@ class _LoadedCheckpoint(Loaded):
         if self._reached is not None and not any(self._reached):
             raise ValueError(f"{asked} needs a rotary model; {name} has a rotary module, and no layer reads it")
         self._rotary.reset()
-        if found := self._difference(self._plain, ctx, method, of_transformers=True):
+        if found := self._difference(self._plain, ctx, NO_SCALING, of_transformers=True):
             raise ValueError(f"{asked} changes RoPE, and without a scaling {name} does not turn as RoPE does: {found}")
         self._rotary.set(encoding.spectrum(ctx), self._plain.inv_freq())
         if found := self._difference(encoding, ctx, method, of_transformers=False):
-            raise ValueError(
-                f"at {ctx} tokens the loaded model does not turn as RoPE under {asked} does: {found}; its numbers "
-                "would be those of something else"
-            )
+            raise ValueError(_otherwise(ctx, method, found))
 
     def _scaled_layers(self, method: Method) -> str | None:
         """The layers that a scaling changes, in words; None where it is all of them, or not known."""
@@ -436,6 +435,13 @@ class _LoadedCheckpoint(Loaded):
 
 class _TurnsOtherwise(ValueError):
     """A checkpoint's own scaling, as transformers applies it, is not our formula for it."""
+
+
+def _otherwise(ctx: int, method: Method, found: str) -> str:
+    return (
+        f"at {ctx} tokens the loaded model does not turn as RoPE under scaling={method.name} does: {found}; its "
+        "numbers would be those of something else"
+    )
 
 
 def layer_words(reached: Sequence[bool], kinds: Sequence[str] | None) -> str:

@@ -111,6 +111,13 @@ def encoding_of(parameters: Mapping[str, Any], *, pairs: int, d_head: int) -> Me
     return Method("rope", {**rope, "fraction": fraction})
 
 
+def check_base(parameters: Mapping[str, Any]) -> None:
+    """`ValueError` for a base of which no frequency can be made."""
+    for base in _floats(parameters.get("rope_theta")):
+        if not 0 < base < math.inf:
+            raise ValueError(f"rope_theta in config.json must be above 1, not {base:g}")
+
+
 def stated_base(parameters: Mapping[str, Any]) -> float | None:
     """The base that rotary parameters state, where it is one that an encoding of ours can have."""
     (base, *_) = [*_floats(parameters.get("rope_theta")), 0.0]
@@ -414,8 +421,10 @@ class Rotary:
             return None
         text = self._model.config.get_text_config()
         ids = torch.arange(PROBE, device=self._model.device)[None] * 7 % text.vocab_size  # (1, T)
-        inputs: list[Tensor] = []
+        inputs: list[Tensor | None] = []
         first = self._outputs(layers, ids, inputs, fill=True)
+        if len(inputs) != len(layers) or not all(isinstance(one, Tensor) for one in inputs):
+            return None
         again = self._outputs(layers, ids, inputs)  # kernels of a GPU may differ in the last bit
         hooks = [
             module.register_forward_hook(functools.partial(_unturned, handle), with_kwargs=True)
@@ -431,14 +440,16 @@ class Rotary:
             for one, same, other in zip(first, again, without, strict=True)
         ]
 
-    def _outputs(self, layers: nn.ModuleList, ids: Tensor, inputs: list[Tensor], *, fill: bool = False) -> list[Tensor]:
+    def _outputs(
+        self, layers: nn.ModuleList, ids: Tensor, inputs: list[Tensor | None], *, fill: bool = False
+    ) -> list[Tensor]:
         """What each layer makes of its input in a pass; `inputs` are put in its place, or noted under `fill`."""
         outputs: list[Tensor] = []
 
         def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
-            given = args[0] if args else kwargs["hidden_states"]
             if fill:
-                inputs.append(given.clone())
+                given = args[0] if args else kwargs.get("hidden_states")
+                inputs.append(given.clone() if isinstance(given, Tensor) else None)
                 return None
             put = inputs[len(outputs)]
             return ((put, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": put})
