@@ -291,6 +291,8 @@ def _arrange(
         if config.overlap == "drop":
             held = set(places)
             test = take(test, [place for place in range(len(test)) if place not in held])
+            if not test:
+                raise ValueError(f"{path}: data.overlap=drop leaves no test document: {overlap.sentence(names_of)}")
     found = found | {"test": test}
     if empty := [split for split in SPLITS if not found[split]]:
         raise ValueError(f"{path} is too short to be split, nothing is left for {empty[0]}: give more text")
