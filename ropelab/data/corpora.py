@@ -135,6 +135,8 @@ def _text_source(path: Path, config: DataConfig, evaluate_only: bool, test: Sour
     everything = [file for part in files.values() for file in part]
     root = path if path.is_dir() else path.parent
     key = {"files": _states(everything), **_key(config, evaluate_only, test)}
+    if config.endings is None and ignored:  # the manifest names them
+        key["ignored"] = ignored
 
     def read(progress: Progress | None) -> Texts:
         total = sum(reading.size_of(file) for file in everything)
