@@ -369,9 +369,9 @@ def _same_ground_problems(
             clusters = {measurement.clusters.get(document, document) for document in row.nll}
             if len(clusters) < MIN_DOCS:
                 what = (
-                    f"{n_docs} documents"
+                    f"{n_docs} document{'' if n_docs == 1 else 's'}"
                     if len(clusters) == n_docs
-                    else f"{n_docs} documents by {len(clusters)} authors"
+                    else f"{n_docs} documents by {len(clusters)} author{'' if len(clusters) == 1 else 's'}"
                 )
                 problems.append(f"{what}: a verdict over texts needs at least {MIN_DOCS}")
     for name, digests in targets.items():

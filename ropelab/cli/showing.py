@@ -363,9 +363,11 @@ def _print_diagnosis(numbers: dict[str, Any]) -> None:
 
 
 def _print_attention(found: dict[str, Any], train_ctx: int) -> None:
+    documents = "1 document" if found["documents"] == 1 else f"{found['documents']} documents"
     print(
         f"\nattention by distance at {found['ctx']} tokens, {found['scaling']}: {found['queries']} queries at the end "
-        f"of {found['documents']} documents of {found['text']} ({found['split']}), % of their attention"
+        f"of {documents} of {found['text']} ({found['split']}), "
+        "% of their attention"
     )
     from ropelab import figures
 

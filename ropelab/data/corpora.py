@@ -135,6 +135,8 @@ def _text_source(path: Path, config: DataConfig, evaluate_only: bool, test: Sour
     everything = [file for part in files.values() for file in part]
     root = path if path.is_dir() else path.parent
     key = {"files": _states(everything), **_key(config, evaluate_only, test)}
+    if config.endings is None and ignored:  # the manifest names them
+        key["ignored"] = ignored
 
     def read(progress: Progress | None) -> Texts:
         total = sum(reading.size_of(file) for file in everything)
@@ -291,6 +293,8 @@ def _arrange(
         if config.overlap == "drop":
             held = set(places)
             test = take(test, [place for place in range(len(test)) if place not in held])
+            if not test:
+                raise ValueError(f"{path}: data.overlap=drop leaves no test document: {overlap.sentence(names_of)}")
     found = found | {"test": test}
     if empty := [split for split in SPLITS if not found[split]]:
         raise ValueError(f"{path} is too short to be split, nothing is left for {empty[0]}: give more text")

@@ -75,7 +75,13 @@ def collect(texts: Iterable[str], n_bytes: int) -> Shingles:
 
 def merge(parts: Iterable[NDArray[np.uint64]], modulus: int) -> Shingles:
     """One set of several documents' hashes, all sampled with `modulus`."""
-    return Shingles(np.unique(np.concatenate([np.empty(0, np.uint64), *map(np.unique, parts)])), modulus)
+    return Shingles(_distinct(np.concatenate([np.empty(0, np.uint64), *map(_distinct, parts)])), modulus)
+
+
+def _distinct(found: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Sorted and each once. `np.unique` goes through a hash table since numpy 2.3, many times as slow on these."""
+    found = np.sort(found)
+    return found[np.concatenate([[True], found[1:] != found[:-1]])] if len(found) else found
 
 
 def share(found: NDArray[np.uint64], train: Shingles) -> float | None:

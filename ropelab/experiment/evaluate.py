@@ -30,6 +30,7 @@ from ropelab.evaluation import (
 )
 from ropelab.experiment.devices import DTYPE_NAMES, device_name, device_of_rank
 from ropelab.experiment.finished import trained_config
+from ropelab.experiment.grounds import lacking
 from ropelab.experiment.memory import GB, free_bytes
 from ropelab.experiment.models import encoding_of
 from ropelab.experiment.stored import intact_evaluation, labels, write_evaluation
@@ -191,6 +192,8 @@ def evaluate_subject(
     if ranks.is_first:
         if kept_in.parent.is_dir():  # a checkpoint gets its folder when there is something to put there
             _make_results_folder(kept_in)
+        if (lacks := lacking(split, layout.documents, layout.span, other_text or trained.data)) is not None:
+            notice(lacks)
         if passes is not None:
             notice(str(passes))
     model = subject.load(target, dtype, window=config.window, kept=kept)

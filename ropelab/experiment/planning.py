@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ropelab import config as configs
-from ropelab.evaluation import lay_out
+from ropelab.evaluation import MIN_DOCUMENTS, lay_out
 from ropelab.experiment.evaluate import ladder_of
 from ropelab.experiment.session import Session, found_from_anywhere
 from ropelab.experiment.subject import no_beginning
 from ropelab.progress import Progress
-from ropelab.schema import Config
+from ropelab.schema import Config, EvalConfig
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
@@ -46,11 +50,14 @@ def plan_tasks(points: Sequence[tuple[str, Config]], progress: Progress) -> Task
         for question in questions(config):
             item = question["scaling"]
             scaling = None if item is None else configs.parse_scaling(item)
+            scored = session.corpus.test if config.eval.split == "test" else session.corpus.validation
+            lengths = [len(scored.document(i)) for i in range(len(scored))]
+            asks = _within(config, lengths)
+            question["eval"] = {**question["eval"], "ctx": asks.ctx}
             try:
                 no_beginning(config.eval.bos)
-                ladder = ladder_of(resolved, session.original_ctx, config.eval, scaling=scaling)
-                scored = session.corpus.test if config.eval.split == "test" else session.corpus.validation
-                lay_out([len(scored.document(i)) for i in range(len(scored))], tuple(ladder.methods), config.eval)
+                ladder = ladder_of(resolved, session.original_ctx, asks, scaling=scaling)
+                lay_out(lengths, tuple(ladder.methods), asks)
             except ValueError as error:
                 invalid.append((label if item is None else f"{label}, evaluated with {item}", str(error)))
                 continue
@@ -68,6 +75,33 @@ def plan_tasks(points: Sequence[tuple[str, Config]], progress: Progress) -> Task
         task["evaluations"] += [question for question in asked if question not in task["evaluations"]]
     progress("check", len(points), len(points))
     return Tasks(list(tasks.values()), invalid)
+
+
+def _within(config: Config, lengths: Sequence[int]) -> EvalConfig:
+    """The evaluation that a point asks for; where it names no ctx, to as long a one as the documents hold.
+
+    The default of 8 x train.ctx is halved until as many documents hold it as a verdict needs, or one where there are
+    fewer; train.ctx itself stays.
+    """
+    asked = config.eval
+    if asked.ctx is not None or asked.max_ctx is not None:
+        return asked
+    held = sorted((length - 1 for length in lengths), reverse=True)
+    enough = held[MIN_DOCUMENTS - 1] if len(held) >= MIN_DOCUMENTS else 0
+    reach = enough if enough >= config.train.ctx else max(held, default=0)
+    ctx = wanted = 8 * config.train.ctx
+    while ctx > max(reach, config.train.ctx):
+        ctx //= 2
+    if ctx == wanted:
+        return asked
+    _say(f"the documents are too short for ctx {wanted}: evaluated to {ctx}; eval.ctx says otherwise")
+    return dataclasses.replace(asked, ctx=str(ctx))
+
+
+@functools.cache
+def _say(message: str) -> None:
+    """A line on stderr, once a process."""
+    _log.warning("%s", message)
 
 
 def questions(config: Config) -> list[dict[str, Any]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import logging
 import math
 import os
 import sys
@@ -21,6 +23,7 @@ from ropelab import config as configs
 from ropelab import data, files, runs
 from ropelab.experiment.devices import DTYPE_NAMES, device_name, device_of_rank, environment
 from ropelab.experiment.finished import run_tokenizer
+from ropelab.experiment.grounds import lacking_for
 from ropelab.experiment.models import build_model
 from ropelab.experiment.parent import check_weights, find_parent
 from ropelab.experiment.resuming import Checkpoint, latest_checkpoint
@@ -45,6 +48,8 @@ from ropelab.training import (
 )
 
 VALIDATION_TOKENS = 16384  # scored at every train.eval_every
+
+_log = logging.getLogger(__name__)
 
 
 class Session:
@@ -78,6 +83,8 @@ class Session:
                 config.data, cache_dir=Path(config.cache_dir).expanduser(),
                 tokenizer=None if self.parent is None else self.parent.tokenizer, progress=progress,
             )  # fmt: skip
+        if ranks.is_first and (lacks := lacking_for(config, self.corpus.test)) is not None:
+            _say(lacks)
         separator = self.corpus.tokenizer.separator
         self._batches = data.Batches(self.corpus.train, ctx=config.train.ctx, separator=separator)
         held_out = data.Batches(self.corpus.validation, ctx=config.train.ctx, separator=separator)
@@ -454,6 +461,12 @@ def compile_blocks(model: GPT, *, parallel: str | None = None) -> None:
             block.forward = torch.compile(block.forward, dynamic=False)
         else:
             block.compile(dynamic=False)
+
+
+@functools.cache
+def _say(message: str) -> None:
+    """A line on stderr, once a process: the points of a sweep mostly have one text."""
+    _log.warning("%s", message)
 
 
 def found_from_anywhere(text: DataConfig) -> DataConfig:

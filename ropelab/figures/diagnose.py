@@ -140,9 +140,10 @@ def _attention_part(found: Mapping[str, Any], train_ctx: int) -> Part:
     beyond = np.asarray(found["beyond"], dtype=np.float64)  # (layers, heads)
     caption = (
         f"Measured on text: where the last {found['queries'] // found['documents']} positions of {found['ctx']} tokens "
-        f"look, mean of {found['documents']} documents of {found['text']} ({found['split']} split). One row a head, "
-        "one column a range of distances, each twice as wide as the one before; a row sums to 100%. The bottom row is "
-        "attention that sees all tokens alike. "
+        f"look, mean of {found['documents']} document{'' if found['documents'] == 1 else 's'} of {found['text']} "
+        f"({found['split']} split). One row a head, one column a range of distances, each twice "
+        "as wide as the one before; a row sums to 100%. The bottom row is attention that sees all tokens "
+        "alike. "
     )
     if found["ctx"] > train_ctx:
         caption += (

@@ -189,7 +189,10 @@ def protocol_facts(protocol: Mapping[str, Any]) -> str:
     facts = []
     if protocol.get("documents") is not None:
         out = protocol.get("left_out")
-        facts.append(f"{protocol['documents']} documents" + (f", {out} left out as too short" if out else ""))
+        facts.append(
+            f"{protocol['documents']} document{'' if protocol['documents'] == 1 else 's'}"
+            + (f", {out} left out as too short" if out else "")
+        )
     if protocol.get("data") is not None:
         facts.append(f"data {protocol['data']}")
     if protocol.get("tokenizer") is not None:

@@ -233,7 +233,7 @@ def _hover(line: Line, point: Point, run: str | None = None) -> str:
     if point.bits_per_byte is not None:
         lines.append(f"{point.bits_per_byte:.3f} bits per byte")
     if point.tokens is not None and point.documents is not None:
-        lines.append(f"{point.tokens:,} targets of {point.documents} documents")
+        lines.append(f"{point.tokens:,} targets of {point.documents} document{'' if point.documents == 1 else 's'}")
     return "<br>".join(lines)
 
 
