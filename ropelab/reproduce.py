@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ropelab import claims, config, launcher
+from ropelab import claims, config, launcher, runs
 from ropelab.claims import Claim, Evaluation, Measurement, Row, Training, Verdict
 from ropelab.schema import Config
 
@@ -31,6 +31,7 @@ class Outcome:
     evals: list[dict[str, Any]]
     manifests: list[dict[str, Any]]
     measurements: list[Measurement]
+    trainings: list[Training]
     failures: list[tuple[str, str]]
     interrupted: int | None
     trained: int  # runs that were not finished before
@@ -71,15 +72,16 @@ def run_plan(
     *,
     seeds: Sequence[int],
     overrides: Sequence[str],
-    alpha: float,
     split: str,
     progress: Progress,
     stack: int = 1,
+    last_look: bool = False,
 ) -> Outcome:
     """Train the runs of a plan for every seed where they are missing, evaluate them, and judge the claims.
 
     `overrides` apply to every run (device, runs_dir, cache_dir, track). `split` is the one that is scored: `test`, or
-    `validation` for calibration.
+    `validation` for calibration, which judges nothing. The look at the verdicts is kept in the folder of runs;
+    `last_look` lets it spend what earlier ones have left of the error rate.
 
     `stack`: so many runs of one shape and recipe are trained in one batched step, those that can be. `ValueError` for
     an override that a claim fixes, before anything starts.
@@ -118,9 +120,32 @@ def run_plan(
         for item, done in zip(items, result["evaluations"], strict=True):
             evals.append(done["result"])
             measurements.append(_measurement(item, seed, done))
-    verdicts = [] if failures or interrupted else claims.judge(plan.claims, measurements, trainings, seeds, alpha=alpha)
+    verdicts: list[Verdict] = []
+    if split == "test" and not failures and not interrupted:
+        runs_dir = Path(config.load(list(overrides)).runs_dir).expanduser()
+        verdicts = _judged(plan.claims, measurements, trainings, seeds, claims.Looks(runs_dir), last_look)
     evals.sort(key=lambda item: (item["seed"], item["protocol"]["name"]))
-    return Outcome(verdicts, evals, manifests, measurements, failures, interrupted, trained)
+    return Outcome(verdicts, evals, manifests, measurements, trainings, failures, interrupted, trained)
+
+
+def _judged(
+    of: Sequence[Claim],
+    measurements: Sequence[Measurement],
+    trainings: Sequence[Training],
+    seeds: Sequence[int],
+    looks: claims.Looks,
+    last_look: bool,
+) -> list[Verdict]:
+    """The verdicts at the level that earlier looks leave; this look is kept with them."""
+    assert list(seeds) == list(range(len(seeds))), seeds  # chosen seeds could be chosen by what they came to
+    keys = [claims.claim_key(claim) for claim in of]
+    with looks.held():
+        histories = looks.of_family(keys)
+        verdicts = claims.judge(of, measurements, trainings, seeds, histories=histories, last_look=last_look)
+        looked = [(key, verdict.look) for key, verdict in zip(keys, verdicts, strict=True) if verdict.look is not None]
+        for key, look in looked:
+            looks.keep(key, histories[key].after(look, [other for other, _ in looked]))
+    return verdicts
 
 
 def _eval_tree(item: Evaluation, split: str) -> dict[str, Any]:
@@ -165,6 +190,7 @@ def _training(run: tuple[str, ...], seed: int, manifest: dict[str, Any]) -> Trai
         train_loss=manifest["train_loss"],
         val_bpb=manifest["val_bits_per_byte"],
         dtype=manifest["dtype"],
+        recipe=runs.recipe(manifest),
     )
 
 

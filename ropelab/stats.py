@@ -1,19 +1,23 @@
-"""Statistics of comparisons between language models: intervals over seeds and documents, verdicts, power.
+"""Statistics of comparisons between language models: intervals over seeds and texts, verdicts, looks, power.
 
 Two questions, two intervals:
 
-- "This model, other texts?" is `interval` (and `row_interval` over per-token losses): one model, a sample of documents.
-- "These methods, trained again, on other texts?" is `two_way`: seeds and documents are both random. A bootstrap over
+- "This model, other texts?" is `interval` (and `row_interval` over per-token losses): one model, a sample of texts.
+- "These methods, trained again, on other texts?" is `two_way`: seeds and texts are both random. A bootstrap over
   documents alone answers the first question only; as an interval for the second it covers far too rarely.
+
+A text is a *cluster* of documents that have something in common beside the language: an author's books, a package's
+modules. Where the data names none, each document is its own.
 
 Losses are natural-log likelihoods per target ("nats"), negated. Perplexity (PPL) is exp(mean loss).
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -23,29 +27,127 @@ from scipy.special import stdtr, stdtrit  # Student's t; scipy.stats would cost 
 FloatArray = NDArray[np.float64]
 Decision = Literal["PASS", "FAIL", "INCONCLUSIVE"]
 
-ALPHA = 0.025  # one-sided error rate of a check: the two bounds together are a 95% interval
-SEED_SD_INFLATION = 1.5  # a seed SD measured elsewhere is an estimate from few seeds: widen it
-BOOTSTRAP_FROM = 20  # clusters; fewer make percentile intervals too narrow
-BOOTSTRAP_DRAWS = 10_000
+ALPHA = 0.025  # one-sided error rate of a verdict: the two bounds together are a 95% interval
+FOREIGN_SD = 3.0  # a seed SD from another recipe, text or dtype is widened: the truth may be so many times as large
+POWER = 0.8  # "needs about N seeds": the chance of the verdict with N
 MIN_BLOCK = 4096  # targets; neighbouring losses are correlated over far fewer
+MOST_SEEDS = 1000  # more are never proposed
+
+
+# --- the sum of two t variables ---
+
+
+def _density(t: FloatArray, df: float) -> FloatArray:
+    """Student's density at (n,) points."""
+    log_norm = math.lgamma((df + 1) / 2) - math.lgamma(df / 2) - math.log(df * math.pi) / 2
+    density: FloatArray = np.exp(log_norm - (df + 1) / 2 * np.log1p(t**2 / df))
+    return density
+
+
+@functools.lru_cache(maxsize=256)
+def _t_nodes(df: float) -> tuple[FloatArray, FloatArray]:
+    """Points and weights (n,) that integrate against the density of Student's t, by the double exponential rule."""
+    step = 0.05
+    v = np.arange(-72, 73) * step
+    points = np.sinh(math.pi / 2 * np.sinh(v))
+    weights = _density(points, df) * math.pi / 2 * np.cosh(v) * np.cosh(math.pi / 2 * np.sinh(v)) * step
+    kept = weights > 1e-13
+    return points[kept], weights[kept]
+
+
+@dataclass(frozen=True)
+class _SumOfT:
+    """s1 T1 + s2 T2 of two independent Student's t variables, given as (scale, df) each; one scale is above 0."""
+
+    one: tuple[float, float]
+    other: tuple[float, float]
+
+    def tail(self, x: float) -> float:
+        """P(sum > x), right to six digits."""
+        (small, df_small), (large, df_large) = sorted([self.one, self.other])
+        points, weights = _t_nodes(df_small)
+        # of the wider one the distribution function, so that the integrand is smooth
+        return float(weights @ stdtr(df_large, (small * points - x) / large))
+
+    def _density(self, x: float) -> float:
+        (small, df_small), (large, df_large) = sorted([self.one, self.other])
+        points, weights = _t_nodes(df_small)
+        return float(weights @ _density((small * points - x) / large, df_large)) / large
+
+    def quantile(self, alpha: float) -> float:
+        """The x that the sum exceeds with probability alpha, in (0, 0.5]."""
+        terms = (self.one, self.other)
+        x = math.hypot(*(scale * float(stdtrit(df, 1 - alpha)) for scale, df in terms))  # near it
+        # each exceeds its own quantile of alpha / 2 at most that often, so beyond their sum it is not
+        low, high = 0.0, sum(scale * float(stdtrit(df, 1 - alpha / 2)) for scale, df in terms)
+        for _ in range(100):  # Newton's steps on log P, halving where one leaves the bracket
+            p = self.tail(x)
+            error = math.log(p / alpha)
+            if abs(error) < 1e-9:
+                break
+            low, high = (x, high) if error > 0 else (low, x)
+            x += error * p / self._density(x)
+            if not low < x < high:
+                x = (low + high) / 2
+        return x
+
+
+# --- contrasts ---
+
+
+@dataclass(frozen=True)
+class SeedSpread:
+    """The standard deviation of a contrast over seeds, measured elsewhere from `n` seeds (nats).
+
+    `same_cell`: with the same recipe, text and dtype, so that it estimates what the seeds at hand do.
+    """
+
+    sd: float
+    n: int
+    same_cell: bool
 
 
 @dataclass(frozen=True)
 class Contrast:
-    """The estimate of one contrast `theta` (nats) and its uncertainty over seeds and documents.
+    """The estimate of one contrast `theta` (nats) and its uncertainty over seeds and texts.
 
-    `seed_sd` is the standard deviation of the seed means and `doc_sd` that of the document means (nats); infinite where
-    the sample cannot tell (one seed without a known deviation, one document). `df` are Welch-Satterthwaite degrees of
-    freedom of `variance`; infinite where the variance is 0.
+    `seed_sd` is the standard deviation of a seed's mean, known with `seed_df` degrees of freedom, and `text_sd` that of
+    a text's mean (nats), with one less than `n_texts`; infinite where the sample cannot tell.
+
+    `theta` less its truth is taken to be distributed as the sum of two independent Student's t variables, scaled by
+    seed_sd / sqrt(n_seeds) and text_sd / sqrt(n_texts): the solution of Behrens (1929) and Fisher (1935) for two
+    variances that are unknown. It errs on the wide side (Robinson 1976), in the far tails too, where Welch's and
+    Satterthwaite's single t with estimated degrees of freedom is too light by a factor with few seeds.
     """
 
     theta: float
-    variance: float
-    df: float
     seed_sd: float
-    doc_sd: float
+    seed_df: int
     n_seeds: int
-    n_docs: int
+    text_sd: float
+    n_texts: int
+    planned_sd: float  # `seed_sd` as it is to be expected with more seeds
+    lasting_df: int  # degrees of freedom that come on top of those of more seeds
+
+    @property
+    def known(self) -> bool:
+        """Whether both variances are."""
+        return math.isfinite(self.seed_sd) and math.isfinite(self.text_sd)
+
+    @property
+    def exact(self) -> bool:
+        """Whether neither seeds nor texts differ."""
+        return self.seed_sd == 0 and self.text_sd == 0
+
+    def _error(self) -> _SumOfT:
+        return _SumOfT(
+            (self.seed_sd / math.sqrt(self.n_seeds), self.seed_df),
+            (self.text_sd / math.sqrt(self.n_texts), self.n_texts - 1),
+        )
+
+    def with_seeds(self, n: int) -> Contrast:
+        """What is to be expected of `n` seeds, more than these."""
+        return replace(self, n_seeds=n, seed_sd=self.planned_sd, seed_df=n - 1 + self.lasting_df)
 
     def bound(self, alpha: float = ALPHA) -> tuple[float, float]:
         """Lower and upper confidence bound (nats), each one-sided at error rate `alpha` in (0, 0.5].
@@ -53,11 +155,9 @@ class Contrast:
         Without variance both are `theta`; with an unknown variance they are infinite.
         """
         assert 0 < alpha <= 0.5, alpha
-        if self.variance == 0:
-            return self.theta, self.theta
-        if math.isinf(self.variance):
-            return -math.inf, math.inf
-        half = float(stdtrit(self.df, 1 - alpha)) * math.sqrt(self.variance)
+        half = 0.0 if self.exact else math.inf
+        if self.known and not self.exact:
+            half = self._error().quantile(alpha)
         return self.theta - half, self.theta + half
 
     def p_greater(self, tau: float) -> float:
@@ -65,55 +165,68 @@ class Contrast:
 
         Without variance it is 0 or 1; with an unknown variance 0.5, no evidence either way.
         """
-        if self.variance == 0:
-            return 0.0 if self.theta > tau else 1.0
-        if math.isinf(self.variance):
-            return 0.5
-        return float(stdtr(self.df, (tau - self.theta) / math.sqrt(self.variance)))
+        return self._p(self.theta - tau)
+
+    def p_less(self, tau: float) -> float:
+        """One-sided p of the hypothesis "the contrast is at least `tau`": below alpha exactly where upper < tau."""
+        return self._p(tau - self.theta)
+
+    def _p(self, distance: float) -> float:
+        if self.exact:
+            return 0.0 if distance > 0 else 1.0
+        return self._error().tail(distance) if self.known else 0.5
 
 
-def two_way(theta: FloatArray, *, seed_sd: float | None = None, seed_sd_n: int = 5) -> Contrast:
-    """Mean of a paired contrast with its variance over seeds *and* documents, both drawn at random.
+def cluster_means(theta: FloatArray, clusters: Sequence[str]) -> FloatArray:
+    """(n_seeds, n_documents) to (n_seeds, n_clusters): the mean over each cluster's documents, clusters by name.
 
-    With m_s the seed means, m_d the document means and S2 their sample variances,
+    Clusters then count alike, however many documents each has: the mean over books would be the mean over the author
+    who wrote most of them. `clusters`: one name per document.
+    """
+    assert theta.shape[1] == len(clusters), (theta.shape, len(clusters))
+    names, index = np.unique(np.array(clusters), return_inverse=True)
+    member = (index[:, None] == np.arange(len(names))).astype(np.float64)  # (n_documents, n_clusters)
+    means: FloatArray = theta @ (member / member.sum(axis=0))
+    return means
 
-        V  = S2(m_s) / n_seeds + S2(m_d) / n_docs
-        df = V^2 / ((S2(m_s) / n_seeds)^2 / (n_seeds - 1) + (S2(m_d) / n_docs)^2 / (n_docs - 1))
 
-    (Welch 1947, Satterthwaite 1946). The document-by-seed residual enters both terms, so V errs on the wide side.
+def two_way(theta: FloatArray, *, spread: SeedSpread | None = None) -> Contrast:
+    """Mean of a paired contrast with its variances over seeds *and* texts, both drawn at random.
+
+    The variances are those of the seed means and of the text means. The text-by-seed residual enters both, which errs
+    on the wide side.
 
     Args:
-        theta: (n_seeds, n_docs) nats; one row per seed, one column per document, finite.
-        seed_sd: standard deviation of the contrast over seeds, measured elsewhere from `seed_sd_n` seeds (nats). Used
-            for one seed only, widened by `SEED_SD_INFLATION`; two or more seeds speak for themselves.
-        seed_sd_n: seeds behind `seed_sd`; its degrees of freedom are one less.
+        theta: (n_seeds, n_texts) nats; one row per seed, one column per text, finite.
+        spread: the spread over seeds as measured elsewhere. From the same cell it is pooled with what these seeds show,
+            each weighted by its degrees of freedom. From another it is used for one seed only, `FOREIGN_SD` times as
+            wide; two or more seeds speak for themselves.
 
-    One seed without `seed_sd`, or one document, leaves the variance unknown: the interval is the whole line. Identical
-    means leave it 0: the interval is a point.
+    One seed without `spread`, or one text, leaves a variance unknown: the interval is the whole line. Identical means
+    leave both 0: the interval is a point.
     """
     assert theta.ndim == 2, theta.shape
     assert theta.size, theta.shape
     assert np.isfinite(theta).all(), theta
-    n_seeds, n_docs = theta.shape
-    doc_sd = float(theta.mean(axis=0).std(ddof=1)) if n_docs > 1 else math.inf  # (n_docs,) means
-    df_seed = n_seeds - 1
-    if n_seeds > 1:
-        sd = float(theta.mean(axis=1).std(ddof=1))  # (n_seeds,) means
-    elif seed_sd is not None:
-        assert seed_sd >= 0, seed_sd
-        assert seed_sd_n >= 2, seed_sd_n
-        sd, df_seed = SEED_SD_INFLATION * seed_sd, seed_sd_n - 1
-    else:
-        sd = math.inf
-    by_seed, by_doc = sd**2 / n_seeds, doc_sd**2 / n_docs
-    variance = by_seed + by_doc
-    if math.isinf(variance):
-        df = 1.0
-    elif variance == 0:
-        df = math.inf
-    else:  # shares instead of V^2, which would underflow for tiny contrasts
-        df = 1 / ((by_seed / variance) ** 2 / df_seed + (by_doc / variance) ** 2 / (n_docs - 1))
-    return Contrast(float(theta.mean()), variance, df, sd, doc_sd, n_seeds, n_docs)
+    n_seeds, n_texts = theta.shape
+    text_sd = float(theta.mean(axis=0).std(ddof=1)) if n_texts > 1 else math.inf  # (n_texts,) means
+    df = n_seeds - 1
+    sd = float(theta.mean(axis=1).std(ddof=1)) if n_seeds > 1 else math.inf  # (n_seeds,) means
+    planned, lasting = sd, 0
+    if spread is not None:
+        assert spread.sd >= 0, spread
+        assert spread.n >= 2, spread
+        if spread.same_cell:
+            lasting = spread.n - 1
+            squares = lasting * spread.sd**2 + (df * sd**2 if df else 0.0)
+            df += lasting
+            planned = sd = math.sqrt(squares / df)
+        elif n_seeds == 1:
+            sd, df, planned = FOREIGN_SD * spread.sd, spread.n - 1, spread.sd
+    return Contrast(float(theta.mean()), sd, df, n_seeds, text_sd, n_texts, planned, lasting)
+
+
+# --- verdicts ---
 
 
 def decide(contrast: Contrast, tau: float, *, alpha: float = ALPHA, n_checks: int = 1) -> Decision:
@@ -122,9 +235,9 @@ def decide(contrast: Contrast, tau: float, *, alpha: float = ALPHA, n_checks: in
     PASS: the lower bound at `alpha` exceeds tau. FAIL: the upper bound at `alpha / n_checks` is below tau, because one
     failing check fails the claim, so the chances of a false FAIL add up. Else open: INCONCLUSIVE.
     """
-    if contrast.bound(alpha)[0] > tau:
+    if contrast.p_greater(tau) < alpha:
         return "PASS"
-    if contrast.bound(alpha / n_checks)[1] < tau:
+    if contrast.p_less(tau) < alpha / n_checks:
         return "FAIL"
     return "INCONCLUSIVE"
 
@@ -154,20 +267,45 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def needed_seeds(contrast: Contrast, tau: float, *, alpha: float = ALPHA) -> int | None:
-    """Seeds at which the bound at `alpha` would reach `tau`, the estimate and its deviations staying as they are.
+def look_share(earlier: Sequence[float], *, last: bool = False) -> float:
+    """The share of the error rate that the next look at growing data may spend.
 
-    N = (t S_seed)^2 / ((theta - tau)^2 - t^2 S_doc^2 / n_docs), rounded up, t = t(1 - alpha; df). None where no number
-    of seeds suffices, because the documents alone leave too much open: more documents are needed.
+    The k-th look spends 1 / (k (k + 1)), which sums to 1 over however many looks; never more than the `earlier` ones
+    have left. `last`: no look is to follow, so that it spends all that is left.
     """
-    if math.isinf(contrast.variance):
+    left = max(0.0, 1.0 - sum(earlier))
+    k = len(earlier) + 1
+    return left if last else min(left, 1 / (k * (k + 1)))
+
+
+def needed_seeds(contrast: Contrast, tau: float, *, alpha: float = ALPHA, power: float = POWER) -> int | None:
+    """Seeds, those at hand included, that would decide a check at `alpha` with probability `power`.
+
+    The estimate moves as seeds are added: with N of them it will lie around today's with the standard deviation
+    seed_sd * sqrt(1/n - 1/N), a t variable as far as seed_sd is known. N is the smallest at which it stays beyond the
+    bound of that day with probability `power`; the texts are the same again. None where no number up to `MOST_SEEDS`
+    does: the texts leave too much open, or the estimate is too near tau to say.
+    """
+    if not contrast.known or contrast.theta == tau:
         return None
-    if contrast.variance == 0:
-        return None if contrast.theta == tau else contrast.n_seeds
-    t2 = float(stdtrit(contrast.df, 1 - alpha)) ** 2
-    room = (contrast.theta - tau) ** 2 - t2 * contrast.doc_sd**2 / contrast.n_docs
-    needed = t2 * contrast.seed_sd**2 / room if room > 0 else math.inf
-    return math.ceil(needed) if math.isfinite(needed) else None
+    distance = abs(contrast.theta - tau)
+    moves = float(stdtrit(contrast.seed_df, power)) * contrast.planned_sd
+
+    def enough(n: int) -> bool:
+        left = distance - moves * math.sqrt(1 / contrast.n_seeds - 1 / n)
+        future = contrast if n == contrast.n_seeds else contrast.with_seeds(n)
+        return left > 0 and future.p_greater(contrast.theta - left) < alpha
+
+    if enough(contrast.n_seeds):
+        return contrast.n_seeds
+    # bound and movement together are concave in 1/N: what is enough is so for every larger N
+    low, high = contrast.n_seeds, MOST_SEEDS
+    if high <= low or not enough(high):
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high
 
 
 @dataclass(frozen=True)
@@ -187,8 +325,8 @@ def _ppl(nats: float) -> float:
 def interval(nll_sum: FloatArray, tokens: FloatArray, *, unit: str = "document") -> Interval | None:
     """95% interval of one model's PPL = exp(sum of losses / sum of targets) over clusters of text.
 
-    Below `BOOTSTRAP_FROM` clusters a t interval on ln PPL with the linearised variance of a ratio (Cochran 1977,
-    chapter 6); from there on the percentile bootstrap over clusters (Efron 1979), seeded and blind to their order.
+    A t interval on ln PPL with the jackknife's variance of a ratio (Cochran 1977, section 6.17): what leaving out one
+    cluster changes. With clusters of one size it is the one-sample t interval of their means.
 
     Args:
         nll_sum: (n,) summed losses of each cluster, nats.
@@ -204,24 +342,13 @@ def interval(nll_sum: FloatArray, tokens: FloatArray, *, unit: str = "document")
         return None
     total = float(tokens.sum())
     mean = float(nll_sum.sum()) / total
-    if n < BOOTSTRAP_FROM:
-        residuals = nll_sum - mean * tokens  # (n,)
-        half = float(stdtrit(n - 1, 1 - ALPHA)) * math.sqrt(n / (n - 1) * float(residuals @ residuals)) / total
-        return Interval(_ppl(mean - half), _ppl(mean + half), unit, n)
-    order = np.lexsort((tokens, nll_sum))
-    generator = np.random.default_rng(0)
-    draws: list[FloatArray] = []
-    chunk = max(1, 4_000_000 // n)  # counts of one chunk: 32 MB
-    for start in range(0, BOOTSTRAP_DRAWS, chunk):
-        size = min(chunk, BOOTSTRAP_DRAWS - start)
-        counts = generator.multinomial(n, np.full(n, 1 / n), size=size)  # (size, n): how often each is drawn
-        draws.append((counts @ nll_sum[order]) / (counts @ tokens[order]))  # (size,)
-    low, high = np.quantile(np.concatenate(draws), [ALPHA, 1 - ALPHA])
-    return Interval(_ppl(float(low)), _ppl(float(high)), unit, n)
+    without = (nll_sum.sum() - nll_sum) / (total - tokens)  # (n,) means without each cluster
+    half = float(stdtrit(n - 1, 1 - ALPHA)) * math.sqrt((n - 1) / n * float(((without - without.mean()) ** 2).sum()))
+    return Interval(_ppl(mean - half), _ppl(mean + half), unit, n)
 
 
 def row_interval(
-    losses: Sequence[FloatArray], *, max_ctx: int, authors: Sequence[str | None] | None = None
+    losses: Sequence[FloatArray], *, max_ctx: int, authors: Sequence[str | None] | None = None, unit: str = "author"
 ) -> Interval | None:
     """95% interval of the PPL of one evaluated row, with the widest unit that the text offers.
 
@@ -233,6 +360,7 @@ def row_interval(
         losses: one (n_targets,) array per document, nats, in the order of the text.
         max_ctx: the longest context of the ladder, tokens.
         authors: one name (or None) per document.
+        unit: what the names are of.
 
     Returns None for fewer than two clusters or blocks.
     """
@@ -252,5 +380,5 @@ def row_interval(
             total, count = sums.get(key, (0.0, 0))
             sums[key] = (total + float(loss.sum(dtype=np.float64)), count + len(loss))
     table = np.array(list(sums.values()), dtype=np.float64).reshape(-1, 2)  # (n, 2)
-    unit = "author" if any(kind == "author" for kind, _ in sums) else "document"
-    return interval(table[:, 0], table[:, 1], unit=unit)
+    named = any(kind == "author" for kind, _ in sums)
+    return interval(table[:, 0], table[:, 1], unit=unit if named else "document")

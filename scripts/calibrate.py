@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 
 from ropelab import claims, config, launcher, reproduce
 from ropelab.progress import Bar
@@ -36,6 +37,18 @@ def learning_rates(plan: reproduce.Plan, overrides: list[str], bar: Bar) -> dict
     return table
 
 
+def calibrated(of: Sequence[claims.Claim], trainings: Sequence[claims.Training]) -> dict[str, str]:
+    """By run, the digest of what its seeds were trained and evaluated with."""
+    names = {(claim.id, name): run for claim in of for name, run in claim.runs.items()}
+    found = {}
+    for claim in of:
+        for training in trainings:
+            for name in claim.runs:
+                if names[claim.id, name] == training.run:
+                    found[name] = claims.cell_digest(claim, training)
+    return found
+
+
 def main() -> None:
     overrides = sys.argv[1:]
     folder = config.config_dir()
@@ -47,14 +60,13 @@ def main() -> None:
     plan = reproduce.plan_claims(names)
     with Bar() as bar:
         rates = learning_rates(plan, overrides, bar)
-        outcome = reproduce.run_plan(
-            plan, seeds=SEEDS, overrides=overrides, alpha=0.025, split="validation", progress=bar
-        )
+        outcome = reproduce.run_plan(plan, seeds=SEEDS, overrides=overrides, split="validation", progress=bar)
     if outcome.failures or outcome.interrupted:
         sys.exit(f"calibration is incomplete: {outcome.failures}")
     tables = {claim.id: claims.calibration(claim, outcome.measurements) for claim in plan.claims}
     result = {
         "lr_check": rates,
+        "calibrated": calibrated(plan.claims, outcome.trainings),
         "val_bits_per_byte": {m["run"]: round(m["val_bits_per_byte"], 4) for m in outcome.manifests},
         "seed_sd": {
             name: {index: {"sd": round(sd, 4), "seeds": seeds} for index, (sd, seeds) in table.items()}

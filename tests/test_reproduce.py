@@ -69,7 +69,7 @@ def test_a_claim_file_is_trained_evaluated_and_judged_once(place: Path, monkeypa
     assert verdict["verdict"] == "PASS", verdict["reason"]
     assert [check["verdict"] for check in verdict["checks"]] == ["PASS"] * 3
     assert verdict["checks"][0]["seeds"] == 2
-    assert len(list((place / "runs").iterdir())) == 6
+    assert len(list((place / "runs").glob("*/manifest.json"))) == 6
     stored = json.loads((place / "out" / "results.json").read_text(encoding="utf-8"))
     assert {key: stored[key] for key in answer} == answer
     assert len(stored["diagnoses"]) == len({item["run"] for item in answer["evals"]})

@@ -18,7 +18,17 @@ from ropelab.claims.files import (
     required,
     united,
 )
-from ropelab.claims.verdicts import CheckResult, Measurement, Row, Training, Verdict, calibration, judge
+from ropelab.claims.looks import History, Look, Looks, claim_key
+from ropelab.claims.verdicts import (
+    CheckResult,
+    Measurement,
+    Row,
+    Training,
+    Verdict,
+    calibration,
+    cell_digest,
+    judge,
+)
 
 __all__ = [
     "Cell",
@@ -29,12 +39,17 @@ __all__ = [
     "ContrastCheck",
     "Evaluation",
     "ExactCheck",
+    "History",
+    "Look",
+    "Looks",
     "Measurement",
     "Row",
     "Term",
     "Training",
     "Verdict",
     "calibration",
+    "cell_digest",
+    "claim_key",
     "claim_path",
     "judge",
     "load_cell",

@@ -101,6 +101,7 @@ class Cell:
     last: int
     max_bpb: float | None  # validation bits per byte that a trained run reaches
     lr_check: Mapping[str, Mapping[float, float]]  # run -> {multiple of train.lr: validation loss}
+    calibrated: Mapping[str, str]  # run -> digest of what its seed_sd was measured with; see verdicts.cell_digest
 
     @property
     def max_ctx(self) -> int:
@@ -123,6 +124,7 @@ class Claim:
     gap: float  # nats; see DEFAULT_GAP
     max_bpb: float | None
     lr_check: Mapping[str, Mapping[float, float]]
+    calibrated: Mapping[str, str]
     robustness: str | None
 
     def train_ctx(self, run: str) -> int:
@@ -355,9 +357,23 @@ def _load_lr_check(parent: _Section) -> dict[str, dict[float, float]]:
     return table
 
 
+def _load_calibrated(parent: _Section) -> dict[str, str]:
+    """run -> digest."""
+    if parent.values.get("calibrated") is None:
+        return {}
+    section = parent.section("calibrated", None)
+    digests = {run: str(value) for run, value in section.values.items()}
+    for run, digest in digests.items():
+        if not re.fullmatch(r"[0-9a-f]{16}", digest):
+            raise section.error(
+                run, f"'{digest}' is no digest of 16 hexadecimal digits; scripts/calibrate.py prints it"
+            )
+    return digests
+
+
 def load_cell(path: Path) -> Cell:
     """Read a cell file. Raises ValueError with file and key for anything that is not understood."""
-    root = _Section.of(path.name, "", _read(path), ("train", "eval", "max_bpb", "lr_check"))
+    root = _Section.of(path.name, "", _read(path), ("train", "eval", "max_bpb", "lr_check", "calibrated"))
     train = _merged(root.overrides("train"))
     train_ctx = _train_ctx(train)
     if not train_ctx:
@@ -373,7 +389,8 @@ def load_cell(path: Path) -> Cell:
     values = {"dtype": "fp32", "last": last, "max_ctx": ctxs[-1], "stride": stride, "tokens": tokens}
     evaluation = tuple(f"eval.{key}={value}" for key, value in values.items())
     max_bpb = root.optional("max_bpb", 0)
-    return Cell(path.stem, train, evaluation, tuple(ctxs), stride, last, max_bpb, _load_lr_check(root))
+    lr_check, calibrated = _load_lr_check(root), _load_calibrated(root)
+    return Cell(path.stem, train, evaluation, tuple(ctxs), stride, last, max_bpb, lr_check, calibrated)
 
 
 def packaged_claims(config_dir: Path) -> list[str]:
@@ -401,7 +418,7 @@ def _names(folder: Path) -> list[str]:
 
 
 _CONTRAST_KEYS = ("statement", "contrast", "tau", "protocol", "seed_sd", "seed_sd_n", "published")
-_CLAIM_KEYS = ("statement", "source", "tier", "cell", "protocol", "runs", "checks", "gates", "robustness")
+_CLAIM_KEYS = ("statement", "source", "tier", "cell", "protocol", "runs", "checks", "gates", "calibrated", "robustness")
 
 
 def load_claim(path: Path, config_dir: Path) -> Claim:
@@ -435,6 +452,7 @@ def load_claim(path: Path, config_dir: Path) -> Claim:
         gap=DEFAULT_GAP if gap is None else gap,
         max_bpb=cell.max_bpb if max_bpb is None else max_bpb,
         lr_check={**cell.lr_check, **_load_lr_check(gates)},
+        calibrated={**cell.calibrated, **_load_calibrated(root)},
         robustness=root.text("robustness") if root.values.get("robustness") is not None else None,
     )
 

@@ -6,8 +6,10 @@ threshold. Nothing here runs a model: the caller supplies rows of losses and wha
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,7 +27,23 @@ from ropelab.claims.files import (
     plain_term,
     terms_of,
 )
-from ropelab.stats import ALPHA, Contrast, Decision, FloatArray, combine, decide, holm, needed_seeds, two_way
+from ropelab.claims.looks import History, Look, claim_key
+from ropelab.stats import (
+    ALPHA,
+    FOREIGN_SD,
+    POWER,
+    Contrast,
+    Decision,
+    FloatArray,
+    SeedSpread,
+    cluster_means,
+    combine,
+    decide,
+    holm,
+    look_share,
+    needed_seeds,
+    two_way,
+)
 
 MIN_DOCS = 6  # documents, and clusters of documents
 MAX_OVERFIT = 0.02  # nats of the final above the best validation loss
@@ -60,7 +78,9 @@ class Measurement:
     seed: int
     dtype: str  # of the evaluation's arithmetic
     rows: Mapping[int, Row]
-    clusters: Mapping[str, str] = field(default_factory=dict)  # document digest -> its author; absent: itself
+    clusters: Mapping[str, str] = field(
+        default_factory=dict
+    )  # document digest -> its author, or package; absent: itself
 
 
 @dataclass(frozen=True)
@@ -74,6 +94,7 @@ class Training:
     train_loss: float  # mean over the last 5% of the steps
     val_bpb: float  # validation bits per byte
     dtype: str  # as resolved on the device
+    recipe: str = ""  # digest of all that changes the run's numbers but its seed: settings, text, tokeniser
 
 
 # --- what comes out ---
@@ -98,7 +119,10 @@ class CheckResult:
     in_length: float | None = None  # largest difference of the compared runs at their training length, nats
     n_seeds: int | None = None
     n_docs: int | None = None
+    n_clusters: int | None = None  # authors, packages; documents where the data names neither
+    p_less: float | None = None  # as `p`, of the hypothesis that theta is at least tau
     needs: str | None = None  # what would decide an open check
+    contrast: Contrast | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Plain data; numbers that are not finite become None."""
@@ -118,13 +142,18 @@ class CheckResult:
             "in_length": _finite(self.in_length),
             "seeds": self.n_seeds,
             "documents": self.n_docs,
+            "clusters": self.n_clusters,
             "needs": self.needs,
         }
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The verdict of a claim: `raw_verdict` alone, `verdict` among all claims judged together (Holm)."""
+    """The verdict of a claim: `raw_verdict` alone, `verdict` among all claims judged together (Holm).
+
+    Both are at the level of this look, `level`: the share of the error rate that it may spend. `looks` counts those at
+    this claim that are known, this one included; without a record of looks it is 1, and the level is the whole rate.
+    """
 
     claim: str
     statement: str
@@ -133,10 +162,17 @@ class Verdict:
     raw_verdict: Decision
     reason: str
     p: float | None  # the largest of its checks, 1 where a gate forbids a verdict; None for exact claims
-    p_adjusted: float | None
+    p_adjusted: float | None  # corrected for looks and claims: PASS where it is below the whole error rate
+    p_fail: float | None  # the smallest of its checks that the truth is beyond tau, times their number
+    p_fail_adjusted: float | None
     one_seed: bool
     notes: tuple[str, ...]
     checks: tuple[CheckResult, ...]
+    level: float | None = None
+    looks: int | None = None
+    look: Look | None = None  # this one; None where a gate forbids a verdict, so that nothing could be passed
+    next_level: float | None = None  # of a look at more seeds
+    needs: str | None = None  # what would decide a claim that is open; None where the reason is no lack of data
 
     def as_json(self) -> dict[str, Any]:
         """Plain data; numbers that are not finite become None."""
@@ -149,6 +185,11 @@ class Verdict:
             "reason": self.reason,
             "p": _finite(self.p),
             "p_adjusted": _finite(self.p_adjusted),
+            "p_fail": _finite(self.p_fail),
+            "p_fail_adjusted": _finite(self.p_fail_adjusted),
+            "level": self.level,
+            "looks": self.looks,
+            "needs": self.needs,
             "one_seed": self.one_seed,
             "notes": list(self.notes),
             "checks": [check.as_json() for check in self.checks],
@@ -167,11 +208,17 @@ class _Measured:
 
     def __init__(self, measurements: Iterable[Measurement]) -> None:
         self._by_key = {(m.evaluation.key, m.seed): m for m in measurements}
+        # a document is the author's whichever evaluation says so: one that was stored earlier may not
+        self._clusters = {document: name for m in self._by_key.values() for document, name in m.clusters.items()}
         self.seeds = sorted({seed for _, seed in self._by_key})
 
     def of(self, claim: Claim, term: Term, seed: int) -> Measurement | None:
         measurement = self._by_key.get((claim.evaluation(term), seed))
         return measurement if measurement is not None and term.ctx in measurement.rows else None
+
+    def clusters(self, documents: Iterable[str]) -> list[str]:
+        """The cluster of each document; a document without one is its own."""
+        return [f"in {self._clusters[d]}" if d in self._clusters else d for d in documents]
 
     def row(self, claim: Claim, term: Term, seed: int) -> Row:
         measurement = self.of(claim, term, seed)
@@ -186,31 +233,127 @@ def judge(
     seeds: Sequence[int],
     *,
     alpha: float = ALPHA,
+    histories: Mapping[str, History] | None = None,
+    last_look: bool = False,
 ) -> list[Verdict]:
     """The verdicts of claims judged together from the runs with these seeds.
 
     A claim passes if all checks pass, fails if one fails, and is inconclusive otherwise, or whenever a gate says that
     the numbers cannot carry a verdict: too few seeds or documents, losses that are not finite, different targets, an
     unchanged spectrum, runs that are untrained, overfitted, or too far apart at their training length, mixed dtypes.
-    Over the statistical claims, Holm's correction can turn PASS into INCONCLUSIVE, never the other way.
+    Over the statistical claims, Holm's correction can turn PASS and FAIL into INCONCLUSIVE, never the other way: the
+    chance of any false PASS is at most alpha, and so is that of any false FAIL.
 
     Args:
-        alpha: one-sided error rate of a check. A design with a second look at more seeds halves it at both looks.
+        alpha: one-sided error rate of all claims and looks together.
+        histories: earlier looks by `claim_key`, those at other claims of the families included; their claims count in
+            Holm's correction with what they came to. None: the data were never looked at and never will be again.
+        last_look: no other look is to follow, so that this one spends all that is left.
     """
     measured = _Measured(measurements)
     trained = {(training.run, training.seed): training for training in trainings}
-    raw = [_judge_alone(claim, measured, trained, seeds, alpha) for claim in claims]
-    statistical = [i for i, verdict in enumerate(raw) if verdict.p is not None]
-    adjusted = dict(zip(statistical, holm([verdict.p for verdict in raw if verdict.p is not None]), strict=True))
-    return [_with_holm(verdict, adjusted.get(i), len(statistical), alpha) for i, verdict in enumerate(raw)]
+    keys = {claim.id: claim_key(claim) for claim in claims} if histories is not None else {}
+    open_to: list[Verdict] = []
+    for claim in claims:
+        history = None if histories is None else histories.get(keys[claim.id], History())
+        open_to.append(_judge_alone(claim, measured, trained, seeds, alpha, history, last_look))
+    others = [history.best() for key, history in (histories or {}).items() if key not in set(keys.values())]
+    return _among_all(open_to, others, alpha)
 
 
-def _with_holm(verdict: Verdict, p_adjusted: float | None, n_claims: int, alpha: float) -> Verdict:
-    verdict = replace(verdict, p_adjusted=p_adjusted)
-    if verdict.raw_verdict != "PASS" or p_adjusted is None or p_adjusted < alpha:
+def _among_all(verdicts: Sequence[Verdict], others: Sequence[tuple[float, float]], alpha: float) -> list[Verdict]:
+    """Holm's correction for PASS and for FAIL, each over these claims and `others` of their families; and what is
+    needed where that leaves a claim open."""
+    statistical = [i for i, verdict in enumerate(verdicts) if verdict.level is not None]
+    n_claims = len(statistical) + len(others)
+    corrected = list(verdicts)
+    for passing in (True, False):
+        known = [_for_the_look(verdicts[i], passing, alpha) for i in statistical]
+        adjusted = holm([*known, *(best[0 if passing else 1] for best in others)])
+        n_open = sum(p >= alpha for p in adjusted)
+        for i, p_adjusted in zip(statistical, adjusted, strict=False):
+            corrected[i] = _with_holm(corrected[i], p_adjusted, passing, n_claims, alpha)
+            corrected[i] = _with_needs(corrected[i], passing, n_open)
+    return corrected
+
+
+def _for_the_look(verdict: Verdict, passing: bool, alpha: float) -> float:
+    """A claim's p, corrected for the share of the error rate that its look may spend."""
+    p = verdict.p if passing else verdict.p_fail
+    assert p is not None, verdict
+    return min(1.0, p * alpha / verdict.level) if verdict.level else 1.0
+
+
+def _with_holm(verdict: Verdict, p_adjusted: float, passing: bool, n_claims: int, alpha: float) -> Verdict:
+    verdict = replace(verdict, p_adjusted=p_adjusted) if passing else replace(verdict, p_fail_adjusted=p_adjusted)
+    if verdict.verdict != ("PASS" if passing else "FAIL") or p_adjusted < alpha or _fails_exactly(verdict.checks):
         return verdict
-    reason = f"passes alone (p = {verdict.p:.2g}), not among {n_claims} claims judged together (Holm: {p_adjusted:.2g})"
+    p = verdict.p if passing else verdict.p_fail
+    word = "passes" if passing else "fails"
+    reason = f"{word} alone (p = {p:.2g}), not among {n_claims} claims judged together (Holm: {p_adjusted:.2g})"
     return replace(verdict, verdict="INCONCLUSIVE", reason=reason)
+
+
+def _with_needs(verdict: Verdict, passing: bool, n_open: int) -> Verdict:
+    """What would decide an open claim, if the estimates stayed: a pass where all are above tau, a fail otherwise."""
+    contrasts = [(i, check.contrast, check.tau) for i, check in enumerate(verdict.checks) if check.contrast is not None]
+    above = all(contrast.theta > tau for _, contrast, tau in contrasts if tau is not None)
+    if verdict.verdict != "INCONCLUSIVE" or verdict.look is None or above != passing or verdict.next_level is None:
+        return verdict
+    level, checks = verdict.next_level / n_open, list(verdict.checks)
+    found: dict[int, tuple[float, str]] = {}
+    for i, contrast, tau in contrasts:
+        assert tau is not None, checks[i]
+        if passing:  # all have to pass, so each with a better chance
+            found[i] = _needs(contrast, tau, level, 1 - (1 - POWER) / len(contrasts))
+        elif contrast.theta <= tau:  # one is enough
+            found[i] = _needs(contrast, tau, level / len(contrasts), POWER)
+    for i, (_, words) in found.items():
+        if checks[i].verdict == "INCONCLUSIVE" or verdict.raw_verdict != "INCONCLUSIVE":
+            checks[i] = replace(checks[i], needs=words, reason=f"{checks[i].reason}; needs {words}")
+    needs = (max if passing else min)(found.values())[1]
+    reason = f"{verdict.reason}; needs {needs}"
+    return replace(verdict, checks=tuple(checks), needs=needs, reason=reason)
+
+
+def _needs(contrast: Contrast, tau: float, level: float, power: float) -> tuple[float, str]:
+    """A number to compare by, and what would decide a check in words."""
+    n = needed_seeds(contrast, tau, alpha=level, power=power) if level > 0 else None
+    if n is not None:
+        return n, f"about {n} seeds"
+    if level == 0:
+        return math.inf, "data of its own: earlier looks have spent the error rate"
+    if abs(contrast.theta - tau) <= replace(contrast, seed_sd=0.0).bound(level)[1] - contrast.theta:
+        return math.inf, "more documents"
+    return math.inf, "more seeds than can be foretold: the estimate is too near its threshold"
+
+
+def _fails_exactly(results: Sequence[CheckResult]) -> bool:
+    return any(result.verdict == "FAIL" and result.kind in EXACT for result in results)
+
+
+def _same_cell(claim: Claim, trained: Mapping[tuple[tuple[str, ...], int], Training], seeds: Sequence[int]) -> set[str]:
+    """The runs that are as those of the calibration were: recipe, text, dtype, and what they are evaluated on."""
+    same = set()
+    for name, run in claim.runs.items():
+        found = [trained[run, seed] for seed in seeds if (run, seed) in trained]
+        if found and {cell_digest(claim, training) for training in found} == {claim.calibrated.get(name)}:
+            same.add(name)
+    return same
+
+
+def cell_digest(claim: Claim, training: Training) -> str:
+    """What a calibration is valid for: the run's recipe with its text, the dtype it trained in, and the evaluation."""
+    asked = json.dumps([training.recipe, training.dtype, claim.cell.evaluation])
+    return hashlib.sha256(asked.encode()).hexdigest()[:16]
+
+
+def _data_digest(claim: Claim, trained: Mapping[tuple[tuple[str, ...], int], Training], seeds: Sequence[int]) -> str:
+    """Of the runs that a claim is judged on, text included, and of the thresholds: another one is another look."""
+    found = [[run, seed, trained[run, seed].recipe, trained[run, seed].dtype]
+             for run in sorted(set(claim.runs.values())) for seed in seeds if (run, seed) in trained]  # fmt: skip
+    limits = [[c.tau, c.seed_sd, c.seed_sd_n] for c in claim.checks if isinstance(c, ContrastCheck)]
+    return hashlib.sha256(json.dumps([found, limits]).encode()).hexdigest()[:16]
 
 
 def _judge_alone(
@@ -219,25 +362,34 @@ def _judge_alone(
     trained: Mapping[tuple[tuple[str, ...], int], Training],
     seeds: Sequence[int],
     alpha: float,
+    history: History | None,
+    last_look: bool,
 ) -> Verdict:
     statistical = [check for check in claim.checks if isinstance(check, ContrastCheck)]
+    data = _data_digest(claim, trained, seeds)
+    share = 1.0 if history is None else history.share(len(seeds), data, last=last_look)
+    same = _same_cell(claim, trained, seeds)
     results: list[CheckResult] = []
     problems = _training_problems(claim, statistical, trained, seeds) if statistical else []
     for check in claim.checks:
         if isinstance(check, ExactCheck):
             results.append(_judge_exact(claim, check, measured, seeds))
         else:
-            result, found = _judge_contrast(claim, check, measured, seeds, alpha, len(statistical))
+            result, found = _judge_contrast(claim, check, measured, seeds, alpha * share, len(statistical), same)
             results.append(result)
             problems += found
     problems = list(dict.fromkeys(problems))
-    exact_failed = any(result.verdict == "FAIL" and result.kind in EXACT for result in results)
     verdict = combine([result.verdict for result in results])
-    if problems and not exact_failed:
+    if problems and not _fails_exactly(results):
         verdict, reason = "INCONCLUSIVE", "; ".join(problems)
     else:
         reason = _reason(verdict, results)
-    p_values = [result.p if result.p is not None else 1.0 for result in results if result.kind == "contrast"]
+    contrasts = [result for result in results if result.kind == "contrast"]
+    p = 1.0 if problems else max((1.0 if r.p is None else r.p for r in contrasts), default=1.0)
+    smallest = min((1.0 if r.p_less is None else r.p_less for r in contrasts), default=1.0)
+    p_fail = 1.0 if problems else min(1.0, len(contrasts) * smallest)
+    look = Look(len(seeds), data, share, p, p_fail) if statistical and not problems else None
+    looks, next_share = _looks(history, look)
     return Verdict(
         claim=claim.id,
         statement=claim.statement,
@@ -245,11 +397,41 @@ def _judge_alone(
         verdict=verdict,
         raw_verdict=verdict,
         reason=reason,
-        p=None if not statistical else 1.0 if problems else max(p_values),
+        p=p if statistical else None,
         p_adjusted=None,
+        p_fail=p_fail if statistical else None,
+        p_fail_adjusted=None,
         one_seed=len(seeds) == 1 and bool(statistical),
-        notes=_notes(claim, statistical, seeds),
+        notes=(*_notes(claim, statistical, seeds, same), *_look_notes(history, look, alpha)),
         checks=tuple(results),
+        level=alpha * share if statistical else None,
+        looks=looks if statistical else None,
+        look=look,
+        next_level=alpha * next_share,
+    )
+
+
+def _looks(history: History | None, look: Look | None) -> tuple[int, float]:
+    """How many looks are known, this one included, and the share of the one that follows."""
+    if history is None:
+        return 1, 1.0
+    looks = history.looks
+    if look is not None and history.find(look.seeds, look.data) is None:
+        looks = (*looks, look)
+    return len(looks), look_share([item.share for item in looks])
+
+
+def _look_notes(history: History | None, look: Look | None, alpha: float) -> tuple[str, ...]:
+    """Which looks are known, and at what level this one judges."""
+    if history is None or look is None:
+        return ()
+    known = history.find(look.seeds, look.data)
+    place = len(history.looks) if known is None else known
+    seeds = [item.seeds for item in history.looks] + ([] if known is not None else [look.seeds])
+    listed = ", ".join(str(n) for n in seeds)
+    return (
+        f"look {place + 1} of {len(seeds)} known ({'seeds' if seeds != [1] else 'seed'}: {listed}): "
+        f"judged at {alpha * look.share:.2g} of {alpha:g}",
     )
 
 
@@ -264,12 +446,21 @@ def _runs(checks: Sequence[ContrastCheck]) -> list[str]:
     return list(dict.fromkeys(term.run for check in checks for term in terms_of(check)))
 
 
-def _notes(claim: Claim, statistical: Sequence[ContrastCheck], seeds: Sequence[int]) -> tuple[str, ...]:
+def _notes(
+    claim: Claim, statistical: Sequence[ContrastCheck], seeds: Sequence[int], same: Container[str]
+) -> tuple[str, ...]:
     if not statistical:
         return ()
     notes = []
-    if len(seeds) == 1 and all(check.seed_sd is not None for check in statistical):
-        notes.append("one seed: the variation over seeds is that of the calibration seeds, widened")
+    if all(check.seed_sd is not None for check in statistical):
+        foreign = [run for run in _runs(statistical) if run not in same]
+        if not foreign:
+            notes.append("the variation over seeds is that of these and the calibration seeds, pooled")
+        elif len(seeds) == 1:
+            notes.append(
+                f"one seed: seed_sd was not measured with this recipe, text and dtype ({', '.join(foreign)}), "
+                f"so it is taken {FOREIGN_SD:g} times as wide"
+            )
     unchecked = [run for run in _runs(statistical) if run not in claim.lr_check]
     if unchecked:
         notes.append(f"lr unchecked: no learning-rate check for {', '.join(unchecked)}")
@@ -352,12 +543,11 @@ def _row_problems(claim: Claim, terms: Sequence[Term], measured: _Measured, seed
 
 
 def _same_ground_problems(
-    claim: Claim, terms: Sequence[Term], measured: _Measured, seeds: Sequence[int], n_docs: int
+    claim: Claim, terms: Sequence[Term], measured: _Measured, seeds: Sequence[int], n_docs: int, n_clusters: int
 ) -> list[str]:
     """Too few documents, different targets, an evaluation in low precision."""
     problems: list[str] = []
     targets: dict[str, dict[str | None, str]] = {}
-    clusters: set[str] = set()
     for term in terms:
         for seed in seeds:
             measurement = measured.of(claim, term, seed)
@@ -366,14 +556,11 @@ def _same_ground_problems(
                 problems.append(f"{term.text} was evaluated in {measurement.dtype}; claims need eval.dtype=fp32")
             row = measurement.rows[term.ctx]
             targets.setdefault(term.targets, {}).setdefault(row.targets, f"{term.text}, seed {seed}")
-            clusters = {measurement.clusters.get(document, document) for document in row.nll}
-            if len(clusters) < MIN_DOCS:
-                what = (
-                    f"{n_docs} document{'' if n_docs == 1 else 's'}"
-                    if len(clusters) == n_docs
-                    else f"{n_docs} documents by {len(clusters)} author{'' if len(clusters) == 1 else 's'}"
-                )
-                problems.append(f"{what}: a verdict over texts needs at least {MIN_DOCS}")
+    if n_clusters < MIN_DOCS:
+        what = f"{n_docs} document{'' if n_docs == 1 else 's'}"
+        if n_clusters != n_docs:
+            what += f" by {n_clusters} author{'' if n_clusters == 1 else 's'}"
+        problems.append(f"{what}: a verdict over texts needs at least {MIN_DOCS}")
     for name, digests in targets.items():
         if len(digests) > 1 or None in digests:
             problems.append(f"targets differ under {name}: {' against '.join(digests.values())}")
@@ -406,7 +593,7 @@ def _in_length_gap(
     for protocol, plain in in_length_terms(claim, check).items():
         if missing := _row_problems(claim, plain, measured, seeds):
             return None, missing
-        means = {term.run: float(_losses(claim, term, measured, seeds).mean()) for term in plain}
+        means = {term.run: float(_by_cluster(claim, [(term, 1.0)], measured, seeds).mean()) for term in plain}
         low, high = min(means, key=lambda r: means[r]), max(means, key=lambda r: means[r])
         difference = means[high] - means[low]
         largest = difference if largest is None else max(largest, difference)
@@ -424,20 +611,29 @@ def _in_length_gap(
 def _losses(claim: Claim, term: Term, measured: _Measured, seeds: Sequence[int]) -> FloatArray:
     """(n_seeds, n_docs) mean losses of a term, documents in the order of their digests."""
     rows = [measured.row(claim, term, seed).nll for seed in seeds]
-    return np.array([[nll[document] for document in sorted(nll)] for nll in rows], dtype=np.float64)
+    documents = sorted(rows[0])
+    return np.array([[nll[document] for document in documents] for nll in rows], dtype=np.float64)
 
 
-def _theta(claim: Claim, check: ContrastCheck, measured: _Measured, seeds: Sequence[int]) -> FloatArray:
-    """(n_seeds, n_docs) contrast, paired: the same seed and the same document in every term."""
-    parts = [weight * _losses(claim, term, measured, seeds) for term, weight in check.terms]
-    theta: FloatArray = np.sum(np.stack(parts), axis=0)
-    return theta
+def _by_cluster(
+    claim: Claim, weighted: Sequence[tuple[Term, float]], measured: _Measured, seeds: Sequence[int]
+) -> FloatArray:
+    """(n_seeds, n_clusters) contrast, paired: the same seed and the same documents in every term."""
+    parts = [weight * _losses(claim, term, measured, seeds) for term, weight in weighted]
+    documents = sorted(measured.row(claim, weighted[0][0], seeds[0]).nll)
+    return cluster_means(np.sum(np.stack(parts), axis=0), measured.clusters(documents))
 
 
 def _judge_contrast(
-    claim: Claim, check: ContrastCheck, measured: _Measured, seeds: Sequence[int], alpha: float, n_checks: int
+    claim: Claim,
+    check: ContrastCheck,
+    measured: _Measured,
+    seeds: Sequence[int],
+    level: float,
+    n_checks: int,
+    same: Container[str],
 ) -> tuple[CheckResult, list[str]]:
-    """The result of a check and the gates that it did not pass."""
+    """The result of a check at an error rate of `level` and the gates that it did not pass."""
     result = CheckResult(
         check.statement,
         "contrast",
@@ -451,30 +647,36 @@ def _judge_contrast(
     problems = [f"{check.statement}: no seed was run"] if not seeds else _row_problems(claim, terms, measured, seeds)
     if problems:
         return replace(result, reason=problems[0]), problems
-    contrast = two_way(_theta(claim, check, measured, seeds), seed_sd=check.seed_sd, seed_sd_n=check.seed_sd_n)
+    spread = None
+    if check.seed_sd is not None:
+        spread = SeedSpread(check.seed_sd, check.seed_sd_n, all(term.run in same for term in terms))
+    contrast = two_way(_by_cluster(claim, check.terms, measured, seeds), spread=spread)
+    n_docs = len(measured.row(claim, terms[0], seeds[0]).nll)
     in_length, problems = _in_length_gap(claim, check, measured, seeds)
     if len(seeds) == 1 and check.seed_sd is None:
         problems.append("one seed, and no seed_sd in the claim file: run at least 2 seeds")
-    problems += _same_ground_problems(claim, terms, measured, seeds, contrast.n_docs)
+    problems += _same_ground_problems(claim, terms, measured, seeds, n_docs, contrast.n_texts)
     problems += _spectrum_problems(claim, terms, measured, seeds)
-    verdict = decide(contrast, check.tau, alpha=alpha, n_checks=n_checks)
-    interval = contrast.bound(alpha)
+    interval = contrast.bound()
     result = replace(
         result,
         theta=contrast.theta,
-        interval=interval if math.isfinite(contrast.variance) else None,
-        p=contrast.p_greater(check.tau) if math.isfinite(contrast.variance) else None,
-        size=_size(interval, check.published) if math.isfinite(contrast.variance) else None,
+        interval=interval if contrast.known else None,
+        p=contrast.p_greater(check.tau) if contrast.known else None,
+        p_less=contrast.p_less(check.tau) if contrast.known else None,
+        size=_size(interval, check.published) if contrast.known else None,
         in_length=in_length,
         n_seeds=contrast.n_seeds,
-        n_docs=contrast.n_docs,
+        n_docs=n_docs,
+        n_clusters=contrast.n_texts,
+        contrast=contrast,
     )
     if problems:
         return replace(result, reason="; ".join(dict.fromkeys(problems))), problems
+    verdict = decide(contrast, check.tau, alpha=level, n_checks=n_checks)
     reversed_ = verdict == "FAIL" and interval[1] < 0 <= check.tau
-    needs = _needs(contrast, check.tau, alpha, n_checks) if verdict == "INCONCLUSIVE" else None
-    reason = _explain(verdict, contrast.theta, interval, check.tau, reversed_, needs)
-    return replace(result, verdict=verdict, reason=reason, reversed=reversed_, needs=needs), []
+    reason = _explain(verdict, contrast, interval, check.tau, reversed_, level)
+    return replace(result, verdict=verdict, reason=reason, reversed=reversed_), []
 
 
 def _size(interval: tuple[float, float], published: tuple[float, float] | None) -> str | None:
@@ -487,20 +689,15 @@ def _size(interval: tuple[float, float], published: tuple[float, float] | None) 
     return "larger" if interval[0] > high else "matches"
 
 
-def _needs(contrast: Contrast, tau: float, alpha: float, n_checks: int) -> str:
-    """What would decide an open check if the estimate stayed: a pass above tau, a fail below it."""
-    n = needed_seeds(contrast, tau, alpha=alpha if contrast.theta > tau else alpha / n_checks)
-    return "more documents" if n is None else f"about {n} seeds"
-
-
 def _explain(
-    verdict: Decision, theta: float, interval: tuple[float, float], tau: float, reversed_: bool, needs: str | None
+    verdict: Decision, contrast: Contrast, interval: tuple[float, float], tau: float, reversed_: bool, level: float
 ) -> str:
-    numbers = f"{theta:+.3f} nats ({interval[0]:+.3f} to {interval[1]:+.3f}) against {tau:+.3f}"
+    numbers = f"{contrast.theta:+.3f} nats ({interval[0]:+.3f} to {interval[1]:+.3f}) against {tau:+.3f}"
     if verdict == "PASS":
         return numbers
     if verdict == "INCONCLUSIVE":
-        return f"{numbers}; needs {needs}"
+        p = min(contrast.p_greater(tau), contrast.p_less(tau))
+        return f"{numbers}: p = {p:.2g}, not below {level:.2g}" if p < ALPHA else numbers
     if reversed_:
         return f"{numbers}: reversed"
     return f"{numbers}: {'beyond the margin' if tau < 0 else 'smaller than published'}"
@@ -574,6 +771,6 @@ def calibration(claim: Claim, measurements: Iterable[Measurement]) -> dict[int, 
             continue
         seeds = [seed for seed in measured.seeds if not _row_problems(claim, terms_of(check), measured, [seed])]
         if len(seeds) >= 2 and not _row_problems(claim, terms_of(check), measured, seeds):
-            means = _theta(claim, check, measured, seeds).mean(axis=1)  # (n_seeds,)
+            means = _by_cluster(claim, check.terms, measured, seeds).mean(axis=1)  # (n_seeds,)
             table[index] = (float(means.std(ddof=1)), len(seeds))
     return table

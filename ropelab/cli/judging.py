@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ropelab.cli.options import Json, Overrides, app, check_output, check_writable, fail, print_json, reported, say
+
+if TYPE_CHECKING:
+    from ropelab.claims import Verdict
 
 Stack = Annotated[
     int, typer.Option(help="Runs of one shape trained in one batched step: for a GPU that one small model leaves idle.")
@@ -22,7 +26,7 @@ def reproduce(
     ] = None,
     seeds: Annotated[int, typer.Option(help="Seeds 0 .. N-1 of every run.")] = 1,
     more: Annotated[
-        bool, typer.Option("--more", help="3 seeds, then one look at 6 where a claim is open; both looks at 0.0125.")
+        bool, typer.Option("--more", help="3 seeds, then a last look at 6 where a claim is open; each at 0.0125.")
     ] = False,
     list_only: Annotated[bool, typer.Option("--list", help="List the claims and sets.")] = False,
     output: Annotated[
@@ -65,6 +69,16 @@ def demo(
         _reproduce(["demo"], list(overrides or []), seeds, stack, more=False, output=output, as_json=as_json)
 
 
+def _looks(verdicts: Sequence[Verdict]) -> list[str]:
+    """What is known of earlier looks, claims with the same together."""
+    of: dict[str, list[str]] = {}
+    for verdict in verdicts:
+        for note in verdict.notes:
+            if note.startswith("look "):
+                of.setdefault(note, []).append(verdict.claim)
+    return [note if len(of) == 1 else f"{', '.join(names)}: {note}" for note, names in of.items()]
+
+
 def _list_claims(*, as_json: bool) -> None:
     from ropelab import claims, config
 
@@ -96,11 +110,10 @@ def _reproduce(
     experiment.resolve_device(resolved.device)
     check_writable(f"runs_dir={resolved.runs_dir}", Path(resolved.runs_dir).expanduser())
     began = time.monotonic()
-    looks = [(3, 0.0125), (6, 0.0125)] if more else [(seeds, 0.025)]
-    for count, alpha in looks:
+    for count, last in [(3, False), (6, True)] if more else [(seeds, False)]:
         with Bar() as bar:
             outcome = reproduce.run_plan(
-                plan, seeds=range(count), overrides=settings, alpha=alpha, split="test", stack=stack, progress=bar
+                plan, seeds=range(count), overrides=settings, split="test", stack=stack, last_look=last, progress=bar
             )
         if all(verdict.verdict != "INCONCLUSIVE" for verdict in outcome.verdicts):
             break
@@ -142,6 +155,8 @@ def _reproduce(
         console.print(report.verdict_table(verdicts))
         seconds = time.monotonic() - began
         say(f"{outcome.trained} of {len(outcome.manifests)} runs trained, the rest was there; {seconds:.0f} s")
+        for line in _looks(outcome.verdicts):
+            say(line)
         if output is not None:
             print(page)
     if any(verdict["verdict"] == "FAIL" for verdict in verdicts):

@@ -14,6 +14,7 @@ from ropelab import files
 from ropelab.data import overlap
 from ropelab.data.corpora import Source, find_source, overlapping
 from ropelab.data.documents import Document, Progress, Texts, TextsOf
+from ropelab.data.stdlib import module_of
 from ropelab.data.tokenizers import Bytes, Tokenizer, load_tokenizer, read_gpt2, train_bpe
 from ropelab.data.tokens import Corpus, Split, load_or_build
 from ropelab.schema import DataConfig
@@ -59,6 +60,10 @@ def prepare(
         raise ValueError(
             f"cache_dir={cache_dir} cannot be written ({error.strerror}): set it or ROPELAB_CACHE to another folder"
         ) from None
+    if config.name == "stdlib":  # no author is part of its digest
+        splits = {
+            name: replace(s, authors=[module_of(n) for n in s.names], unit="module") for name, s in splits.items()
+        }
     return Corpus(config.name, facts.digest, tokenizer, **splits, details=facts.details, shingles=shingles)
 
 

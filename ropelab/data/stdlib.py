@@ -30,6 +30,11 @@ def stdlib_folder() -> Path:
     return Path(sysconfig.get_path("stdlib"))
 
 
+def module_of(name: str) -> str:
+    """The package of a document, or its own file at the top: what is of one hand, as an author's books are."""
+    return name.partition("/")[0]
+
+
 def python() -> str:
     """Implementation and version of the running Python, whose text this is."""
     return f"{platform.python_implementation()} {platform.python_version()}"
@@ -113,7 +118,7 @@ def _read_modules(root: Path, progress: Progress | None) -> tuple[dict[str, list
             left_out["duplicates"] += 1
         else:
             seen.add(source.digest)
-            modules[name.partition("/")[0]].append(source)
+            modules[module_of(name)].append(source)
     if progress:
         progress("reading", len(files), len(files))
     return modules, left_out

@@ -34,6 +34,7 @@ class Split:
     tokens: (n_tokens,) uint16 or uint32, read-only, all documents back to back without separators.
     offsets: (n_documents + 1,) int64; document i is tokens[offsets[i]:offsets[i+1]].
     digests: sha256 of each document's text. n_bytes: (n_documents,) int64, UTF-8 bytes of each.
+    authors: who wrote each, or what else makes documents alike; `unit` is the word for it.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Split:
     authors: list[str | None]
     digests: list[str]
     n_bytes: NDArray[np.int64]
+    unit: str = "author"
 
     def __len__(self) -> int:
         return len(self.names)

@@ -153,6 +153,7 @@ def evaluate_subject(
     lengths = [len(split.document(i)) for i in range(len(split))]
     layout = lay_out(lengths, contexts, config)
     documents = [split.document(i) for i in layout.documents]
+    authors = [split.authors[i] for i in layout.documents]
     dtype = resolve_dtype(config.dtype, target)
     question = {
         "numerics": runs.NUMERICS_VERSION,
@@ -184,7 +185,7 @@ def evaluate_subject(
         if "recipe" not in stored and ranks.is_first:
             stored = {**stored, **described}
             write_evaluation(result_path, stored, losses_path)
-        return Evaluated(stored, losses_path)
+        return _with_authors(Evaluated(stored, losses_path), authors, split.unit)
 
     passes = None
     if config.baseline is None:
@@ -205,7 +206,6 @@ def evaluate_subject(
         assert text.training is not None
         baseline = unigram_nll(text.training.tokens, tokenizer.n_vocab)
     digests = [split.digests[i] for i in layout.documents]
-    authors = [split.authors[i] for i in layout.documents]
     # the same text in other tokens is other targets: perplexities per token of two tokenisers are not comparable
     texts = [f"{digest} {tokenizer.digest}" for digest in split.digests]
     rows: list[dict[str, Any]] = []
@@ -249,7 +249,7 @@ def evaluate_subject(
                 "factor": factor,
                 "idle": here.idle,
                 **({} if here.layers is None else {"layers": here.layers}),
-                **_figures(losses, n_bytes, owner, authors, max(contexts)),
+                **_figures(losses, n_bytes, owner, authors, split.unit, max(contexts)),
                 "documents": len(documents),
                 "context_min": ctx - windows.scored + 1,
                 "context_mean": ctx - (windows.scored - 1) / 2,
@@ -389,23 +389,47 @@ def _figures(
     n_bytes: int | None,
     owner: NDArray[np.int64],
     authors: list[str | None],
+    unit: str,
     ctx: int,
 ) -> dict[str, Any]:
     """Perplexity and its kin from the losses of one row: sums in fp64, one division. `n_bytes`: of the targets."""
     exact = losses.astype(np.float64)
     nll = float(exact.sum() / len(exact))
-    by_document = np.split(exact, np.flatnonzero(np.diff(owner)) + 1)
-    interval = stats.row_interval(by_document, max_ctx=ctx, authors=authors)
     finite = math.isfinite(nll)
     return {
         "ppl": math.exp(nll) if finite and nll < 700 else None,
         "nll": _finite(nll),
         "bits_per_byte": float(exact.sum() / (math.log(2) * n_bytes)) if finite and n_bytes else None,
         "tokens": len(exact),
-        "ci95": None if interval is None else [_finite(interval.lo), _finite(interval.hi)],
-        "unit": None if interval is None else interval.unit,
+        **_interval(exact, owner, authors, unit, ctx),
         "status": "ok" if finite else "non-finite",
     }
+
+
+def _interval(
+    losses: NDArray[np.float64], owner: NDArray[np.int64], authors: list[str | None], unit: str, ctx: int
+) -> dict[str, Any]:
+    by_document = np.split(losses, np.flatnonzero(np.diff(owner)) + 1)
+    interval = stats.row_interval(by_document, max_ctx=ctx, authors=authors, unit=unit)
+    if interval is None:
+        return {"ci95": None, "unit": None}
+    return {"ci95": [_finite(interval.lo), _finite(interval.hi)], "unit": interval.unit}
+
+
+def _with_authors(evaluated: Evaluated, authors: list[str | None], unit: str) -> Evaluated:
+    """A stored evaluation with the authors that are known today, and its intervals over them."""
+    result = evaluated.result
+    if result["protocol"].get("authors") == authors:
+        return evaluated
+    tensors = runs.load_tensors(evaluated.losses_path)
+    longest = max(row["ctx"] for row in result["rows"])
+    rows = [dict(row) for row in result["rows"]]
+    for row in rows:
+        if row["status"] == "ok":
+            losses, owner = tensors[f"nll.{row['ctx']}"].double().numpy(), tensors[f"document.{row['ctx']}"].numpy()
+            row |= _interval(losses, owner, authors, unit, longest)
+    protocol = {**result["protocol"], "authors": authors}
+    return Evaluated({**result, "protocol": protocol, "rows": rows}, evaluated.losses_path)
 
 
 def _finite(value: float) -> float | None:
