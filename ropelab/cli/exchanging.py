@@ -18,6 +18,7 @@ from ropelab.cli.options import (
     fail,
     option,
     print_json,
+    print_text,
     reported,
     say,
 )
@@ -75,7 +76,7 @@ def export_run(
             fail(1, f"{huggingface.parity_line(done.parity)}; {output} is not written")
         say(huggingface.parity_line(done.parity))
         if not as_json:
-            print(output)
+            print_text(output)
 
 
 @app.command("import")
@@ -106,4 +107,4 @@ def import_checkpoint(
         if as_json:
             print_json({"run": run.name, "run_dir": str(run.path), "status": "done", "skipped": known})
         else:
-            print(run.name)
+            print_text(run.name)

@@ -8,7 +8,18 @@ from typing import Annotated, Any
 
 import typer
 
-from ropelab.cli.options import Ctx, Json, Overrides, Pos, app, option, print_json, reported, say
+from ropelab.cli.options import (
+    Ctx,
+    Json,
+    Overrides,
+    Pos,
+    app,
+    option,
+    print_json,
+    print_text,
+    reported,
+    say,
+)
 
 WORDS = ("train", "eval", "attention", "many", "start")
 METHODS = "rope,alibi,t5,kerple_log,fire"  # of `bench eval`
@@ -100,7 +111,7 @@ def bench(
         if as_json:
             print_json(result)
         else:
-            print(written(result))
+            print_text(written(result))
 
 
 def _refuse(what: str, name: str, value: object, allowed: tuple[str, ...], *, instead: str = "") -> None:

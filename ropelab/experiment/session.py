@@ -72,7 +72,7 @@ class Session:
             check_weights(encoding, self.parent.run)
         self.scaling = training_scaling(config, self.original_ctx)
         self._draw = _training_positions(config, self.original_ctx, self.scaling)
-        runs_dir = runs.open_runs_dir(config.runs_dir) if ranks.is_first else Path(config.runs_dir).expanduser()
+        runs_dir = runs.check_runs_dir(config.runs_dir) if ranks.is_first else Path(config.runs_dir).expanduser()
         with ranks.first_then_others():
             self.corpus = data.prepare(
                 config.data, cache_dir=Path(config.cache_dir).expanduser(),

@@ -116,7 +116,7 @@ class RunDir:
                 f"{self.path} is a link, and nothing is trained through one: move what it leads to into its place "
                 "(mv), or give runs_dir=FOLDER"
             )
-        self.path.mkdir(exist_ok=True)
+        self.path.mkdir(parents=True, exist_ok=True)
 
     def manifest(self) -> dict[str, Any]:
         """`RunError` when it is absent, damaged, or not what a manifest holds."""
