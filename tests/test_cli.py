@@ -289,6 +289,31 @@ BAD_TRAIN: list[tuple[list[str], Sequence[str]]] = [
 ]  # fmt: skip
 
 
+DIGITS = "1" * 400
+LONG: list[tuple[list[str], Sequence[str]]] = [
+    (["train", f"model.n_layer={DIGITS}"], ["model.n_layer", "below 2**63", "400 digits"]),
+    (["train", f"seed={DIGITS}"], ["seed", "400 digits"]),
+    (["train", f"train.lr={DIGITS}"], ["train.lr", "> 0, not inf"]),
+    (["train", f"train.keep=[{DIGITS}]"], ["train.keep"]),
+    (["train", "positions=randomized", f"positions.max_ctx={DIGITS}"], ["positions.max_ctx", "400 digits"]),
+    (["train", f"train.steps={DIGITS * 20}"], ["train.steps", "a whole number"]),
+    (["train", "--scaling", "linear", "--factor", DIGITS], ["scaling.factor"]),
+    (["show", "--pos", "fire", f"pos.width={DIGITS}"], ["pos.width", "400 digits"]),
+    (["show", "--pos", "rope", "--ctx", DIGITS], ["--ctx takes one length"]),
+    (["eval", "--ctx", DIGITS], ["--ctx takes lengths up to", "400 digits"]),
+    (["eval", "--ctx", f"32,{DIGITS}"], ["--ctx takes lengths up to"]),
+    (["eval", f"eval.tokens={DIGITS}"], ["eval.tokens", "400 digits"]),
+    (["search", "longrope", "--ctx", DIGITS], ["--ctx takes one number"]),
+    (["search", "longrope", "--ctx", "64", f"search.population={DIGITS}"], ["search.population"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "says"), LONG, ids=[" ".join(row[0])[:40] for row in LONG])
+def test_a_number_of_400_digits_is_a_mistake(refused: Refusals, arguments: list[str], says: Sequence[str]) -> None:
+    line = refused(*arguments, says=says)
+    assert len(line) < 600
+
+
 @pytest.mark.parametrize(("arguments", "says"), BAD_TRAIN, ids=[" ".join(row[0]) for row in BAD_TRAIN])
 def test_train_refuses(refused: Refusals, arguments: list[str], says: Sequence[str]) -> None:
     refused("train", *refused.lab.tiny(*(item for item in arguments if "=" in item)), *(
@@ -430,8 +455,10 @@ def test_usage_errors_are_one_line(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"), [([], "reproduce"), (["--version"], "ropelab 0."), (["runs", "--help"], "rm")]
-)
+    ("arguments", "says"),
+    [([], "reproduce"), (["--version"], "ropelab 0."), (["runs", "--help"], "rm"), (["-h"], "--version"),
+     (["--help"], "-h, --help"), (["runs", "-h"], "rm")],
+)  # fmt: skip
 def test_help_and_version(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
 ) -> None:
@@ -441,6 +468,16 @@ def test_help_and_version(
     printed = capsys.readouterr()
     assert says in printed.out
     assert printed.err == ""
+
+
+def test_help_offers_only_what_a_command_takes() -> None:
+    """`train` takes its length as train.ctx=N, and says so to whoever types --ctx."""
+    offered = good("train", "--help").stdout
+    assert "--ctx" not in offered
+    assert "--pos" in offered
+    for name in ("-h", "--help"):
+        for command in ("train", "eval", "sweep", "search", "bench", "export", "import", "verify-resume"):
+            assert good(command, name).stdout.startswith("Usage: "), command
 
 
 HEAVY = ("torch", "hydra", "omegaconf", "wandb", "datasets", "tokenizers", "matplotlib", "plotly", "scipy", "numpy")

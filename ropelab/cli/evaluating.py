@@ -19,6 +19,7 @@ from ropelab.cli.options import (
     Scaling,
     app,
     check_output,
+    counted,
     one_line,
     option,
     print_json,
@@ -238,6 +239,7 @@ def write_report(
             say(one_line(f"left out: {error}"))
     if not evals:
         raise ValueError(f"no evaluation {where}; run `ropelab eval` first")
+    say(f"making the report of {counted(len(evals), 'evaluation')} ...")
     from ropelab import report
     from ropelab.experiment.diagnosing import diagnosis
 

@@ -9,6 +9,7 @@ import typer
 
 from ropelab.cli.evaluating import EVAL_KEYS, scalings_of, text_of
 from ropelab.cli.options import (
+    MOST,
     Factor,
     Json,
     Overrides,
@@ -36,7 +37,8 @@ def export_run(
     scaling: Scaling = None,
     factor: Factor = None,
     max_ctx: Annotated[
-        int | None, typer.Option("--max-ctx", metavar="N", help="Tokens that the model is for; tables reach so far.")
+        int | None,
+        typer.Option("--max-ctx", max=MOST, metavar="N", help="Tokens that the model is for; tables reach so far."),
     ] = None,
     as_json: Json = False,
 ) -> None:

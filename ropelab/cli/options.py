@@ -50,6 +50,7 @@ def _ropelab(
     """What stands before the command."""
 
 
+MOST = 2**40  # that an option which counts something takes
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings, such as model=small.")]
 RunsAndOverrides = Annotated[
     list[str] | None, typer.Argument(metavar="[RUN | KEY=VALUE]...", help="Runs, and settings such as eval.last=128.")
@@ -160,6 +161,11 @@ def one_line(message: str) -> str:
 def plain(text: str) -> str:
     """Text without control characters: a name in a stranger's run must not steer the terminal."""
     return "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
+
+
+def counted(number: int, what: str) -> str:
+    """`1 run`, `2 runs`."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def say(message: str) -> None:

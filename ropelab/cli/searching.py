@@ -117,8 +117,8 @@ def _one(name: str, values: list[str] | None, missing: str | None) -> float | No
     (text,) = values[:1] if len(values) == 1 else [", ".join(values)]
     try:
         number = float(text) if name == "--factor" else float(int(text))
-    except ValueError:
-        raise ValueError(f"{name} takes one number here, not '{text}'") from None
+    except (ValueError, OverflowError):
+        raise ValueError(f"{name} takes one number here, not '{text[:80]}'") from None
     return number
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ropelab.cli.options import (
+    MOST,
     Ctx,
     Json,
     Overrides,
@@ -42,9 +43,9 @@ def bench(
         bool | None,
         typer.Option("--peers/--no-peers", help="train: beside transformers and x-transformers, where installed."),
     ] = None,
-    vocab: Annotated[int | None, typer.Option(help="train, start: entries of the vocabulary (257).")] = None,
-    models: Annotated[int | None, typer.Option(help="many: how many (4).")] = None,
-    rounds: Annotated[int | None, typer.Option(help="Rounds of which the best counts.")] = None,
+    vocab: Annotated[int | None, typer.Option(max=MOST, help="train, start: entries of the vocabulary (257).")] = None,
+    models: Annotated[int | None, typer.Option(max=MOST, help="many: how many (4).")] = None,
+    rounds: Annotated[int | None, typer.Option(max=MOST, help="Rounds of which the best counts.")] = None,
     as_json: Json = False,
 ) -> None:
     """Time training steps beside peers, long evaluations, attention kernels, many small runs, or the start.

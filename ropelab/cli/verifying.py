@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from ropelab.cli.options import (
+    MOST,
     Json,
     Overrides,
     Pos,
@@ -28,11 +29,12 @@ def verify_resume(
     overrides: Overrides = None,
     pos: Pos = None,
     scaling: Scaling = None,
-    steps: Annotated[int, typer.Option("--steps", metavar="N", help="Steps of each training.")] = 20,
+    steps: Annotated[int, typer.Option("--steps", max=MOST, metavar="N", help="Steps of each training.")] = 20,
     at: Annotated[
-        int | None, typer.Option("--at", metavar="K", help="The step whose checkpoint is resumed (default: N / 2).")
+        int | None,
+        typer.Option("--at", max=MOST, metavar="K", help="The step whose checkpoint is resumed (default: N / 2)."),
     ] = None,
-    ranks: Annotated[int, typer.Option("--ranks", metavar="R", help="Processes that train together.")] = 1,
+    ranks: Annotated[int, typer.Option("--ranks", max=MOST, metavar="R", help="Processes that train together.")] = 1,
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="Have torch use its deterministic kernels.")
     ] = False,

@@ -102,9 +102,13 @@ class Session:
         return build_model(self.config, n_vocab, scaling=self.scaling, original_ctx=self.original_ctx)
 
     def is_done(self) -> bool:
-        """Is the run finished? Its tokeniser's file, should that be damaged, is written again."""
+        """Is the run finished? Its tokeniser's file, should that be damaged, is written again.
+
+        Checkpoints before its last, which a kill may have left, are removed where they can be.
+        """
         done = self.run.is_done()
         if done:
+            self.run.tidy()
             try:
                 run_tokenizer(self.run)
             except runs.RunError as error:
@@ -334,6 +338,7 @@ class Session:
         """The last step was made."""
         if not self.ranks.is_first:
             return
+        self.run.drop_earlier(self.config.train.steps)
         self.run.update_manifest(status="done", finished=time.time(), **(self._summary or self._summarised()))
         self._tracker.finish()
 
