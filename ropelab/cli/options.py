@@ -128,9 +128,19 @@ def reported(*, over_ranks: bool = False) -> Iterator[None]:
     except Exception as error:
         if type(error).__name__ in ("Interrupted", "NonFiniteLossError"):
             fail(status_of(error), str(error))
+        if out_of_memory(error):
+            fail(1, f"out of memory ({str(error).splitlines()[0][:200] if str(error) else 'no more is given'}); "
+                    "make train.micro_batch_size, a length or the model smaller, or use a machine with more")  # fmt: skip
         if str(error) == "Could not determine home directory.":  # of a path such as ~nobody/runs
             fail(2, "a path begins with ~ and the name of no user of this machine; write it in full")
         raise
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Is it that there is no more memory, as Python, NumPy and torch say it?"""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    words = ("can't allocate memory", "not enough memory", "Storage size calculation overflowed", "out of memory")
+    return named or (isinstance(error, RuntimeError) and any(word in str(error) for word in words))
 
 
 def drop_output() -> None:

@@ -159,9 +159,12 @@ def _show_method(settings: list[str], ctx: list[str] | None, *, as_json: bool, o
     from ropelab import config
 
     resolved = config.load(settings)
+    length = _one_length(ctx) or resolved.train.ctx
     from ropelab import show as shown
+    from ropelab.experiment.memory import check_shown
 
-    numbers = shown.numbers(resolved, ctx=_one_length(ctx) or resolved.train.ctx)
+    check_shown(resolved, length)
+    numbers = shown.numbers(resolved, ctx=length)
     numbers |= _changed(resolved.pos, resolved.scaling)
     _draw(numbers, output)
     if as_json:

@@ -87,13 +87,17 @@ def bench(
         from ropelab import bench as timing
         from ropelab import experiment
         from ropelab.evaluation import ladder
+        from ropelab.experiment.memory import check_pass, check_training
 
-        experiment.resolve_device(resolved.device)
+        device = experiment.resolve_device(resolved.device)
         rounds = ROUNDS[what] if rounds is None else rounds
         contexts = ladder((ctx or [CTX.get(what, "128,")])[0], 128)
+        if what in CTX:
+            check_pass(resolved.model, max(contexts), device)
+        entries = 257 if vocab is None else vocab
+        check_training(resolved, device, original_ctx=resolved.train.ctx, n_vocab=entries, copies=models or 1)
         if what == "train":
             wanted = peers is not False and _peers(asked=peers is True)
-            entries = 257 if vocab is None else vocab
             result = timing.train(resolved, methods=names, peers=wanted, rounds=rounds, vocab=entries)
         elif what == "eval":
             if methods == "all":
@@ -108,7 +112,7 @@ def bench(
         elif what == "many":
             result = timing.many(resolved, models=4 if models is None else models, rounds=rounds)
         else:
-            result = timing.start(resolved, vocab=257 if vocab is None else vocab)
+            result = timing.start(resolved, vocab=entries)
         if as_json:
             print_json(result)
         else:

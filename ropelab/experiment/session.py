@@ -21,6 +21,7 @@ from ropelab import config as configs
 from ropelab import data, files, runs
 from ropelab.experiment.devices import DTYPE_NAMES, device_name, device_of_rank, environment
 from ropelab.experiment.finished import run_tokenizer
+from ropelab.experiment.memory import check_training
 from ropelab.experiment.models import build_model
 from ropelab.experiment.parent import check_weights, find_parent
 from ropelab.experiment.resuming import Checkpoint, latest_checkpoint
@@ -44,6 +45,7 @@ from ropelab.training import (
     validation_nll,
 )
 
+PROBED = 2**20  # tokens at which an encoding is tried here for a training on another machine
 VALIDATION_TOKENS = 16384  # scored at every train.eval_every
 
 
@@ -52,22 +54,27 @@ class Session:
 
     `ValueError` for a configuration that cannot be trained, before anything is written.
 
+    `elsewhere`: another machine will train it, and its memory is not known here.
+
     With `ranks` every one of them has the session of the run; only the first writes. What its methods do is done by all
     of them at the same steps.
     """
 
-    def __init__(self, config: Config, progress: Progress, ranks: Ranks = ALONE) -> None:
+    def __init__(self, config: Config, progress: Progress, ranks: Ranks = ALONE, *, elsewhere: bool = False) -> None:
         self.config, self.ranks = config, ranks
         self.device = device_of_rank(config.device, ranks)
         self._micro = rank_micro(config.train, ranks.world)
         self.keep = kept_steps(config.train)
         self.parent = find_parent(config)
         self.original_ctx = config.train.ctx if self.parent is None else self.parent.original_ctx
+        if ranks.world == 1:  # of a model in shards each rank has a part
+            check_training(config, self.device, original_ctx=self.original_ctx, elsewhere=elsewhere)
         # what cannot be built, or is undefined at train.ctx, is refused here rather than after the corpus was read
         applied = resolve_factor(config.scaling, longest=config.train.ctx, original_ctx=self.original_ctx)
         encoding = build(config.pos, applied, Geometry.of(config.model, self.original_ctx))
-        with torch.no_grad():
-            encoding(torch.arange(config.train.ctx), ctx=config.train.ctx)
+        if not elsewhere or config.train.ctx <= PROBED:
+            with torch.no_grad():
+                encoding(torch.arange(config.train.ctx), ctx=config.train.ctx)
         if self.parent is not None:
             check_weights(encoding, self.parent.run)
         self.scaling = training_scaling(config, self.original_ctx)
