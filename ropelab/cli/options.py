@@ -129,8 +129,12 @@ def reported(*, over_ranks: bool = False) -> Iterator[None]:
         if type(error).__name__ in ("Interrupted", "NonFiniteLossError"):
             fail(status_of(error), str(error))
         if out_of_memory(error):
-            fail(1, f"out of memory ({str(error).splitlines()[0][:200] if str(error) else 'no more is given'}); "
-                    "make train.micro_batch_size, a length or the model smaller, or use a machine with more")  # fmt: skip
+            reason = " ".join(str(error).split())[:200] or "no more is given"
+            fail(
+                1,
+                f"out of memory ({reason}); make train.micro_batch_size, a length or the model smaller, or use a "
+                "machine with more",
+            )
         if str(error) == "Could not determine home directory.":  # of a path such as ~nobody/runs
             fail(2, "a path begins with ~ and the name of no user of this machine; write it in full")
         raise

@@ -136,9 +136,12 @@ def _show_kernels(settings: list[str], ctx: list[str] | None, *, as_json: bool) 
     resolved = config.load(settings)
     named = any(item.startswith("pos=") for item in settings) or resolved.scaling.name != "none"
     from ropelab.experiment.kernels import kernels
+    from ropelab.experiment.memory import check_shown
 
+    length = _one_length(ctx) or EVALUATED
+    check_shown(resolved, length)
     methods = [resolved.pos] if named else [config.load([f"pos={name}"]).pos for name in config.choices("pos")]
-    rows = kernels(resolved, methods, [_one_length(ctx) or EVALUATED])
+    rows = kernels(resolved, methods, [length])
     if as_json:
         print_json({"attention": rows})
         return

@@ -145,10 +145,12 @@ def check_training(
     if most <= free:
         return
     fits = [f"{key}={value}" for key, value in _smaller(config, lambda other: 2 * needed(other) <= free)]
-    place = "any machine" if elsewhere else f"this machine's {device.type}"
+    fits += ["fewer of them at once"] if copies > 1 else []
     raise ValueError(
-        f"training takes at least {_gb(most)} and {_gb(free)} are free on {place}; use "
-        + (f"{' or '.join(fits)}, or less" if fits else "smaller model.* and train.ctx, all of them")
+        f"training takes at least {_gb(most)}, "
+        + ("more than any machine has" if elsewhere else f"and {_gb(free)} are free on {device.type}")
+        + f"; use {' or '.join(fits) or 'smaller model.* and train.ctx, all of them'}"
+        + (", or less" if fits and copies == 1 else "")
         + ("" if elsewhere else ", or a machine with more memory")
     )
 
