@@ -119,7 +119,7 @@ def test_nothing_is_removed_or_cut_outside_the_folder_or_through_a_link(tmp_path
 CALLERS = {
     "remove": {
         ("cli.keeping", "_remove"), ("data.tokens", "load_or_build"), ("runs.folder", "_save"),
-        ("runs.folder", "begun"), ("runs.folder", "rewind"), ("runs.folder", "save_step"), ("sweeps", "begun"),
+        ("runs.folder", "begun"), ("runs.folder", "drop_earlier"), ("runs.folder", "rewind"), ("sweeps", "begun"),
         ("sweeps", "forget"),
     },
     "truncate": {("runs.folder", "rewind"), ("sweeps", "locked")},
