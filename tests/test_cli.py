@@ -404,7 +404,7 @@ BAD_FILES: dict[str, tuple[bytes, Sequence[str]]] = {
     "short.txt": (b"hello", ["too short", "more text"]),
     "blank.txt": (b" \n\n", ["too short", "more text"]),
     "one line.txt": (words(7, 1).encode(), ["too few for one window of 32 + 1"]),
-    "picture.png": (b"\x89PNG", ["no .txt or .jsonl file"]),
+    "picture.png": (b"\x89PNG", ["or .parquet file", "data.endings=[.png]"]),
     "cut.jsonl": (b'{"text": "a', ["line 1", "is not JSON"]),
     "field.jsonl": (b'{"body": "a"}\n', ["line 1", "data.text_field", "body"]),
     "list.jsonl": (b"[1]\n", ["line 1", "no JSON object"]),
@@ -423,7 +423,7 @@ def test_train_refuses_text_that_is_none(refused: Refusals, tmp_path: Path, name
 
 def test_one_bad_file_of_many_is_named(refused: Refusals, tmp_path: Path) -> None:
     folder = write_corpus(tmp_path / "many")
-    (folder / "7.txt").write_bytes(b"\xff\xfe")
+    (folder / "7.txt").write_bytes(b"\xff\xff")
     refused("train", *refused.lab.tiny(f"data.path={folder}"), says=[str(folder / "7.txt"), "UTF-8"])
     (tmp_path / "none").mkdir()
     refused(

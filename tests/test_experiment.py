@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import random
 from pathlib import Path
 from typing import Any
 
@@ -303,3 +305,48 @@ def test_the_unigram_baseline_is_the_training_texts_frequencies(runs: dict[str, 
     assert (result["pos"], plain["pos"]) == ("unigram", "none")
     with pytest.raises(ValueError, match=r"eval\.baseline=unigram knows no positions"):
         evaluate(runs["rope"], folder, "eval.ctx=64,", "eval.baseline=unigram", scaling="ntk:4")
+
+
+def test_what_a_verdict_will_lack_is_said_before(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Before training in a line on stderr, before evaluation through `notice`; documents of one author are one."""
+    from ropelab.experiment import grounds, session
+    from ropelab.experiment.session import Session
+    from ropelab.progress import silent
+
+    source = tmp_path / "in"
+    for number in range(40):
+        place = source / ("train" if number < 30 else "test") / f"{number}.txt"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        draw = random.Random(number)
+        place.write_text("".join(draw.choices("abcdefgh ", k=400 if number < 34 else 40)))
+
+    def said(*more: str) -> str:
+        caplog.clear()
+        session._say.cache_clear()
+        Session(settings(folder, f"data.path={source}", f"cache_dir={tmp_path / 'cache'}", *more), silent)
+        return caplog.text
+
+    assert said() == ""  # 10 documents hold train.ctx
+    assert "at ctx 64 the test text has 4 documents of 10, and 6 are needed" in said("eval.ctx=64")
+    assert "data.test_path" in caplog.text
+    assert said("eval.ctx=4096") == ""  # an evaluation refuses that
+    corpus = data.prepare(settings(folder, f"data.path={source}").data, cache_dir=tmp_path / "cache")
+    authors = ["A", "A", None, None, None, "B", "B"]
+    split = dataclasses.replace(corpus.test, authors=[*authors, "B", "B", "B"])
+    assert "7 documents by 5 authors of 10" in str(grounds.lacking(split, range(7), 32))
+    assert "1 document of 10" in str(grounds.lacking(split, [3], 32))
+    assert grounds.lacking(corpus.test, range(6), 32) is None
+    told: list[str] = []
+    run = RunDir(Path(experiment.train(settings(folder, f"data.path={source}", "train.steps=1"))["run_dir"]))
+    resolved = settings(folder, "eval.ctx=64").eval
+    experiment.evaluate(run, resolved, cache_dir=str(tmp_path / "cache"), notice=told.append)
+    assert "has 4 documents of 10" in told[0]
+
+
+def test_one_document_is_no_documents() -> None:
+    from ropelab.figures.lines import protocol_facts
+
+    assert protocol_facts({"documents": 1}) == "1 document"
+    assert protocol_facts({"documents": 2, "left_out": 3}) == "2 documents, 3 left out as too short"

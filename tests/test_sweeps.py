@@ -365,6 +365,33 @@ def test_a_length_that_no_text_has_is_refused_before_training(
     assert not (tmp_path / "runs" / "sweeps").exists()
 
 
+def short_text(folder: Path, n: int, letters: int) -> Path:
+    """n documents of so many random letters, all of them test text but the first 20."""
+    source = random.Random(n)
+    for number in range(n):
+        place = folder / ("train" if number < 20 else "test") / f"{number}.txt"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text("".join(source.choices("abcdefgh ", k=letters)))
+    return folder
+
+
+@pytest.mark.parametrize(("letters", "ctx"), [(300, None), (100, "64"), (40, "32")])
+def test_the_default_ladder_ends_where_the_documents_do(
+    ropelab: Run, here: tuple[str, ...], tmp_path: Path, caplog: pytest.LogCaptureFixture, letters: int, ctx: str | None
+) -> None:
+    """To 8 x train.ctx = 256, and no further than 6 documents hold; what is typed stays."""
+    text = short_text(tmp_path / "text", 28, letters)
+    mine = tuple(item for item in changed(here, f"data.path={text}") if not item.startswith("eval.ctx"))
+    status, out, _ = ropelab("sweep", "pos=rope,alibi", *mine, "--dry-run", "--json")
+    assert status == 0
+    asked = [one["eval"]["ctx"] for task in json.loads(out)["tasks"] for one in task["evaluations"]]
+    assert asked == [ctx, ctx]
+    assert ("too short for ctx 256" in caplog.text) == (ctx is not None)
+    if ctx is not None:
+        status, _, err = ropelab("sweep", "pos=rope,alibi", *mine, "eval.ctx=256", "--dry-run")
+        assert (status, "no test document is long enough for ctx 256" in err) == (2, True)
+
+
 def test_one_failure_leaves_the_others_alone(ropelab: Run, here: tuple[str, ...], tmp_path: Path) -> None:
     diverges = ("train.lr=1e-3,1e30", "train.warmup_steps=0")
     status, out, err = ropelab("sweep", "pos=rope", *diverges, *here, "--json")

@@ -10,10 +10,16 @@ from ropelab.schema import Config, DataConfig
 
 
 def lacking_for(config: Config, split: Split) -> str | None:
-    """What the test text of a training will lack at the longest ctx of its evaluations; None where nothing."""
-    longest = max(ladder(config.eval.ctx, config.train.ctx)[-1], config.eval.max_ctx or 0)
+    """What the test text of a training will lack at the longest ctx that is asked for, else at train.ctx.
+
+    None: nothing; or no document is so long, which an evaluation refuses.
+    """
+    asked = config.eval.ctx is not None
+    longest = max(
+        ladder(config.eval.ctx, config.train.ctx)[-1] if asked else config.train.ctx, config.eval.max_ctx or 0
+    )
     holding = [index for index in range(len(split)) if len(split.document(index)) > longest]
-    return lacking(split, holding, longest, config.data)
+    return None if asked and not holding else lacking(split, holding, longest, config.data)
 
 
 def lacking(split: Split, documents: Iterable[int], ctx: int, text: DataConfig | None = None) -> str | None:

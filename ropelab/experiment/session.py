@@ -90,8 +90,6 @@ class Session:
                 config.data, cache_dir=Path(config.cache_dir).expanduser(),
                 tokenizer=None if self.parent is None else self.parent.tokenizer, progress=progress,
             )  # fmt: skip
-        if ranks.is_first and (lacks := lacking_for(config, self.corpus.test)) is not None:
-            _say(lacks)
         separator = self.corpus.tokenizer.separator
         self._batches = data.Batches(self.corpus.train, ctx=config.train.ctx, separator=separator)
         held_out = data.Batches(self.corpus.validation, ctx=config.train.ctx, separator=separator)
@@ -109,6 +107,9 @@ class Session:
         self._first = 0 if self.parent is None else self.parent.steps  # its batches come after those of its ancestors
         self.positions_at = None if self._draw is None else self._positions_at
         self.start, self._best = 0, math.inf
+        # only of what is not refused: a mistake is one line
+        if ranks.is_first and (lacks := lacking_for(config, self.corpus.test)) is not None:
+            _say(lacks)
 
     def fresh_model(self) -> GPT:
         """The model before any training, on the CPU."""
