@@ -115,7 +115,7 @@ def evaluate(
         if not ranks.is_first:
             return
         for line in dict.fromkeys(line for result in results for line in said_of(result)):
-            say(line)
+            say(one_line(line))
         for result in results:
             if all(row.get("idle", False) for row in result["rows"]):
                 say(
