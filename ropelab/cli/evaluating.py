@@ -21,6 +21,7 @@ from ropelab.cli.options import (
     check_output,
     one_line,
     option,
+    plain,
     print_json,
     reported,
     say,
@@ -72,8 +73,8 @@ def evaluate(
             raise ValueError(f"--adapter {adapter} is added to one checkpoint: give one --hf with it")
         from ropelab import config, runs
 
-        plain = [item for item in settings if item.partition("=")[0].partition(".")[0] not in ("scaling", "data")]
-        base = config.load(plain)
+        rest = [item for item in settings if item.partition("=")[0].partition(".")[0] not in ("scaling", "data")]
+        base = config.load(rest)
         if output is not None:
             check_output(output, picture=True)
         runs_dir = Path(base.runs_dir).expanduser()
@@ -115,7 +116,7 @@ def evaluate(
         if not ranks.is_first:
             return
         for line in dict.fromkeys(line for result in results for line in said_of(result)):
-            say(one_line(line))
+            say(plain(line))
         for result in results:
             if all(row.get("idle", False) for row in result["rows"]):
                 say(
