@@ -277,7 +277,7 @@ BAD_VALUES: dict[str, list[tuple[str, str]]] = {
     "eval.tokens": [("0", ">= 1"), ("1e5", "a whole number")],
     "eval.max_ctx": [("0", ">= 1"), ("x", "a whole number or null")],
     "eval.baseline": [("bigram", "must be one of unigram")],
-    "eval.bos": [("yes", "auto, true, false"), ("1", "auto, true, false")],
+    "eval.bos": [("yes", "must be one of false, true, auto"), ("", "empty")],
     "eval.window": [("0", ">= 1"), ("-5", ">= 1"), ("x", "a whole number or null")],
     "eval.scalings": [("yarn", "a list such as"), ("[yrn]", "did you mean yarn?"), ("[yarn:x]", "auto-row or a number"),
                       ("[yarn:0.5]", ">= 1"), ("[yarn:inf]", ">= 1"), ("[yarn:nan]", ">= 1"), ("[yarn:]", ">= 1"),

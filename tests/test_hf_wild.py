@@ -16,10 +16,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, processors
 
-from ropelab import data
+from ropelab import config, data
+from ropelab.experiment.planning import questions
+from ropelab.experiment.subject import no_beginning
 from ropelab.huggingface import checkpoint, rotary
 from ropelab.huggingface.evaluating import layer_words
-from tests.test_huggingface import CTX, GROUPED, SMALL, good, refused, save
+from tests.test_huggingface import CTX, GROUPED, SMALL, good, invoke, save
 
 T = transformers
 TEXTS = (
@@ -57,6 +59,15 @@ def evaluated(folder: Path, base: Path, *more: object) -> dict[str, Any]:
     return found
 
 
+def refused(*arguments: object) -> str:
+    """The one line that a mistake is told, after that of the memory where the weights had to be read to find it."""
+    done = invoke(*arguments)
+    assert done.exit_code == 2, f"{arguments}: {done.exit_code} {done.output} {done.exception!r}"
+    (line,) = [line for line in done.stderr.strip().splitlines() if not line.startswith("memory:")]
+    assert line.startswith("ropelab: ")
+    return line
+
+
 def changed(folder: Path, to: Path, **values: Any) -> Path:
     """A copy of a checkpoint with other values in its config.json; None takes a key away."""
     shutil.copytree(folder, to, symlinks=True)
@@ -82,15 +93,15 @@ def native(model: Any, ids_of: Any, base: Path, ctx: int) -> float:
     return total / count
 
 
-def plain(folder: Path, base: Path, ctx: int, change: Any = lambda config: None) -> float:
+def plain(folder: Path, base: Path, ctx: int, change: Any = lambda found: None) -> float:
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    config = T.AutoConfig.from_pretrained(folder)
-    change(config)
-    model = T.AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32).eval()
+    found = T.AutoConfig.from_pretrained(folder)
+    change(found)
+    model = T.AutoModelForCausalLM.from_pretrained(folder, config=found, dtype=torch.float32).eval()
     return native(model, lambda text: tokenizer.encode(text, add_special_tokens=False).ids, base, ctx)
 
 
-def agrees(found: dict[str, Any], folder: Path, base: Path, change: Any = lambda config: None) -> None:
+def agrees(found: dict[str, Any], folder: Path, base: Path, change: Any = lambda found: None) -> None:
     for row in found["rows"]:
         assert row["nll"] == pytest.approx(plain(folder, base, row["ctx"], change), abs=1e-5)
 
@@ -138,7 +149,7 @@ def test_a_rotation_that_is_no_formula_of_ours_is_scored_as_transformers_does(
         linear = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
         agrees(
             evaluated(folder, base, "--scaling", "linear", "--factor", "4"), folder, base,
-            lambda config: setattr(config, "rope_parameters", linear),
+            lambda found: setattr(found, "rope_parameters", linear),
         )  # fmt: skip
 
 
@@ -161,9 +172,9 @@ def test_without_the_scaling_keys_of_the_model_itself_stay(base: Path, tmp_path:
            "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}  # fmt: skip
     folder = save(tmp_path / "checkpoint", T.Ministral3Config(**GROUPED, head_dim=8, rope_parameters=own))
 
-    def without(config: Any) -> None:
+    def without(found: Any) -> None:
         kept = ("rope_theta", "original_max_position_embeddings", "llama_4_scaling_beta")
-        config.rope_parameters = {"rope_type": "default", **{key: own[key] for key in kept}}
+        found.rope_parameters = {"rope_type": "default", **{key: own[key] for key in kept}}
 
     agrees(evaluated(folder, base), folder, base)
     agrees(evaluated(folder, base, "--scaling", "none"), folder, base, without)
@@ -196,7 +207,7 @@ def test_a_rotary_module_that_nothing_reads_takes_no_scaling(base: Path, tmp_pat
     found = evaluated(folder, base)
     agrees(found, folder, base)
     assert "reaches no layer" in found["warnings"][0]
-    line = refused("eval", "--hf", folder, *settings(base), "--scaling", "linear", "--factor", "4").splitlines()[-1]
+    line = refused("eval", "--hf", folder, *settings(base), "--scaling", "linear", "--factor", "4")
     assert "no layer reads it" in line
 
 
@@ -218,7 +229,7 @@ def test_a_scaling_says_which_layers_it_reaches(base: Path, llama: Path, tmp_pat
 def test_a_number_of_config_json_that_is_not_heeded_is_named(base: Path, tmp_path: Path) -> None:
     dbrx = T.DbrxConfig(
         d_model=32, n_heads=4, n_layers=2, max_seq_len=CTX, vocab_size=256, tie_word_embeddings=False,
-        attn_config={"kv_n_heads": 2, "clip_qkv": 8},
+        attn_config={"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0},
         ffn_config={"ffn_hidden_size": 32, "moe_num_experts": 2, "moe_top_k": 1},
     )  # fmt: skip
     folder = save(tmp_path / "dbrx", dbrx)
@@ -244,8 +255,8 @@ def test_numbers_that_are_heeded_are_not_named(base: Path, tmp_path: Path) -> No
         "gpt_neox": T.GPTNeoXConfig(**SMALL, rotary_pct=0.5),
         "yarn": T.LlamaConfig(**GROUPED, rope_parameters=YARN),
     }  # fmt: skip
-    for name, config in made.items():
-        assert "warnings" not in evaluated(save(tmp_path / name, config), base), name
+    for name, one in made.items():
+        assert "warnings" not in evaluated(save(tmp_path / name, one), base), name
     raw = json.loads((tmp_path / "yarn" / "config.json").read_text())
     raw["attn_config"] = {"rope_scaling": {"type": "linear", "factor": 16.0}}
     (tmp_path / "yarn" / "config.json").write_text(json.dumps(raw))
@@ -391,7 +402,7 @@ def test_what_is_more_than_plain_lora_is_refused(llama: Path, base: Path, tmp_pa
     state = load_file(made / "adapter_model.safetensors")
     save_file({name: tensor.repeat(1, 2) if "lora_A" in name else tensor for name, tensor in state.items()},
               made / "adapter_model.safetensors")  # fmt: skip
-    assert "is for another model" in refused(*refuse).splitlines()[-1]
+    assert "is for another model" in refused(*refuse)
     (made / "adapter_model.safetensors").write_bytes(b"x")
     assert "is damaged" in refused(*refuse)
     assert "give one --hf" in refused("eval", "--hf", llama, "--hf", llama, "--adapter", made, *settings(base))
@@ -436,8 +447,6 @@ def test_an_id_past_the_table_is_refused_where_it_occurs(base: Path, tmp_path: P
 
 
 HOSTILE: dict[str, Any] = {
-    "ids of 4e9": {"added_tokens": [{"id": 4_000_000_000, "content": "x", "special": True, "single_word": False,
-                                     "lstrip": False, "rstrip": False, "normalized": False}]},
     "no vocabulary": {"model": {"type": "BPE", "vocab": {}, "merges": []}, "added_tokens": []},
     "no model": {"model": None},
     "a list for the model": {"model": []},
@@ -446,7 +455,7 @@ HOSTILE: dict[str, Any] = {
     "a number for the tokens": {"added_tokens": 5},
     "a list for a pre-tokeniser": {"pre_tokenizer": []},
     "huge ids": {"model": {"type": "BPE", "vocab": {"a": 10**400}, "merges": []}},
-    "large ids": {"model": {"type": "BPE", "vocab": {"a": 4_000_000_000}, "merges": []}},
+    "ids of 4e9": {"model": {"type": "BPE", "vocab": {"a": 4_000_000_000}, "merges": []}},
 }  # fmt: skip
 
 
@@ -557,7 +566,7 @@ def test_auto_is_what_the_tokeniser_does(
     (folder / "tokenizer.json").write_text(json.dumps(with_tokens("<s>", template=template)))
     (folder / "tokenizer_config.json").write_text(json.dumps(said))
     tokenizer = checkpoint.read_tokenizer(folder, 257)
-    found = checkpoint.beginning(folder, tokenizer, checkpoint.read_config(folder))
+    found = checkpoint.beginning(folder, tokenizer)
     assert (found.token if found.usual else None) == usual
     assert found.token == (256 if template or "bos_token" in said else None)
 
@@ -566,6 +575,19 @@ def test_without_such_a_token_it_is_refused(llama: Path, base: Path) -> None:
     assert "names no beginning-of-text token" in refused("eval", "--hf", llama, *settings(base), "eval.bos=true")
     assert evaluated(llama, base, "eval.bos=auto")["protocol"]["bos"] is None
     assert "eval.bos must be one of false, true, auto" in refused("eval", "--hf", llama, "eval.bos=yes")
+
+
+def test_a_run_of_ours_has_no_such_token_and_a_sweep_says_nothing_of_it() -> None:
+    with pytest.raises(ValueError, match=r"eval\.bos=true: a run of ours was trained without"):
+        no_beginning("true")
+    no_beginning("auto")
+    (question,) = questions(config.load([]))
+    assert "bos" not in question["eval"]  # the digest of a sweep is what it was
+    (question,) = questions(config.load(["eval.bos=auto"]))
+    assert question["eval"]["bos"] == "auto"
+    stored = config.to_dict(config.load([]))
+    del stored["eval"]["bos"]
+    assert config.from_dict(stored).eval.bos == "false"
 
 
 def test_walk_finds_what_stands_anywhere() -> None:

@@ -22,6 +22,7 @@ from ropelab.cli.options import (
     counted,
     one_line,
     option,
+    plain,
     print_json,
     print_table,
     print_text,
@@ -75,8 +76,8 @@ def evaluate(
             raise ValueError(f"--adapter {adapter} is added to one checkpoint: give one --hf with it")
         from ropelab import config, runs
 
-        plain = [item for item in settings if item.partition("=")[0].partition(".")[0] not in ("scaling", "data")]
-        base = config.load(plain)
+        rest = [item for item in settings if item.partition("=")[0].partition(".")[0] not in ("scaling", "data")]
+        base = config.load(rest)
         if output is not None:
             check_output(output, picture=True)
         runs_dir = Path(base.runs_dir).expanduser()
@@ -118,7 +119,7 @@ def evaluate(
         if not ranks.is_first:
             return
         for line in dict.fromkeys(line for result in results for line in said_of(result)):
-            say(line)
+            say(plain(line))
         for result in results:
             if all(row.get("idle", False) for row in result["rows"]):
                 say(

@@ -135,7 +135,7 @@ def from_json(source: Mapping[str, Any], rows: int) -> Tokenizer:
     """
     try:
         found = _ours(source)
-    except (AttributeError, KeyError, TypeError, ValueError):  # not even the shape of one: `Fast` says what is wrong
+    except (AttributeError, LookupError, TypeError, ValueError):  # not even the shape of one: `Fast` says what is wrong
         found = None
     return found if found is not None and rows == found.n_vocab - 1 else Fast(source, rows)
 

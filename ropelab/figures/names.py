@@ -49,7 +49,7 @@ NAMES = {
 
 OF_FACTORS = ("long_factors", "short_factors", "start_tokens", "attention_factor", "original_ctx")  # of a factors file
 
-WITHOUT_FACTOR = ("rerope", "self_extend", "block_causal", "clamp", "own")  # scalings that have none
+WITHOUT_FACTOR = ("rerope", "self_extend", "block_causal", "clamp")  # scalings that have none
 
 
 def method_name(
@@ -76,7 +76,7 @@ def scaling_name(scaling: str, factor: float | None, changed: Mapping[str, Any] 
         return "none"
     name = NAMES.get(scaling, scaling)
     if factor is None:
-        name = name if scaling in WITHOUT_FACTOR else f"{name}, factor per ctx"
+        name = name if scaling in (*WITHOUT_FACTOR, "own") else f"{name}, factor per ctx"
     elif not (scaling.startswith("dynamic") and factor == 1):  # dynamic methods find their own factor
         name = f"{name} ×{factor:g}"
     return f"{name} ({changed_words(changed)})" if changed else name

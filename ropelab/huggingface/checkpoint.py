@@ -387,7 +387,7 @@ class Beginning(NamedTuple):
     usual: bool  # does the tokeniser put it before a text by itself?
 
 
-def beginning(folder: Path, tokenizer: data.Tokenizer, config: Any) -> Beginning:
+def beginning(folder: Path, tokenizer: data.Tokenizer) -> Beginning:
     """What the checkpoint's tokeniser begins a text with.
 
     Its post-processor says, unless `add_bos_token` of tokenizer_config.json does; the id is the post-processor's, else
@@ -404,9 +404,11 @@ def beginning(folder: Path, tokenizer: data.Tokenizer, config: Any) -> Beginning
         content = content.get("content")
     if token is None and isinstance(content, str):
         token = data.token_id(tokenizer, content)
-    stated = getattr(config.get_text_config(), "bos_token_id", None)
-    if token is None and isinstance(stated, int) and not isinstance(stated, bool) and stated >= 0:
-        token = stated
+    raw = files.read_json(folder / "config.json")  # the class of a configuration would have a default
+    for part in (raw, raw.get("text_config")):
+        stated = part.get("bos_token_id") if isinstance(part, dict) else None
+        if token is None and isinstance(stated, int) and not isinstance(stated, bool) and stated >= 0:
+            token = stated
     given = said.get("add_bos_token")
     return Beginning(token, token is not None and (given if isinstance(given, bool) else bool(prefix)))
 

@@ -171,7 +171,7 @@ class Checkpoint(Subject):
     def beginning(self, asked: str) -> int | None:
         if asked == "false":
             return None
-        found = checkpoint.beginning(self.folder, self.tokenizer, self.config)
+        found = checkpoint.beginning(self.folder, self.tokenizer)
         if asked == "auto" and not found.usual:
             return None
         if found.token is None or found.token >= self._entries:
