@@ -400,11 +400,12 @@ def test_a_killed_sweep_goes_on_to_the_same_numbers(ropelab: Run, here: tuple[st
     for worker in workers:
         os.kill(worker, signal.SIGSTOP)  # the time that they take to save and end
     process.kill()
-    process.communicate()
+    process.wait()
     alive = sweeping.standings(sweeps.find_sweep(None, runs_dir))
     said = ropelab("cancel", f"runs_dir={runs_dir}")[2]
     for worker in workers:
         os.kill(worker, signal.SIGCONT)
+    process.communicate()
     assert [one.state for one in alive] == ["RUNNING", "RUNNING"]
     assert "its process is gone, and 2 of its runs save themselves and end" in said
     waited_for(lambda: all(run.status() == "interrupted" for run in runs.all_runs(runs_dir)))
