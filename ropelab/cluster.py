@@ -8,6 +8,7 @@ asked: `squeue`, which knows ended jobs for some minutes, then `sacct` where the
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import re
 import shlex
@@ -168,7 +169,8 @@ def submit(sweep: Sweep, indices: Sequence[int], settings: SlurmLauncher) -> dic
         part = indices[low : low + size]
         work = [Job(str(sweep.path.resolve()), index, settings.max_requeues) for index in part]
         try:
-            submitted = executor.map_array(_call, work)
+            with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what the error says once more
+                submitted = executor.map_array(_call, work)
         except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError, OSError) as error:
             done = f"{len(jobs)} of {len(indices)} runs were submitted" if jobs else "nothing was submitted"
             rest = f"; when there is room, ropelab retry {sweep.name} submits the other {len(indices) - len(jobs)}"

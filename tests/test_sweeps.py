@@ -214,6 +214,10 @@ def test_launcher_settings_are_read_by_their_types() -> None:
         (["pos=rope", "hydra.nosuch=1"], "Could not override 'hydra.nosuch'"),
         (["pos=rope", "hydra.job.chdir=[1"], "Hydra takes no hydra.job.chdir=[1"),
         (["pos=rope", "trian.lr=1", "hydra/launcher=basic"], "did you mean train.lr"),
+        (
+            ["data=text", "data.path=/x/a(b", "hydra/launcher=basic"],
+            "Hydra, which makes the points with hydra/launcher",
+        ),
         (["pos=rope,alibi", "seed=0,1", "model.width=64,128"], "did you mean model.d_model?"),
         (["pos=rope", "eval.protocol=nonsense"], "eval.protocol must be one of"),
     ],
@@ -423,11 +427,12 @@ def test_a_killed_sweep_goes_on_to_the_same_numbers(ropelab: Run, here: tuple[st
     for worker in workers:
         os.kill(worker, signal.SIGSTOP)  # the time that they take to save and end
     process.kill()
-    process.communicate()
+    process.wait()
     alive = sweeping.standings(sweeps.find_sweep(None, runs_dir))
     said = ropelab("cancel", f"runs_dir={runs_dir}")[2]
     for worker in workers:
         os.kill(worker, signal.SIGCONT)
+    process.communicate()
     assert [one.state for one in alive] == ["RUNNING", "RUNNING"]
     assert "its process is gone, and 2 of its runs save themselves and end" in said
     waited_for(lambda: all(run.status() == "interrupted" for run in runs.all_runs(runs_dir)))
@@ -726,6 +731,7 @@ def test_a_submission_that_stops_half_way_says_so(
     status, out, err = ropelab("sweep", "seed=0,1,2", *ON_SLURM, *here)
     assert (status, out) == (1, "")
     (sweep,) = [Sweep(path) for path in sweeps.all_sweeps(tmp_path / "runs")]
+    assert err.count("AssocMaxSubmitJobLimit") == 1
     assert "AssocMaxSubmitJobLimit; 2 of 3 runs were submitted; when there is room, " in err
     assert f"ropelab retry {sweep.name} submits the other 1" in err
     assert [(one.state, one.note[:12]) for one in sweeping.standings(sweep)] == [

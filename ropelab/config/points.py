@@ -145,22 +145,32 @@ def check_for_hydra(overrides: Sequence[str]) -> None:
 
     Our own keys are checked point by point, unless another sweeper than Hydra's own makes the points.
     """
+    if any(item.startswith("-") for item in overrides):  # Hydra's own options: what they print is asked for
+        return
+    hydras = [item for item in overrides if item.startswith(("hydra/", "hydra."))]
+    mine = [item for item in overrides if item not in hydras]
+    if reason := _refused_by_hydra(hydras):
+        raise ValueError(f"Hydra takes no {' '.join(hydras)}: {reason}")
+    if not any(item.startswith(("hydra/sweeper", "hydra.sweeper")) for item in hydras):
+        for point in expand(mine):
+            load(point)  # what we say of a key is plainer than what Hydra says
+    if reason := _refused_by_hydra([*hydras, *mine]):
+        raise ValueError(f"Hydra, which makes the points with {hydras[0]}, takes no {' '.join(mine)}: {reason}")
+
+
+def _refused_by_hydra(overrides: Sequence[str]) -> str:
+    """Why Hydra does not begin a multirun with these; empty where it does."""
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
     from hydra.types import RunMode
     from omegaconf.errors import OmegaConfBaseException
 
-    given = [item for item in overrides if not item.startswith("-")]
-    hydras = [item for item in given if item.startswith(("hydra/", "hydra."))]
     with _Grammar():
         try:
-            GlobalHydra.instance().config_loader().load_configuration("config", hydras, RunMode.MULTIRUN)
+            GlobalHydra.instance().config_loader().load_configuration("config", list(overrides), RunMode.MULTIRUN)
         except (HydraException, OmegaConfBaseException) as error:
-            reason = " ".join(str(error).partition("Config search path")[0].partition("See https")[0].split())
-            raise ValueError(f"Hydra takes no {' '.join(hydras)}: {reason}") from None
-    if not any(item.startswith(("hydra/sweeper", "hydra.sweeper")) for item in hydras):
-        for point in expand([item for item in given if item not in hydras]):
-            load(point)
+            return " ".join(str(error).partition("Config search path")[0].partition("See https")[0].split())
+    return ""
 
 
 def run_with_hydra(overrides: Sequence[str], work: Callable[[list[str]], Any]) -> None:
