@@ -37,6 +37,10 @@ MOST_SEEDS = 1000  # more are never proposed
 # --- the sum of two t variables ---
 
 
+_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(64)
+_NEGLIGIBLE = 1e-11  # probability
+
+
 def _density(t: FloatArray, df: float) -> FloatArray:
     """Student's density at (n,) points."""
     log_norm = math.lgamma((df + 1) / 2) - math.lgamma(df / 2) - math.log(df * math.pi) / 2
@@ -45,14 +49,39 @@ def _density(t: FloatArray, df: float) -> FloatArray:
 
 
 @functools.lru_cache(maxsize=256)
-def _t_nodes(df: float) -> tuple[FloatArray, FloatArray]:
-    """Points and weights (n,) that integrate against the density of Student's t, by the double exponential rule."""
-    step = 0.05
-    v = np.arange(-72, 73) * step
-    points = np.sinh(math.pi / 2 * np.sinh(v))
-    weights = _density(points, df) * math.pi / 2 * np.cosh(v) * np.cosh(math.pi / 2 * np.sinh(v)) * step
-    kept = weights > 1e-13
-    return points[kept], weights[kept]
+def _furthest(df: float) -> float:
+    """The t beyond which nothing counts."""
+    return float(stdtrit(df, 1 - _NEGLIGIBLE))
+
+
+def _points(centre: float, width: float, low: float, high: float) -> tuple[FloatArray, FloatArray]:
+    """Gauss-Legendre points and weights (n,) on [low, high], as dense around the centre as the width asks for."""
+    v_low, v_high = (math.asinh((end - centre) / width) for end in (low, high))
+    v = (v_low + v_high) / 2 + (v_high - v_low) / 2 * _NODES
+    return centre + width * np.sinh(v), (v_high - v_low) / 2 * _WEIGHTS * width * np.cosh(v)
+
+
+@functools.lru_cache(maxsize=1024)
+def _beyond(x: float, one: tuple[float, float], other: tuple[float, float]) -> tuple[float, float]:
+    """P(s1 T1 + s2 T2 > x) and its density there, x >= 0.
+
+    The integral over the narrower variable of its density and the wider one's tail. The first changes around 0, the
+    second around x / scale: each half of the way to there has points of its own.
+    """
+    (small, df_small), (large, df_large) = sorted([one, other])
+    if small < 1e-9 * large:
+        return float(stdtr(df_large, -x / large)), float(_density(np.array(x / large), df_large)) / large
+    furthest = _furthest(df_small)
+    turn = x / small
+    half = min(turn / 2, furthest)
+    points, weights = _points(0.0, 1.0, -furthest, half)
+    last = turn + max(furthest, large / small * _furthest(df_large))
+    if turn / 2 < furthest:
+        more = _points(turn, max(1.0, min(large / small, half)), half, last)
+        points, weights = np.concatenate([points, more[0]]), np.concatenate([weights, more[1]])
+    weights = weights * _density(points, df_small)
+    left = (x - small * points) / large
+    return float(weights @ stdtr(df_large, -left)), float(weights @ _density(left, df_large)) / large
 
 
 @dataclass(frozen=True)
@@ -64,15 +93,7 @@ class _SumOfT:
 
     def tail(self, x: float) -> float:
         """P(sum > x), right to six digits."""
-        (small, df_small), (large, df_large) = sorted([self.one, self.other])
-        points, weights = _t_nodes(df_small)
-        # of the wider one the distribution function, so that the integrand is smooth
-        return float(weights @ stdtr(df_large, (small * points - x) / large))
-
-    def _density(self, x: float) -> float:
-        (small, df_small), (large, df_large) = sorted([self.one, self.other])
-        points, weights = _t_nodes(df_small)
-        return float(weights @ _density((small * points - x) / large, df_large)) / large
+        return 1.0 - _beyond(-x, self.one, self.other)[0] if x < 0 else _beyond(x, self.one, self.other)[0]
 
     def quantile(self, alpha: float) -> float:
         """The x that the sum exceeds with probability alpha, in (0, 0.5]."""
@@ -81,12 +102,12 @@ class _SumOfT:
         # each exceeds its own quantile of alpha / 2 at most that often, so beyond their sum it is not
         low, high = 0.0, sum(scale * float(stdtrit(df, 1 - alpha / 2)) for scale, df in terms)
         for _ in range(100):  # Newton's steps on log P, halving where one leaves the bracket
-            p = self.tail(x)
+            p, density = _beyond(x, self.one, self.other)
             error = math.log(p / alpha)
             if abs(error) < 1e-9:
                 break
             low, high = (x, high) if error > 0 else (low, x)
-            x += error * p / self._density(x)
+            x += error * p / density
             if not low < x < high:
                 x = (low + high) / 2
         return x
@@ -184,6 +205,8 @@ def cluster_means(theta: FloatArray, clusters: Sequence[str]) -> FloatArray:
     who wrote most of them. `clusters`: one name per document.
     """
     assert theta.shape[1] == len(clusters), (theta.shape, len(clusters))
+    if len(set(clusters)) == len(clusters):
+        return theta
     names, index = np.unique(np.array(clusters), return_inverse=True)
     member = (index[:, None] == np.arange(len(names))).astype(np.float64)  # (n_documents, n_clusters)
     means: FloatArray = theta @ (member / member.sum(axis=0))

@@ -207,13 +207,17 @@ class _Measured:
     """Rows by claim, term and seed."""
 
     def __init__(self, measurements: Iterable[Measurement]) -> None:
-        self._by_key = {(m.evaluation.key, m.seed): m for m in measurements}
+        self._by_key = {(m.evaluation.key if m.evaluation.ctxs else m.evaluation, m.seed): m for m in measurements}
         # a document is the author's whichever evaluation says so: one that was stored earlier may not
         self._clusters = {document: name for m in self._by_key.values() for document, name in m.clusters.items()}
         self.seeds = sorted({seed for _, seed in self._by_key})
+        self._asked: dict[tuple[str, Term], Evaluation] = {}
 
     def of(self, claim: Claim, term: Term, seed: int) -> Measurement | None:
-        measurement = self._by_key.get((claim.evaluation(term), seed))
+        evaluation = self._asked.get((claim.id, term))
+        if evaluation is None:
+            evaluation = self._asked[claim.id, term] = claim.evaluation(term)
+        measurement = self._by_key.get((evaluation, seed))
         return measurement if measurement is not None and term.ctx in measurement.rows else None
 
     def clusters(self, documents: Iterable[str]) -> list[str]:
@@ -526,7 +530,7 @@ def _lr_problems(run: str, losses: Mapping[float, float] | None) -> list[str]:
 
 def _row_problems(claim: Claim, terms: Sequence[Term], measured: _Measured, seeds: Sequence[int]) -> list[str]:
     """Why no contrast of these terms can be computed; the first of each kind."""
-    documents: set[frozenset[str]] = set()
+    documents: Mapping[str, float] | None = None
     for term in terms:
         for seed in seeds:
             if measured.of(claim, term, seed) is None:
@@ -534,12 +538,12 @@ def _row_problems(claim: Claim, terms: Sequence[Term], measured: _Measured, seed
             row = measured.row(claim, term, seed)
             if row.status != "ok":
                 return [f"{term.text}, seed {seed}: {row.status}{f' ({row.reason})' if row.reason else ''}"]
-            if not all(math.isfinite(nll) for nll in row.nll.values()):
+            if not all(map(math.isfinite, row.nll.values())):
                 return [f"{term.text}, seed {seed}: a loss is not finite"]
-            documents.add(frozenset(row.nll))
-    if len(documents) > 1:
-        return ["documents differ between the evaluations"]
-    return ["no document was scored"] if documents == {frozenset[str]()} else []
+            documents = row.nll if documents is None else documents
+            if row.nll.keys() != documents.keys():
+                return ["documents differ between the evaluations"]
+    return [] if documents else ["no document was scored"]
 
 
 def _same_ground_problems(

@@ -18,8 +18,8 @@ def verdict_section(verdicts: Sequence[Mapping[str, Any]]) -> str:
         return ""
     intro = (
         "<p>A check compares two losses at equal targets: θ is their difference in nats, the logarithm of a ratio of "
-        "perplexities. It passes when the whole 95% interval of θ lies right of the threshold τ (the shaded side). "
-        "A claim passes when all its checks do.</p>"
+        "perplexities. It passes when θ lies right of the threshold τ (the shaded side) by more than its error. The "
+        "95% interval is drawn; the level of a look is stricter. A claim passes when all its checks do.</p>"
     )
     return section("verdicts", "Verdicts", intro + "".join(_verdict_card(item) for item in verdicts))
 

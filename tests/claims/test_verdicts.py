@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,9 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from scipy.stats import t
 
-from ropelab.claims import Claim, Measurement, Verdict, calibration, judge
-from ropelab.stats import two_way
+from ropelab.claims import Claim, Measurement, Training, Verdict, calibration, cell_digest, judge
+from ropelab.stats import Contrast, needed_seeds, two_way
 from tests.claims.synthetic import (
     CELL,
     CHECK,
@@ -34,6 +33,7 @@ from tests.claims.synthetic import (
     train,
     verdict_of,
 )
+from tests.sum_of_t import quantile, tail
 
 # In length equal, beyond it alibi ahead of rope by 0.5 nats: the claim holds. Or level, or the other way round.
 IN_LENGTH = {"alibi@128|last": 1.5, "rope@128|last": 1.5}
@@ -58,17 +58,22 @@ def test_theta_and_interval_by_hand(configs):
         [0, 1],
     )
     theta = [[y - x for x, y in zip(row_a, row_b, strict=True)] for row_a, row_b in zip(a, b, strict=True)]
-    seed_means = [statistics.mean(row) for row in theta]
-    doc_means = [statistics.mean(column) for column in zip(*theta, strict=True)]
-    by_seed, by_doc = statistics.variance(seed_means) / 2, statistics.variance(doc_means) / 6
+    seeds, documents = sources_of_error(theta)
     (check,) = verdict.checks
-    assert check.theta == pytest.approx(statistics.mean(seed_means))
-    df = (by_seed + by_doc) ** 2 / (by_seed**2 / 1 + by_doc**2 / 5)
-    half = t.ppf(0.975, df) * math.sqrt(by_seed + by_doc)
-    assert check.interval == pytest.approx((check.theta - half, check.theta + half))
-    assert check.p == pytest.approx(t.sf((check.theta - 0.2) / math.sqrt(by_seed + by_doc), df))
+    assert check.theta == pytest.approx(statistics.mean(statistics.mean(row) for row in theta))
+    half = quantile(0.025, seeds, documents)
+    assert check.interval == pytest.approx((check.theta - half, check.theta + half), rel=1e-4)
+    assert check.p == pytest.approx(tail(check.theta - 0.2, seeds, documents), rel=1e-4)
     assert (check.n_seeds, check.n_docs, check.in_length) == (2, 6, 0)
-    assert (verdict.verdict, verdict.one_seed) == ("PASS", False)
+    # with one degree of freedom between the seeds, 0.5 against 0.2 is no pass
+    assert (verdict.verdict, verdict.one_seed) == ("PASS" if check.p < 0.025 else "INCONCLUSIVE", False)
+
+
+def sources_of_error(theta: Sequence[Sequence[float]]) -> tuple[tuple[float, int], tuple[float, int]]:
+    """Scale and degrees of freedom of the mean over seeds (rows) and of that over documents (columns)."""
+    rows = [statistics.mean(row) for row in theta]
+    columns = [statistics.mean(column) for column in zip(*theta, strict=True)]
+    return tuple((statistics.stdev(x) / math.sqrt(len(x)), len(x) - 1) for x in (rows, columns))  # type: ignore[return-value]
 
 
 def test_pass(configs):
@@ -111,23 +116,39 @@ def test_open_says_what_it_needs(configs):
     assert needs == "more documents" or needs.startswith("about ")
 
 
-def test_needed_seeds_are_counted_from_the_seeds(configs):
-    """Documents agree, seeds do not: more seeds are what helps, and their number follows from the variance."""
+def test_needed_seeds_are_those_of_the_bound(configs):
+    """Documents agree, seeds do not: the claim asks for what `needed_seeds` says of its contrast."""
     offsets = [0.0, 0.2, 0.4]
-    claim = load_check(configs, tau=0.1)
+    claim = load_check(configs, tau=-0.2)
     verdict = verdict_of(claim, lambda t, s, d: 1.5 + (offsets[s] if t.startswith("rope@512") else 0) + 0.001 * (d % 2))
-    # theta 0.2 +- 4.303 * 0.2 / sqrt(3): (4.303 * 0.2 / 0.1)^2 = 74.05
     assert verdict.verdict == "INCONCLUSIVE"
-    assert verdict.checks[0].needs == "about 75 seeds"
+    contrast = two_way(np.array([[o] * DOCS for o in offsets]))
+    needed = needed_seeds(contrast, -0.2)
+    assert needed is not None
+    assert (verdict.needs, verdict.checks[0].needs) == (f"about {needed} seeds",) * 2
+    assert verdict.reason.endswith(f"needs about {needed} seeds")
 
 
 def test_needed_seeds_of_a_failure_follow_its_stricter_bound(configs):
     """Below tau the open question is a FAIL, at 0.025 / 2 for one of two checks."""
     offsets = [0.0, 0.2, 0.4]
-    claim = load(configs, checks=[{**CHECK, "tau": 0.3}, {**CHECK, "tau": -5}])
+    claim = load(configs, checks=[{**CHECK, "tau": 0.9}, {**CHECK, "tau": -5}])
     verdict = verdict_of(claim, lambda t, s, d: 1.5 + (offsets[s] if t.startswith("rope@512") else 0) + 0.001 * (d % 2))
-    # theta 0.2, t(0.9875; 2) = 6.205: (6.205 * 0.2 / 0.1)^2 = 154.02
-    assert verdict.checks[0].needs == "about 155 seeds"
+    contrast = two_way(np.array([[o] * DOCS for o in offsets]))
+    assert verdict.checks[0].needs == f"about {needed_seeds(contrast, 0.9, alpha=0.0125)} seeds"
+    assert verdict.checks[1].needs is None
+
+
+def test_needed_seeds_include_holms_correction(configs):
+    """Alone open or not: among ten claims a check asks for the seeds of a tenth of the level."""
+    loss = levels({**IN_LENGTH, "alibi": 1.5, "rope": 1.75}, spread=0.02)
+    claims = [bounded_claim(configs, f"claim{i}", loss, 0, 0.02) for i in range(10)]
+    verdicts = judge(claims, measure(claims, loss), train(claims), SEEDS)
+    assert {(v.verdict, v.raw_verdict) for v in verdicts} == {("INCONCLUSIVE", "PASS")}
+    contrast = verdicts[0].checks[0].contrast
+    assert contrast is not None
+    needed = needed_seeds(contrast, verdicts[0].checks[0].tau or 0, alpha=0.0025)
+    assert verdicts[0].needs == ("more documents" if needed is None else f"about {needed} seeds")
 
 
 def test_a_claim_needs_all_its_checks(configs):
@@ -170,6 +191,16 @@ def test_holm_turns_pass_into_inconclusive(configs):
     assert "passes alone (p = 0.01), not among 3 claims" in verdicts[0].reason
 
 
+def test_holm_turns_fail_into_inconclusive(configs):
+    loss = levels(HOLDS)
+    claims = [bounded_claim(configs, name, loss, 1, 0.010) for name in ("one", "two", "three")]
+    for n, expected in ((1, "FAIL"), (2, "FAIL"), (3, "INCONCLUSIVE")):
+        verdicts = judge(claims[:n], measure(claims[:n], loss), train(claims[:n]), SEEDS)
+        assert {verdict.verdict for verdict in verdicts} == {expected}
+        assert {verdict.raw_verdict for verdict in verdicts} == {"FAIL"}
+    assert "fails alone (p = 0.01), not among 3 claims" in verdicts[0].reason
+
+
 def test_holm_leaves_failures_and_strong_passes(configs):
     loss = levels(HOLDS)
     claims = [load(configs, "strong"), load_check(configs, "failing", tau=0.9), load_check(configs, "weak", tau=0.6)]
@@ -202,10 +233,51 @@ def test_one_seed_with_a_known_deviation(configs, seed_sd, expected):
     assert any(note.startswith("one seed") for note in verdict.notes)
     loss = levels(HOLDS)
     theta = [loss("rope@512|last", 0, d) - loss("alibi@512|last", 0, d) for d in range(DOCS)]
-    by_seed, by_doc = (1.5 * seed_sd) ** 2, statistics.variance(theta) / DOCS
-    df = (by_seed + by_doc) ** 2 / (by_seed**2 / 5 + by_doc**2 / (DOCS - 1))
-    half = t.ppf(0.975, df) * math.sqrt(by_seed + by_doc)
-    assert verdict.checks[0].interval == pytest.approx((statistics.mean(theta) - half, statistics.mean(theta) + half))
+    half = quantile(0.025, (3 * seed_sd, 5), (statistics.stdev(theta) / math.sqrt(DOCS), DOCS - 1))
+    expected = (statistics.mean(theta) - half, statistics.mean(theta) + half)
+    assert verdict.checks[0].interval == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_deviation_of_the_same_cell_is_pooled_and_only_then(configs):
+    """The calibration's digest covers the run's recipe with its text, the dtype, and the evaluation."""
+    loss = levels(HOLDS)
+    plain = load_check(configs, seed_sd=0.05, seed_sd_n=10)
+    facts = [replace(training, recipe="the recipe") for training in train([plain])]
+    digests = {name: cell_digest(plain, facts[0]) for name in plain.runs}
+    checks = [{**CHECK, "seed_sd": 0.05, "seed_sd_n": 10}]
+    claim = load(configs, checks=checks, calibrated=digests)
+
+    def contrast(changed: list[Training], of: Claim = claim) -> Contrast:
+        found = judge([of], measure([of], loss), changed, SEEDS)[0].checks[0].contrast
+        assert found is not None
+        return found
+
+    alone = judge([plain], measure([plain], loss), facts, SEEDS)[0].checks[0].contrast
+    assert alone is not None
+    assert (alone.seed_df, contrast(facts).seed_df) == (2, 11)
+    assert contrast(facts).seed_sd == pytest.approx(math.sqrt((2 * alone.seed_sd**2 + 9 * 0.05**2) / 11))
+    assert contrast([replace(t, recipe="another text") for t in facts]) == alone
+    assert contrast([replace(t, dtype="fp32") for t in facts]) == alone
+    assert contrast([*facts[:-1], replace(facts[-1], recipe="one seed")]) == alone
+    one_run = load(configs, checks=checks, calibrated={"a": digests["a"]})
+    assert contrast(facts, one_run) == alone
+
+
+def test_authors_are_the_texts_of_a_verdict(configs):
+    """Eight documents, three by one author: theta is the mean over six authors, with five degrees of freedom."""
+    claim = load(configs)
+    loss = levels(HOLDS, spread=0.1)
+    authors = {f"document{d}": "the same" for d in range(3)}
+    measurements = measure([claim], loss)
+    measurements[0] = replace(measurements[0], clusters=authors)  # one evaluation that knows is enough
+    (check,) = judge([claim], measurements, train([claim]), SEEDS)[0].checks
+    theta = np.array([[loss("rope@512|last", s, d) - loss("alibi@512|last", s, d) for d in range(DOCS)] for s in SEEDS])
+    texts = np.column_stack([theta[:, :3].mean(axis=1), theta[:, 3:]])
+    assert check.theta == pytest.approx(texts.mean())
+    assert (check.n_docs, check.n_clusters) == (8, 6)
+    half = quantile(0.025, *sources_of_error(texts.tolist()))
+    assert check.interval == pytest.approx((texts.mean() - half, texts.mean() + half), rel=1e-4)
+    assert check.as_json()["clusters"] == 6
 
 
 def test_size_is_informative(configs):
