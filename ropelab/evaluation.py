@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from ropelab.schema import EvalConfig
 
+LONGEST = 2**40  # tokens that --ctx can name: no text has so many
 MIN_DOCUMENTS = 6  # a span longer than the largest ctx is laid out only where this many documents hold it
 
 
@@ -49,6 +50,8 @@ def ladder(text: str | None, train_ctx: int) -> tuple[int, ...]:
         raise ValueError(f"--ctx takes a length such as 8192 or a list such as 512,8192, not '{text}'") from None
     if min(contexts) < 2:
         raise ValueError(f"--ctx needs lengths of at least 2 tokens, not {min(contexts)}")
+    if max(contexts) > LONGEST:
+        raise ValueError(f"--ctx takes lengths up to {LONGEST} tokens, not one of {len(str(max(contexts)))} digits")
     if exact:
         if sorted(set(contexts)) != contexts:
             raise ValueError(f"--ctx takes growing lengths, each once, not '{text}'")

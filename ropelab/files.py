@@ -224,8 +224,13 @@ def new_folder(final: Path) -> Iterator[Path]:
 
 
 def publish(temporary: Path, final: Path) -> bool:
-    """Rename a finished folder to its place; False when another process was first (its folder stays)."""
-    temporary.chmod(0o777 & ~_umask())
+    """Rename a finished folder to its place; False when another process was first (its folder stays).
+
+    What is in it gets the rights of files and folders that the user makes: safetensors makes private ones.
+    """
+    mask = _umask()
+    for path in (temporary, *temporary.rglob("*")):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
     sync_folder(temporary)
     try:
         temporary.rename(final)

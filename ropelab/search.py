@@ -48,6 +48,9 @@ Fitness = Callable[[Candidate], float]
 """What is minimised; NaN counts as infinity. Called once for each candidate."""
 
 
+MOST = 10**6  # of any of a search's counts
+
+
 @dataclass(frozen=True)
 class SearchConfig:
     """Sizes of a search: the values are in `configs/search/longrope.yaml`. Keys are `search.<field>`."""
@@ -71,8 +74,9 @@ class SearchConfig:
             "population": 2, "mutations": 0, "crossovers": 0, "iterations": 0, "parents": 2, "samples": 1,
             "short_iterations": 0,
         }.items():  # fmt: skip
-            if getattr(self, key) < least:
-                raise ValueError(f"search.{key} must be >= {least}, not {getattr(self, key)}")
+            if not least <= getattr(self, key) <= MOST:
+                size = getattr(self, key) if abs(getattr(self, key)) < 10**30 else "a number of more than 30 digits"
+                raise ValueError(f"search.{key} must be from {least} to {MOST}, not {size}")
         if not 0 < self.mutation_probability <= 1:
             raise ValueError(f"search.mutation_probability must be in (0, 1], not {self.mutation_probability}")
         if not 0 < self.step <= 1:

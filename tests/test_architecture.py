@@ -38,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "claims": {"schema", "stats"},
     "config": {"schema"},
     "data": {"files", "schema"},
-    "runs": {"files", "schema"},
+    "runs": {"__init__", "files", "schema"},
     "stacking": {"attention", "model", "positions", "schema", "training"},
     "tracking": {"schema"},
     "report": {"figures", "files"},

@@ -14,6 +14,7 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -289,6 +290,94 @@ BAD_TRAIN: list[tuple[list[str], Sequence[str]]] = [
 ]  # fmt: skip
 
 
+DIGITS = "1" * 400
+LONG: list[tuple[list[str], Sequence[str]]] = [
+    (["train", f"model.n_layer={DIGITS}"], ["model.n_layer", "below 2**63", "400 digits"]),
+    (["train", f"seed={DIGITS}"], ["seed", "400 digits"]),
+    (["train", f"train.lr={DIGITS}"], ["train.lr", "> 0, not inf"]),
+    (["train", f"train.keep=[{DIGITS}]"], ["train.keep"]),
+    (["train", "positions=randomized", f"positions.max_ctx={DIGITS}"], ["positions.max_ctx", "400 digits"]),
+    (["train", f"train.steps={DIGITS * 20}"], ["train.steps", "a whole number"]),
+    (["train", "--scaling", "linear", "--factor", DIGITS], ["scaling.factor"]),
+    (["show", "--pos", "fire", f"pos.width={DIGITS}"], ["pos.width", "400 digits"]),
+    (["show", "--pos", "rope", "--ctx", DIGITS], ["--ctx takes one length"]),
+    (["eval", "ROPE", "--ctx", DIGITS], ["--ctx takes lengths up to", "400 digits"]),
+    (["eval", "ROPE", "--ctx", f"32,{DIGITS}"], ["--ctx takes lengths up to"]),
+    (["eval", "ROPE", f"eval.tokens={DIGITS}"], ["eval.tokens", "400 digits"]),
+    (["search", "longrope", "--ctx", DIGITS], ["--ctx takes one number"]),
+    (["search", "longrope", "ROPE", "--ctx", "64", f"search.population={DIGITS}"], ["search.population", "to 1000000"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "says"), LONG, ids=[" ".join(row[0])[:40] for row in LONG])
+def test_a_number_of_400_digits_is_a_mistake(refused: Refusals, arguments: list[str], says: Sequence[str]) -> None:
+    line = refused(*(refused.lab.rope if item == "ROPE" else item for item in arguments), says=says)
+    assert len(line) < 600
+
+
+LARGE: list[tuple[list[str], Sequence[str]]] = [
+    (["train", "train.ctx=100000000"], ["training takes at least", "GB are free", "use train.ctx="]),
+    (["train", "train.ctx=999999999999"], ["training takes at least", "use train.ctx="]),
+    (["train", "model.n_layer=1000000000"], ["use model.n_layer="]),
+    (["train", "model.d_model=100000000"], ["use model.d_model="]),
+    (["train", "train.batch_size=1000000000000"], ["use train.batch_size="]),
+    (["train", "train.batch_size=65536", "train.ctx=1024"], ["use train.micro_batch_size="]),
+    (["train", "pos=fire", "pos.width=1000000000000"], ["pos.width="]),
+    (["train", "pos=t5", "pos.buckets=1000000000000000000", "pos.max_distance=1000000000000000000"], ["pos.buckets="]),
+    (["train", "pos=sandwich", "pos.d=1000000000000"], ["pos.d must be even and from 2 to 65536"]),
+    (["train", "positions=randomized", "positions.max_ctx=100000000000000"], ["positions.max_ctx="]),
+    (["train", "pos=learned", "train.ctx=10000000000"], ["use train.ctx="]),
+    (["train", "pos=cable", "model.n_layer=1000000000000"], ["use model.n_layer="]),
+    (["sweep", "pos=rope,alibi", "train.ctx=999999999999999", "--dry-run"], ["more than any machine has"]),
+    (["verify-resume", "train.ctx=999999999999"], ["use train.ctx="]),
+    (["show", "--pos", "rope", "model.d_model=1000000000", "model.n_head=1"], ["alone takes", "model.d_model"]),
+    (["show", "--pos", "sinusoidal", "model.d_model=10000000", "--ctx", "1048576"], ["use --ctx", "model.d_model"]),
+    (["show", "--attention", "model.d_model=1000000000"], ["takes", "model.d_model"]),
+    (["bench", "train", "train.ctx=100000000"], ["use train.ctx="]),
+    (["bench", "eval", "--ctx", "999999999999,"], ["use --ctx"]),
+    (["bench", "attention", "--ctx", "999999999999,"], ["use --ctx"]),
+    (["bench", "many", "--models", "10000000"], ["fewer of them at once"]),
+    (["bench", "start", "--vocab", "1000000000000"], ["training takes at least"]),
+    (["eval", "ROPE", "--ctx", "999999999999"], ["no test document is long enough", "use --ctx"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "says"), LARGE, ids=[" ".join(row[0]) for row in LARGE])
+def test_what_no_memory_holds_is_refused_before_it_is_made(
+    refused: Refusals, monkeypatch: pytest.MonkeyPatch, arguments: list[str], says: Sequence[str]
+) -> None:
+    """In a line with what would fit; neither a model nor a record of positions of that size is tried."""
+    began = time.monotonic()
+    if arguments[0] == "sweep":
+        done = invoke(*arguments)
+        assert done.exit_code == 2
+        assert all(word in done.stderr for word in says), done.stderr
+    else:
+        refused(*(refused.lab.rope if item == "ROPE" else item for item in arguments), says=says)
+    assert time.monotonic() - began < 60
+
+
+def test_memory_that_ends_during_the_work_is_a_line(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ropelab import experiment
+
+    for error in (
+        MemoryError(), RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nIf reserved ..."),
+    ):  # fmt: skip
+
+        def full(*_: Any, error: Exception = error, **__: Any) -> Any:
+            raise error
+
+        monkeypatch.setattr(experiment, "train", full)
+        done = invoke("train")
+        assert done.exit_code == 1
+        (line,) = done.stderr.splitlines()
+        assert line.startswith("ropelab: out of memory (")
+        assert "smaller" in line
+    monkeypatch.setattr(experiment, "train", lambda *_, **__: [][1])
+    assert isinstance(invoke("train").exception, IndexError)  # our own faults keep their traceback
+
+
 @pytest.mark.parametrize(("arguments", "says"), BAD_TRAIN, ids=[" ".join(row[0]) for row in BAD_TRAIN])
 def test_train_refuses(refused: Refusals, arguments: list[str], says: Sequence[str]) -> None:
     refused("train", *refused.lab.tiny(*(item for item in arguments if "=" in item)), *(
@@ -430,8 +519,10 @@ def test_usage_errors_are_one_line(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"), [([], "reproduce"), (["--version"], "ropelab 0."), (["runs", "--help"], "rm")]
-)
+    ("arguments", "says"),
+    [([], "reproduce"), (["--version"], "ropelab 0."), (["runs", "--help"], "rm"), (["-h"], "--version"),
+     (["--help"], "-h, --help"), (["runs", "-h"], "rm")],
+)  # fmt: skip
 def test_help_and_version(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
 ) -> None:
@@ -441,6 +532,16 @@ def test_help_and_version(
     printed = capsys.readouterr()
     assert says in printed.out
     assert printed.err == ""
+
+
+def test_help_offers_only_what_a_command_takes() -> None:
+    """`train` takes its length as train.ctx=N, and says so to whoever types --ctx."""
+    offered = good("train", "--help").stdout
+    assert "--ctx" not in offered
+    assert "--pos" in offered
+    for name in ("-h", "--help"):
+        for command in ("train", "eval", "sweep", "search", "bench", "export", "import", "verify-resume"):
+            assert good(command, name).stdout.startswith("Usage: "), command
 
 
 HEAVY = ("torch", "hydra", "omegaconf", "wandb", "datasets", "tokenizers", "matplotlib", "plotly", "scipy", "numpy")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from ropelab import config, experiment, model
 from ropelab.experiment import memory
 from ropelab.experiment.memory import plan
 from ropelab.model import GPT, pass_bytes
-from ropelab.positions import ENCODINGS, Geometry, PositionEncoding, build
+from ropelab.positions import ENCODINGS, Geometry, PositionEncoding, build, learned_numbers
 from ropelab.schema import Method, ModelConfig
 from tests.test_positions import method
 
@@ -119,3 +120,80 @@ def test_the_limit_of_a_job_counts_as_the_machine(tmp_path: Path, monkeypatch: p
     (tmp_path / "memory.max").write_text("max\n")
     free = memory.free_bytes(CPU)
     assert free is None or free > 3000000
+
+
+# --- training -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pos", ENCODINGS)
+def test_what_an_encoding_learns_is_counted_without_making_it(pos: str) -> None:
+    shape = ModelConfig("test", n_layer=3, d_model=16, n_head=2, qk_norm=False)
+    built = build(method("pos", pos), experiment.NO_SCALING, Geometry.of(shape, 64))
+    counted, pairs = learned_numbers(method("pos", pos), shape, 64)
+    assert counted == sum(parameter.numel() for parameter in built.parameters())
+    assert (pairs > 0) == (pos == "fire")
+
+
+def test_a_training_that_does_not_fit_names_what_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The setting that is named, set as it is said, is planned within what is free."""
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 10**9)
+
+    def refusal(*settings: str) -> str:
+        resolved = config.load(settings)
+        with pytest.raises(ValueError, match="training takes at least") as refused:
+            memory.check_training(resolved, CPU, original_ctx=resolved.train.ctx)
+        return str(refused.value)
+
+    for large in (
+        ["train.ctx=65536"], ["model.n_layer=2048"], ["model.d_model=8192"], ["train.batch_size=32768"],
+        ["pos=fire", "pos.width=65536"], ["positions=randomized", "positions.max_ctx=1000000000"],
+        ["train.ctx=4096", "model.n_layer=8"],
+    ):  # fmt: skip
+        said = refusal(*large)
+        offered = re.findall(r"[a-z_]+\.[a-z_]+=\w+", said)
+        assert offered, said
+        for change in offered:
+            key = change.partition("=")[0]
+            fitting = config.load([*(item for item in large if item.partition("=")[0] != key), change])
+            memory.check_training(fitting, CPU, original_ctx=fitting.train.ctx)
+    assert "train.activation_checkpointing=true" in refusal("train.ctx=32768", "train.batch_size=2", "model.n_layer=20",
+                                                           "train.micro_batch_size=1")  # fmt: skip
+    memory.check_training(config.load(["train.ctx=65536"]), CPU, original_ctx=65536, elsewhere=True)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: None)
+    memory.check_training(config.load(["train.ctx=65536"]), CPU, original_ctx=65536)
+
+
+def _trained(settings: list[str]) -> tuple[int, int]:
+    """(bytes planned, bytes taken) by a training step in this fresh process."""
+    torch.set_num_threads(1)
+
+    def field(name: str) -> int:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return 1024 * int(next(line.split()[1] for line in lines if line.startswith(name)))
+
+    from ropelab.bench.ours import training
+
+    tiny = {"train.ctx": "16", "model.d_model": "16", "model.n_layer": "1", "model.n_head": "2"}
+    given = {item.partition("=")[0]: item.partition("=")[2] for item in settings}
+    small = config.load([f"{key}={value}" for key, value in {**given, **tiny}.items()])
+    training(small, torch.float32, 257).turn()  # libraries load their kernels on the first call
+    before = field("VmRSS")
+    resolved = config.load(settings)
+    training(resolved, torch.float32, 257).turn()
+    return memory.training_bytes(resolved, 257, CPU, original_ctx=resolved.train.ctx), field("VmHWM") - before
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+@pytest.mark.parametrize("pos", ["rope", "alibi", "learned", "cable", "fire"])
+@pytest.mark.parametrize(
+    "shape",
+    [["train.ctx=2048", "train.batch_size=4", "model.d_model=128", "model.n_layer=4"],
+     ["train.ctx=64", "train.batch_size=2", "model.d_model=1024", "model.n_layer=4", "model.n_head=8"]],
+    ids=["activations", "weights"],
+)  # fmt: skip
+def test_a_training_step_takes_at_least_what_was_planned(pos: str, shape: list[str]) -> None:
+    """Else what fits would be refused; and at most six times that, or the plan would say nothing."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        planned, taken = pool.apply(_trained, ([f"pos={pos}", "train.dtype=fp32", "device=cpu", *shape],))
+    assert planned <= taken <= 6 * planned

@@ -21,6 +21,7 @@ import pytest
 from rich.console import Console
 
 from ropelab import report
+from ropelab.report.results import csv_text
 
 LADDER = (128, 256, 512, 1024)
 HOSTILE = "</script><img src=x onerror=alert(1)>"
@@ -170,6 +171,22 @@ def test_csv_is_one_line_a_row(folder: Path) -> None:
         assert line["window"] == ("" if item["window"] is None else str(item["window"]))
         for key, value in (("ppl", row["ppl"]), ("nll", row["nll"]), ("ci95_high", (row["ci95"] or [None, None])[1])):
             assert (float(line[key]) if line[key] else None) == value
+
+
+FORMULAS = ("=HYPERLINK(1)", "+1+cmd", "-2+3", "@SUM(A1)", "\t=1", "\r=1", "-a\r=1")
+
+
+@pytest.mark.parametrize("formula", FORMULAS)
+def test_no_text_of_a_stranger_is_a_formula_in_csv(formula: str) -> None:
+    """Names, encodings and reasons behind an apostrophe; numbers, spelled ones too, stay numbers."""
+    row = {**EVALS[0]["rows"][0], "reason": formula, "nll": -0.5, "status": formula, "ppl": "-1e-3"}
+    protocol = {**EVALS[0]["protocol"], "name": formula}
+    changed = {"run": formula, "pos": formula, "data": formula, "scaling": formula, "protocol": protocol, "rows": [row]}
+    (line,) = csv.DictReader(StringIO(csv_text([{**EVALS[0], **changed}]), newline=""))
+    for key in ("run", "pos", "data", "scaling", "protocol", "reason", "status"):
+        assert line[key] == "'" + formula.replace("\r", "\n"), key
+    assert (line["nll"], line["ppl"]) == ("-0.5", "-1e-3")
+    assert not any(value.startswith(("=", "+", "@", "\t", "\r")) for value in line.values())
 
 
 def test_page_loads_nothing(page: Page) -> None:

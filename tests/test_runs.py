@@ -667,4 +667,4 @@ def test_a_manifest_that_is_none_is_said_in_a_line(tmp_path: Path) -> None:
 def test_a_runs_dir_that_is_a_file_is_the_users_mistake(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(ValueError, match="choose another with runs_dir=FOLDER"):
-        runs.open_runs_dir(str(tmp_path / "file"))
+        runs.check_runs_dir(str(tmp_path / "file"))

@@ -6,6 +6,7 @@ interrupted after saving. Heavy imports happen inside the commands, so that `--h
 
 from __future__ import annotations
 
+import signal
 import sys
 
 import typer
@@ -16,7 +17,7 @@ from ropelab.cli import training, evaluating, sweeping, judging, searching, show
 from ropelab.cli import exchanging, timing  # noqa: F401
 
 # isort: on
-from ropelab.cli.options import app, one_line, say
+from ropelab.cli.options import app, drop_output, one_line, open_streams, say
 
 __all__ = ["app", "main"]
 
@@ -26,17 +27,21 @@ UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
 def main() -> None:
     """Entry point of the `ropelab` command."""
-    if sys.argv[1:] == ["--version"]:
-        from ropelab import __version__
-
-        print(f"ropelab {__version__}")
-        return
+    open_streams()
     try:
         status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        sys.stdout.flush()
     except UsageError as error:
         status = 2
         say(one_line(error.format_message()))  # type: ignore[attr-defined]
     except typer.Abort:
         status = 1
         say(one_line("nothing was done; answer y, or add --yes"))
+    except BrokenPipeError:
+        drop_output()
+        status = 128 + signal.SIGPIPE
+    except OSError as error:  # of the output itself: what a command does is reported by it
+        drop_output()
+        status = 1
+        say(one_line(f"what it says cannot be written ({error.strerror})"))
     sys.exit(status)

@@ -19,9 +19,12 @@ from ropelab.cli.options import (
     Scaling,
     app,
     check_output,
+    counted,
     one_line,
     option,
     print_json,
+    print_table,
+    print_text,
     reported,
     say,
     separate,
@@ -118,11 +121,9 @@ def evaluate(
         if as_json:
             print_json(results[0] if len(results) == 1 else {"results": results})
         else:
-            from rich.console import Console
-
             from ropelab import report
 
-            Console().print(report.terminal_table(results))
+            print_table(report.terminal_table(results))
         if output is not None or not as_json:
             from ropelab import figures
 
@@ -198,7 +199,7 @@ def make_report(
             raise ValueError(f"no run of {', '.join(named)} is done; `ropelab status {named[0]}` says how they stand")
         check_output(output, picture=False)
         where = f"in {runs_dir if not named else ', '.join(named)}"
-        print(write_report(found or runs.all_runs(runs_dir), output, where, only, leave_out=not named))
+        print_text(write_report(found or runs.all_runs(runs_dir), output, where, only, leave_out=not named))
 
 
 def _sweep_of(name: str, runs_dir: Path) -> Sweep | None:
@@ -238,6 +239,7 @@ def write_report(
             say(one_line(f"left out: {error}"))
     if not evals:
         raise ValueError(f"no evaluation {where}; run `ropelab eval` first")
+    say(f"making the report of {counted(len(evals), 'evaluation')} ...")
     from ropelab import report
     from ropelab.experiment.diagnosing import diagnosis
 

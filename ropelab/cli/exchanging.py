@@ -9,6 +9,7 @@ import typer
 
 from ropelab.cli.evaluating import EVAL_KEYS, scalings_of, text_of
 from ropelab.cli.options import (
+    MOST,
     Factor,
     Json,
     Overrides,
@@ -18,6 +19,7 @@ from ropelab.cli.options import (
     fail,
     option,
     print_json,
+    print_text,
     reported,
     say,
 )
@@ -35,7 +37,8 @@ def export_run(
     scaling: Scaling = None,
     factor: Factor = None,
     max_ctx: Annotated[
-        int | None, typer.Option("--max-ctx", metavar="N", help="Tokens that the model is for; tables reach so far.")
+        int | None,
+        typer.Option("--max-ctx", max=MOST, metavar="N", help="Tokens that the model is for; tables reach so far."),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -75,7 +78,7 @@ def export_run(
             fail(1, f"{huggingface.parity_line(done.parity)}; {output} is not written")
         say(huggingface.parity_line(done.parity))
         if not as_json:
-            print(output)
+            print_text(output)
 
 
 @app.command("import")
@@ -106,4 +109,4 @@ def import_checkpoint(
         if as_json:
             print_json({"run": run.name, "run_dir": str(run.path), "status": "done", "skipped": known})
         else:
-            print(run.name)
+            print_text(run.name)

@@ -14,6 +14,7 @@ from ropelab.cli.options import (
     app,
     plain,
     print_json,
+    print_text,
     print_tree,
     reported,
     say,
@@ -74,7 +75,7 @@ def list_runs(
         for row in rows:
             loss = "" if row["val_nll"] is None else f"val {row['val_nll']:.4f}"
             length = f"L={row['train_ctx'] or '?'}"
-            print(plain(f"{row['run']:<44} {row['status']:<12} {length:<8} {loss}  {row['error'] or ''}".rstrip()))
+            print_text(plain(f"{row['run']:<44} {row['status']:<12} {length:<8} {loss}  {row['error'] or ''}".rstrip()))
 
 
 def _wanted(settings: list[str]) -> dict[str, list[str]]:
@@ -131,7 +132,7 @@ def _remove(found: list[Any], *, yes: bool) -> None:
 
     for run in found:
         files.own(run.path, run.path.parent)  # before anybody is asked
-        if not yes and not typer.confirm(f"Remove {run.path} and its checkpoints and results?", err=True):
+        if not yes and not typer.confirm(plain(f"Remove {run.path} and its checkpoints and results?"), err=True):
             continue
         with run.locked():
             files.remove(run.path, within=run.path.parent)
@@ -160,7 +161,7 @@ def prepare_data(
                 return
             for info in found:
                 present = {True: "here", False: "not here", None: "give data.path"}[info["present"]]
-                print(f"{info['name']:<12} {present:<16} {info['summary']}")
+                print_text(f"{info['name']:<12} {present:<16} {info['summary']}")
         elif action == "prepare":
             from ropelab.progress import Bar
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import os
 import signal
@@ -11,11 +12,14 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from ropelab.ranks import Elsewhere, launched
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 app = typer.Typer(
     name="ropelab",
@@ -25,8 +29,28 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+
+def _version(asked: bool) -> None:
+    if asked:
+        from ropelab import __version__
+
+        print_text(f"ropelab {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _ropelab(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """What stands before the command."""
+
+
+MOST = 2**40  # that an option which counts something takes
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings, such as model=small.")]
 RunsAndOverrides = Annotated[
     list[str] | None, typer.Argument(metavar="[RUN | KEY=VALUE]...", help="Runs, and settings such as eval.last=128.")
@@ -41,6 +65,37 @@ Ctx = Annotated[
 ]
 Protocol = Annotated[list[str] | None, typer.Option("--protocol", metavar="NAME", help="eval.protocol=NAME.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+class Log(io.FileIO):
+    """A place for what is said beside the work: when it is full or nobody reads it, the work goes on."""
+
+    def write(self, said: Any) -> int:
+        try:
+            return super().write(said) or 0
+        except OSError:
+            return len(said)
+
+
+def open_streams() -> None:
+    """Have an output for what is said, whatever the program was started with.
+
+    A closed stdout or stderr becomes /dev/null: what is said is lost, the work is not, and no file that is opened later
+    gets its number. Letters that a terminal's encoding lacks are spelled out, as \\u2013, instead of ending the work.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free, which is this one
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(1, "w", encoding="utf-8")
+    if sys.stderr is sys.__stderr__:
+        encoding = "utf-8" if sys.stderr is None else sys.stderr.encoding
+        log = io.BufferedWriter(Log(2, "w", closefd=False))
+        sys.stderr = io.TextIOWrapper(log, encoding=encoding, errors="backslashreplace", line_buffering=True)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 @contextlib.contextmanager
@@ -62,7 +117,7 @@ def reported(*, over_ranks: bool = False) -> Iterator[None]:
     except ValueError as error:
         fail(status_of(error), str(error))
     except BrokenPipeError:  # whoever read it has seen enough, as in `ropelab show | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at the end must not fail again
+        drop_output()
         raise typer.Exit(128 + signal.SIGPIPE) from None
     except OSError as error:
         fail(status_of(error), str(error))
@@ -73,9 +128,29 @@ def reported(*, over_ranks: bool = False) -> Iterator[None]:
     except Exception as error:
         if type(error).__name__ in ("Interrupted", "NonFiniteLossError"):
             fail(status_of(error), str(error))
+        if out_of_memory(error):
+            reason = " ".join(str(error).split())[:200] or "no more is given"
+            fail(
+                1,
+                f"out of memory ({reason}); make train.micro_batch_size, a length or the model smaller, or use a "
+                "machine with more",
+            )
         if str(error) == "Could not determine home directory.":  # of a path such as ~nobody/runs
             fail(2, "a path begins with ~ and the name of no user of this machine; write it in full")
         raise
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Is it that there is no more memory, as Python, NumPy and torch say it?"""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    words = ("can't allocate memory", "not enough memory", "Storage size calculation overflowed", "out of memory")
+    return named or (isinstance(error, RuntimeError) and any(word in str(error) for word in words))
+
+
+def drop_output() -> None:
+    """Nothing more can be printed: the flush at the end must not fail again."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def status_of(error: BaseException) -> int:
@@ -102,12 +177,17 @@ def plain(text: str) -> str:
     return "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
 
 
+def counted(number: int, what: str) -> str:
+    """`1 run`, `2 runs`."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 def say(message: str) -> None:
     """A line on stderr: of several processes that share a command, the first one's."""
     with contextlib.suppress(ValueError):
         if (launch := launched()) is not None and launch.rank:
             return
-    typer.echo(message, err=True)
+    typer.echo(plain(message), err=True)
 
 
 def option(overrides: list[str], option: str, key: str, values: list[str] | None) -> None:
@@ -142,6 +222,25 @@ def print_json(data: Any) -> None:
     print(json.dumps(data, allow_nan=False))
 
 
+def print_text(text: object = "") -> None:
+    """Lines on stdout, `plain`."""
+    print("\n".join(plain(line) for line in str(text).split("\n")))
+
+
+def print_table(table: RenderableType) -> None:
+    """What rich draws, on stdout, its text `plain`."""
+    from rich.console import Console
+    from rich.segment import Segment, Segments
+
+    console = Console()
+    drawn = [
+        part if part.control or part.text == "\n" else Segment(plain(part.text), part.style)
+        for line in console.render_lines(table, pad=False, new_lines=True)
+        for part in line
+    ]
+    console.print(Segments(drawn), end="")
+
+
 def separate(arguments: list[str]) -> tuple[list[str], list[str]]:
     """(runs, overrides): a path that exists is a run even when its name holds '='."""
     from ropelab.runs import is_run
@@ -156,4 +255,4 @@ def print_tree(tree: dict[str, Any], *, as_json: bool) -> None:
         return
     import yaml
 
-    print(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), end="")
+    print_text(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True).rstrip("\n"))

@@ -15,6 +15,8 @@ from ropelab.cli.options import (
     check_writable,
     option,
     print_json,
+    print_table,
+    print_text,
     reported,
     say,
     separate,
@@ -103,7 +105,7 @@ def search(
                 f"random search found better factors on the search set ({drawn:.4f} against {best:.4f} nats): this "
                 "search is too small; raise search.population and search.iterations"
             )
-        print(output or path)
+        print_text(output or path)
 
 
 def _one(name: str, values: list[str] | None, missing: str | None) -> float | None:
@@ -115,14 +117,13 @@ def _one(name: str, values: list[str] | None, missing: str | None) -> float | No
     (text,) = values[:1] if len(values) == 1 else [", ".join(values)]
     try:
         number = float(text) if name == "--factor" else float(int(text))
-    except ValueError:
-        raise ValueError(f"{name} takes one number here, not '{text}'") from None
+    except (ValueError, OverflowError):
+        raise ValueError(f"{name} takes one number here, not '{text[:80]}'") from None
     return number
 
 
 def _print(result: dict[str, Any]) -> None:
     """The comparison, and what was found."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -142,14 +143,14 @@ def _print(result: dict[str, Any]) -> None:
         for row in part["rows"]:
             numbers = [_cell(row["search_nll"], 4), _cell(row["nll"], 4), _cell(row["ppl"], 3)]
             table.add_row(Text(row["name"]), *numbers)
-        Console().print(table)
-    print(
+        print_table(table)
+    print_text(
         f"{searched['evaluations']} candidates on {searched['documents']['windows']} validation windows, as many at "
         f"random; the test text is other documents. n-hat {result['start_tokens']}, attention factor "
         f"{result['attention_factor']:.4f}, factors {' '.join(f'{value:.4g}' for value in result['long_factors'])}"
     )
     if result["short_factors"]:
-        print(f"short factors {' '.join(f'{value:.4g}' for value in result['short_factors'])}")
+        print_text(f"short factors {' '.join(f'{value:.4g}' for value in result['short_factors'])}")
 
 
 def _cell(value: float | None, places: int) -> str:

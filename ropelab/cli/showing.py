@@ -20,6 +20,8 @@ from ropelab.cli.options import (
     check_output,
     option,
     print_json,
+    print_table,
+    print_text,
     print_tree,
     reported,
     say,
@@ -110,15 +112,17 @@ def _list_methods(*, as_json: bool) -> None:
         print_json(listed)
         return
     for group, rows in table.items():
-        print(TITLES[group])
+        print_text(TITLES[group])
         for name, (summary, paper) in rows.items():
-            print(f"  {name:<20} {summary}")
+            print_text(f"  {name:<20} {summary}")
             if group == "scaling" and name != "none":
                 paper = f"for {', '.join(applies[name] or ['any encoding'])}" + ("" if paper == "-" else f"; {paper}")
             if paper != "-":
-                print(f"  {'':<20} {paper}")
-        print()
-    print("The numbers of one: ropelab show --pos rope --scaling yarn --factor 8 --ctx 1024; -o FILE.png draws them.")
+                print_text(f"  {'':<20} {paper}")
+        print_text()
+    print_text(
+        "The numbers of one: ropelab show --pos rope --scaling yarn --factor 8 --ctx 1024; -o FILE.png draws them."
+    )
 
 
 # --- kernels --------------------------------------------------------------------------------------------------------
@@ -132,20 +136,23 @@ def _show_kernels(settings: list[str], ctx: list[str] | None, *, as_json: bool) 
     resolved = config.load(settings)
     named = any(item.startswith("pos=") for item in settings) or resolved.scaling.name != "none"
     from ropelab.experiment.kernels import kernels
+    from ropelab.experiment.memory import check_shown
 
+    length = _one_length(ctx) or EVALUATED
+    check_shown(resolved, length)
     methods = [resolved.pos] if named else [config.load([f"pos={name}"]).pos for name in config.choices("pos")]
-    rows = kernels(resolved, methods, [_one_length(ctx) or EVALUATED])
+    rows = kernels(resolved, methods, [length])
     if as_json:
         print_json({"attention": rows})
         return
     trained, evaluated = rows[0::2], rows[1::2]
     columns = [f"{row['use']}, {row['ctx']} tokens, {row['dtype']}" for row in rows[:2]]
-    print(f"{'on ' + rows[0]['device']:<20} {columns[0]:<30} {columns[1]}")
+    print_text(f"{'on ' + rows[0]['device']:<20} {columns[0]:<30} {columns[1]}")
     for one, other in zip(trained, evaluated, strict=True):
-        print(f"{one['pos']:<20} {one['kernel'] or 'undefined':<30} {other['kernel'] or 'undefined'}")
-    print()
+        print_text(f"{one['pos']:<20} {one['kernel'] or 'undefined':<30} {other['kernel'] or 'undefined'}")
+    print_text()
     for kernel, what in sorted({(row["kernel"], row["what"]) for row in rows if row["kernel"]}):
-        print(f"{kernel:<14} {what}")
+        print_text(f"{kernel:<14} {what}")
 
 
 # --- a method, and a run --------------------------------------------------------------------------------------------
@@ -155,9 +162,12 @@ def _show_method(settings: list[str], ctx: list[str] | None, *, as_json: bool, o
     from ropelab import config
 
     resolved = config.load(settings)
+    length = _one_length(ctx) or resolved.train.ctx
     from ropelab import show as shown
+    from ropelab.experiment.memory import check_shown
 
-    numbers = shown.numbers(resolved, ctx=_one_length(ctx) or resolved.train.ctx)
+    check_shown(resolved, length)
+    numbers = shown.numbers(resolved, ctx=length)
     numbers |= _changed(resolved.pos, resolved.scaling)
     _draw(numbers, output)
     if as_json:
@@ -261,34 +271,38 @@ def _print_numbers(numbers: dict[str, Any]) -> None:
     from ropelab import config
 
     summary, paper = config.summaries("pos")[numbers["pos"]]
-    print(f"pos {numbers['pos']}: {summary}\n  {paper}")
+    print_text(f"pos {numbers['pos']}: {summary}\n  {paper}")
     if numbers["scaling"] != "none":
         summary, paper = config.summaries("scaling")[numbers["scaling"]]
         factor = "" if numbers["factor"] is None else f", factor {numbers['factor']:g}"
-        print(f"scaling {numbers['scaling']}{factor}: {summary}\n  {paper}")
-    print(f"train_ctx {numbers['train_ctx']}, ctx {numbers['ctx']}, {numbers['n_head']} heads of {numbers['d_head']}")
+        print_text(f"scaling {numbers['scaling']}{factor}: {summary}\n  {paper}")
+    print_text(
+        f"train_ctx {numbers['train_ctx']}, ctx {numbers['ctx']}, {numbers['n_head']} heads of {numbers['d_head']}"
+    )
     for note in numbers["notes"]:
-        print(f"note: {note}")
+        print_text(f"note: {note}")
     if numbers["rotation"] is not None:
         _print_rotation(numbers)
     if numbers["bias"] is not None:
         distances = [d for d in (0, 1, 2, 4, 16, 64, 256, 1024, 4096) if d < numbers["ctx"]]
-        print("bias by distance\nhead" + "".join(f"{d:>12}" for d in distances))
+        print_text("bias by distance\nhead" + "".join(f"{d:>12}" for d in distances))
         for head, row in enumerate(numbers["bias"]["by_distance"]):
-            print(f"{head + 1:>4}" + "".join(f"{row[d] + 0.0:>12.5g}" for d in distances))
+            print_text(f"{head + 1:>4}" + "".join(f"{row[d] + 0.0:>12.5g}" for d in distances))
     if numbers["embedding"] is not None:
         rows, columns = len(numbers["embedding"]), len(numbers["embedding"][0])
         scale = numbers["embedding_scale"]
         times = "" if scale is None else f", times {scale:.4g}"
-        print(f"embedding table of {rows} positions x {columns} dimensions{times}; -o FILE.png draws it, --json has it")
+        print_text(
+            f"embedding table of {rows} positions x {columns} dimensions{times}; -o FILE.png draws it, --json has it"
+        )
 
 
 def _print_rotation(numbers: dict[str, Any]) -> None:
     rotation, rows = numbers["rotation"], numbers["coverage"]
-    print(f"attention factor {rotation['attention_factor']:.4f} (scores get its square)")
+    print_text(f"attention factor {rotation['attention_factor']:.4f} (scores get its square)")
     if rotation["start_tokens"]:
-        print(f"the first {rotation['start_tokens']} positions keep the angles of the unscaled spectrum")
-    print(
+        print_text(f"the first {rotation['start_tokens']} positions keep the angles of the unscaled spectrum")
+    print_text(
         "pair   radians/token    wavelength   turns in training   full period   trained to   asked at ctx   new radians"
         + ("   half left after" if rotation["decay"] else "")
     )
@@ -299,10 +313,12 @@ def _print_rotation(numbers: dict[str, Any]) -> None:
             f"{'yes' if row['full_period'] else 'no':>11}   {row['trained_to']:>10.3f}   {row['asked_to']:>12.3f}   "
             f"{row['outside'] if row['new'] else '-':>11{'.3f' if row['new'] else ''}}"
         )
-        print(line + (f"   {rotation['decay']['half_life'][row['pair']]:>8.0f} tokens" if rotation["decay"] else ""))
+        print_text(
+            line + (f"   {rotation['decay']['half_life'][row['pair']]:>8.0f} tokens" if rotation["decay"] else "")
+        )
     new = sum(row["new"] for row in rows)
     full = sum(row["full_period"] for row in rows)
-    print(
+    print_text(
         f"{full} of {len(rows)} pairs saw a full period in training; at {numbers['ctx']} tokens {new} are asked for "
         "angles that training did not show"
     )
@@ -310,19 +326,17 @@ def _print_rotation(numbers: dict[str, Any]) -> None:
 
 def _print_diagnosis(numbers: dict[str, Any]) -> None:
     diagnosed = numbers["diagnosis"]
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     from ropelab import figures
 
-    console = Console()
     current = (numbers["scaling"], numbers["factor"], numbers["scaling_changed"])
     if not any((one["scaling"], one["factor"], one["changed"]) == current for one in diagnosed["evaluated"]):
         scaled = "" if current[0] == "none" else f" --scaling {current[0]}"
         scaled += "" if current[1] is None else f" --factor {current[1]:g}"
         scaled += "".join(f" scaling.{key}={value}" for key, value in current[2].items())
-        print(f"\nnot evaluated: run `ropelab eval {numbers['run']} --protocol last{scaled}`")
+        print_text(f"\nnot evaluated: run `ropelab eval {numbers['run']} --protocol last{scaled}`")
     if not diagnosed["evaluated"]:
         return
     named = [
@@ -342,40 +356,40 @@ def _print_diagnosis(numbers: dict[str, Any]) -> None:
                     str(one["predicted"]["breaks_from"] or "none"),
                     figures.observed_words(one["observed"]),
                 )
-        console.print(table)
-    print("at: the longest length evaluated; new: pairs asked there for angles that training did not show")
-    print("predicted: the first length that asks for what training did not show")
+        print_table(table)
+    print_text("at: the longest length evaluated; new: pairs asked there for angles that training did not show")
+    print_text("predicted: the first length that asks for what training did not show")
     for name, one in named:
-        print(f"  {name}: {one['predicted']['why']}")
+        print_text(f"  {name}: {one['predicted']['why']}")
     threshold = diagnosed["evaluated"][0]["observed"]["threshold"]
-    print(
+    print_text(
         f"observed: the loss is more than {threshold:g} nats above that of the model as trained at train_ctx, on the "
         "same targets (own: above its own)"
     )
     known = [one for one in diagnosed["evaluated"] if one["by_position"] is not None]
     if not known:
-        print(f"loss by position: not evaluated; run `ropelab eval {numbers['run']} --protocol nonoverlapping`")
+        print_text(f"loss by position: not evaluated; run `ropelab eval {numbers['run']} --protocol nonoverlapping`")
     for one in known:
         curve, name = one["by_position"], figures.scaling_name(one["scaling"], one["factor"], one["changed"])
-        print(f"\nloss by position, {name}, at {curve['ctx']} tokens ({curve['protocol']}): nats")
+        print_text(f"\nloss by position, {name}, at {curve['ctx']} tokens ({curve['protocol']}): nats")
         for low, high, nll in zip(curve["edges"][:-1], curve["edges"][1:], curve["nll"], strict=True):
-            print(f"  {low:>8.0f} to {high:<8.0f} {'-' if nll is None else f'{nll:.4f}':>8}")
+            print_text(f"  {low:>8.0f} to {high:<8.0f} {'-' if nll is None else f'{nll:.4f}':>8}")
 
 
 def _print_attention(found: dict[str, Any], train_ctx: int) -> None:
-    print(
+    print_text(
         f"\nattention by distance at {found['ctx']} tokens, {found['scaling']}: {found['queries']} queries at the end "
         f"of {found['documents']} documents of {found['text']} ({found['split']}), % of their attention"
     )
     from ropelab import figures
 
     labels = figures.bucket_labels(found["edges"])
-    print("layer head" + "".join(f"{label:>11}" for label in labels) + f"{f'from {train_ctx}':>11}{'mean':>9}")
+    print_text("layer head" + "".join(f"{label:>11}" for label in labels) + f"{f'from {train_ctx}':>11}{'mean':>9}")
     for layer, heads in enumerate(found["mass"]):
         for head, row in enumerate(heads):
-            print(
+            print_text(
                 f"{layer + 1:>5} {head + 1:>4}"
                 + "".join(f"{100 * share:>11.1f}" for share in row)
                 + f"{100 * found['beyond'][layer][head]:>11.1f}{found['mean_distance'][layer][head]:>9.0f}"
             )
-    print(f"{'all alike':>10}" + "".join(f"{100 * share:>11.1f}" for share in found["uniform"]))
+    print_text(f"{'all alike':>10}" + "".join(f"{100 * share:>11.1f}" for share in found["uniform"]))

@@ -8,7 +8,19 @@ from typing import Annotated, Any
 
 import typer
 
-from ropelab.cli.options import Ctx, Json, Overrides, Pos, app, option, print_json, reported, say
+from ropelab.cli.options import (
+    MOST,
+    Ctx,
+    Json,
+    Overrides,
+    Pos,
+    app,
+    option,
+    print_json,
+    print_text,
+    reported,
+    say,
+)
 
 WORDS = ("train", "eval", "attention", "many", "start")
 METHODS = "rope,alibi,t5,kerple_log,fire"  # of `bench eval`
@@ -31,9 +43,9 @@ def bench(
         bool | None,
         typer.Option("--peers/--no-peers", help="train: beside transformers and x-transformers, where installed."),
     ] = None,
-    vocab: Annotated[int | None, typer.Option(help="train, start: entries of the vocabulary (257).")] = None,
-    models: Annotated[int | None, typer.Option(help="many: how many (4).")] = None,
-    rounds: Annotated[int | None, typer.Option(help="Rounds of which the best counts.")] = None,
+    vocab: Annotated[int | None, typer.Option(max=MOST, help="train, start: entries of the vocabulary (257).")] = None,
+    models: Annotated[int | None, typer.Option(max=MOST, help="many: how many (4).")] = None,
+    rounds: Annotated[int | None, typer.Option(max=MOST, help="Rounds of which the best counts.")] = None,
     as_json: Json = False,
 ) -> None:
     """Time training steps beside peers, long evaluations, attention kernels, many small runs, or the start.
@@ -75,13 +87,17 @@ def bench(
         from ropelab import bench as timing
         from ropelab import experiment
         from ropelab.evaluation import ladder
+        from ropelab.experiment.memory import check_pass, check_training
 
-        experiment.resolve_device(resolved.device)
+        device = experiment.resolve_device(resolved.device)
         rounds = ROUNDS[what] if rounds is None else rounds
         contexts = ladder((ctx or [CTX.get(what, "128,")])[0], 128)
+        if what in CTX:
+            check_pass(resolved.model, max(contexts), device)
+        entries = 257 if vocab is None else vocab
+        check_training(resolved, device, original_ctx=resolved.train.ctx, n_vocab=entries, copies=models or 1)
         if what == "train":
             wanted = peers is not False and _peers(asked=peers is True)
-            entries = 257 if vocab is None else vocab
             result = timing.train(resolved, methods=names, peers=wanted, rounds=rounds, vocab=entries)
         elif what == "eval":
             if methods == "all":
@@ -96,11 +112,11 @@ def bench(
         elif what == "many":
             result = timing.many(resolved, models=4 if models is None else models, rounds=rounds)
         else:
-            result = timing.start(resolved, vocab=257 if vocab is None else vocab)
+            result = timing.start(resolved, vocab=entries)
         if as_json:
             print_json(result)
         else:
-            print(written(result))
+            print_text(written(result))
 
 
 def _refuse(what: str, name: str, value: object, allowed: tuple[str, ...], *, instead: str = "") -> None:

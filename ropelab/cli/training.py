@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ropelab.cli.options import (
-    Ctx,
     Factor,
     Json,
     Overrides,
@@ -18,6 +17,7 @@ from ropelab.cli.options import (
     app,
     option,
     print_json,
+    print_text,
     reported,
     say,
     status_of,
@@ -34,7 +34,7 @@ def train(
     pos: Pos = None,
     scaling: Scaling = None,
     factor: Factor = None,
-    ctx: Ctx = None,
+    ctx: Annotated[list[str] | None, typer.Option("--ctx", hidden=True)] = None,
     parent: Annotated[
         list[str] | None,
         typer.Option("--from", metavar="RUN", help="Go on from a finished run: its weights and settings."),
@@ -67,12 +67,12 @@ def train(
             return
         if result["skipped"]:
             say(f"{result['run']} is finished already (step {result['step']}); nothing was trained")
-        print(
+        print_text(
             f"{result['run']}: {result['step']} steps, train loss {result['train_loss']:.4f}, "
             f"validation {result['val_nll']:.4f} nats per token, {result['params']:,} parameters, "
             f"{result['tokens_per_s']:,.0f} tokens/s on {result['device']} in {result['dtype']}"
         )
-        print(result["run_dir"])
+        print_text(result["run_dir"])
 
 
 def composed(settings: list[str]) -> Config:

@@ -6,7 +6,21 @@ from typing import Annotated, Any
 
 import typer
 
-from ropelab.cli.options import Json, Overrides, Pos, Scaling, app, fail, option, print_json, reported, say
+from ropelab.cli.options import (
+    MOST,
+    Json,
+    Overrides,
+    Pos,
+    Scaling,
+    app,
+    fail,
+    option,
+    print_json,
+    print_table,
+    print_text,
+    reported,
+    say,
+)
 from ropelab.cli.training import composed
 
 
@@ -15,11 +29,12 @@ def verify_resume(
     overrides: Overrides = None,
     pos: Pos = None,
     scaling: Scaling = None,
-    steps: Annotated[int, typer.Option("--steps", metavar="N", help="Steps of each training.")] = 20,
+    steps: Annotated[int, typer.Option("--steps", max=MOST, metavar="N", help="Steps of each training.")] = 20,
     at: Annotated[
-        int | None, typer.Option("--at", metavar="K", help="The step whose checkpoint is resumed (default: N / 2).")
+        int | None,
+        typer.Option("--at", max=MOST, metavar="K", help="The step whose checkpoint is resumed (default: N / 2)."),
     ] = None,
-    ranks: Annotated[int, typer.Option("--ranks", metavar="R", help="Processes that train together.")] = 1,
+    ranks: Annotated[int, typer.Option("--ranks", max=MOST, metavar="R", help="Processes that train together.")] = 1,
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="Have torch use its deterministic kernels.")
     ] = False,
@@ -56,7 +71,6 @@ def verify_resume(
 
 
 def _print(found: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -73,19 +87,18 @@ def _print(found: dict[str, Any]) -> None:
     table.add_row("best so far", f"{compared['best']['best_val_nll']:.6f} nats", "", _word(compared["best"]))
     table.add_row("summary", f"{compared['summary']['values']} values of the manifest",
                   compared["summary"]["digest"][:16], _word(compared["summary"]))  # fmt: skip
-    console = Console()
-    console.print(table)
+    print_table(table)
     for difference in found["differences"][:8]:
-        console.print(Text(_said(difference)))
+        print_table(Text(_said(difference)))
     if len(found["differences"]) > 8:
-        print(f"and {len(found['differences']) - 8} more differences; --json lists them")
-    print(
+        print_text(f"and {len(found['differences']) - 8} more differences; --json lists them")
+    print_text(
         f"killed in step {found['killed_at']}, {found['steps_lost']} steps past the checkpoint of step {found['at']}; "
         f"{found['dtype']}, {'compiled' if found['compiled'] else 'eager'}, attention {found['attention_backend']}, "
         f"{found['threads']} threads, {_of_ranks(found)}torch {found['torch']}, {found['device']}"
     )
     if found["equal"]:
-        print("resuming is bit-exact here")
+        print_text("resuming is bit-exact here")
 
 
 def _of_ranks(found: dict[str, Any]) -> str:

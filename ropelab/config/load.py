@@ -340,9 +340,17 @@ def _parse(key: str, text: str, kind: Any) -> Any:
         raise ValueError(f"{key} takes one value here, not '{text}'; several are a sweep: ropelab sweep {key}={text}")
     word = "a whole number" if kind is int else "a number"
     try:
-        return kind(text)
+        value = kind(text)
     except ValueError:
-        raise ValueError(f"{key} takes {word}{' or null' if optional else ''}, not '{text}'") from None
+        raise ValueError(f"{key} takes {word}{' or null' if optional else ''}, not '{_short(text)}'") from None
+    if kind is int and not _is_number(value):
+        raise ValueError(f"{key} takes a whole number below 2**63, not '{_short(text)}' of {len(text)} digits")
+    return value
+
+
+def _short(text: str) -> str:
+    """The beginning of a text that is too long to be read."""
+    return text if len(text) <= 80 else f"{text[:40]}..."
 
 
 def _read(key: str, text: str, default: Any) -> Any:
@@ -362,7 +370,7 @@ def _parse_factor(key: str, text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise ValueError(f"{key} takes auto, auto-row or a number >= 1, not '{text}'") from None
+        raise ValueError(f"{key} takes auto, auto-row or a number >= 1, not '{_short(text)}'") from None
 
 
 # --- plain data to dataclasses --------------------------------------------------------------------------------------

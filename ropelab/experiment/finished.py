@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ropelab import config as configs
 from ropelab import data
-from ropelab.runs import RunDir, RunError
+from ropelab.runs import RunDir, RunError, made_by
 from ropelab.schema import Config
 
 
@@ -14,13 +14,10 @@ def trained_config(run: RunDir) -> Config:
     It is plain JSON into dataclasses: nothing in it is expanded, and no name in it is imported.
     """
     manifest = run.manifest()
-    made = manifest.get("environment", {}).get("ropelab", "another version")
     try:
         return configs.from_dict(manifest.get("config", {}))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(
-            f"{run.manifest_path}: {error}; ropelab {made} made this run: use that version, or train the run again"
-        ) from None
+        raise RunError(f"{run.manifest_path}: {error}; it is of {made_by(manifest)}, or train the run again") from None
 
 
 def run_tokenizer(run: RunDir) -> data.Tokenizer:

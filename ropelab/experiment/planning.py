@@ -36,7 +36,7 @@ def plan_tasks(points: Sequence[tuple[str, Config]], progress: Progress) -> Task
     for done, (label, config) in enumerate(points):
         progress("check", done, len(points))
         try:
-            session = Session(dataclasses.replace(config, device="cpu"), progress)
+            session = Session(dataclasses.replace(config, device="cpu"), progress, elsewhere=True)
             resolved = dataclasses.replace(config, scaling=session.scaling)
         except ValueError as error:
             invalid.append((label, str(error)))

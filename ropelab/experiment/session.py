@@ -21,6 +21,7 @@ from ropelab import config as configs
 from ropelab import data, files, runs
 from ropelab.experiment.devices import DTYPE_NAMES, device_name, device_of_rank, environment
 from ropelab.experiment.finished import run_tokenizer
+from ropelab.experiment.memory import check_training
 from ropelab.experiment.models import build_model
 from ropelab.experiment.parent import check_weights, find_parent
 from ropelab.experiment.resuming import Checkpoint, latest_checkpoint
@@ -44,6 +45,7 @@ from ropelab.training import (
     validation_nll,
 )
 
+PROBED = 2**20  # tokens at which an encoding is tried here for a training on another machine
 VALIDATION_TOKENS = 16384  # scored at every train.eval_every
 
 
@@ -52,27 +54,32 @@ class Session:
 
     `ValueError` for a configuration that cannot be trained, before anything is written.
 
+    `elsewhere`: another machine will train it, and its memory is not known here.
+
     With `ranks` every one of them has the session of the run; only the first writes. What its methods do is done by all
     of them at the same steps.
     """
 
-    def __init__(self, config: Config, progress: Progress, ranks: Ranks = ALONE) -> None:
+    def __init__(self, config: Config, progress: Progress, ranks: Ranks = ALONE, *, elsewhere: bool = False) -> None:
         self.config, self.ranks = config, ranks
         self.device = device_of_rank(config.device, ranks)
         self._micro = rank_micro(config.train, ranks.world)
         self.keep = kept_steps(config.train)
         self.parent = find_parent(config)
         self.original_ctx = config.train.ctx if self.parent is None else self.parent.original_ctx
+        if ranks.world == 1:  # of a model in shards each rank has a part
+            check_training(config, self.device, original_ctx=self.original_ctx, elsewhere=elsewhere)
         # what cannot be built, or is undefined at train.ctx, is refused here rather than after the corpus was read
         applied = resolve_factor(config.scaling, longest=config.train.ctx, original_ctx=self.original_ctx)
         encoding = build(config.pos, applied, Geometry.of(config.model, self.original_ctx))
-        with torch.no_grad():
-            encoding(torch.arange(config.train.ctx), ctx=config.train.ctx)
+        if not elsewhere or config.train.ctx <= PROBED:
+            with torch.no_grad():
+                encoding(torch.arange(config.train.ctx), ctx=config.train.ctx)
         if self.parent is not None:
             check_weights(encoding, self.parent.run)
         self.scaling = training_scaling(config, self.original_ctx)
         self._draw = _training_positions(config, self.original_ctx, self.scaling)
-        runs_dir = runs.open_runs_dir(config.runs_dir) if ranks.is_first else Path(config.runs_dir).expanduser()
+        runs_dir = runs.check_runs_dir(config.runs_dir) if ranks.is_first else Path(config.runs_dir).expanduser()
         with ranks.first_then_others():
             self.corpus = data.prepare(
                 config.data, cache_dir=Path(config.cache_dir).expanduser(),
@@ -102,9 +109,13 @@ class Session:
         return build_model(self.config, n_vocab, scaling=self.scaling, original_ctx=self.original_ctx)
 
     def is_done(self) -> bool:
-        """Is the run finished? Its tokeniser's file, should that be damaged, is written again."""
+        """Is the run finished? Its tokeniser's file, should that be damaged, is written again.
+
+        Checkpoints before its last, which a kill may have left, are removed where they can be.
+        """
         done = self.run.is_done()
         if done:
+            self.run.tidy()
             try:
                 run_tokenizer(self.run)
             except runs.RunError as error:
@@ -334,6 +345,7 @@ class Session:
         """The last step was made."""
         if not self.ranks.is_first:
             return
+        self.run.drop_earlier(self.config.train.steps)
         self.run.update_manifest(status="done", finished=time.time(), **(self._summary or self._summarised()))
         self._tracker.finish()
 

@@ -78,7 +78,7 @@ def bring_in(name: str, config: Config, *, text: DataConfig | None, progress: Pr
     identity = runs.identity(resolved, corpus_digest=corpus.digest, tokenizer_digest=tokenizer.digest)
     identity["imported"] = _digest(ours)
     digest = files.digest_of(identity)
-    run = RunDir(runs.open_runs_dir(config.runs_dir) / runs.run_name(resolved, digest))
+    run = RunDir(runs.check_runs_dir(config.runs_dir) / runs.run_name(resolved, digest))
     if run.manifest_path.exists() and run.is_done():
         return run, True
     known = exported or {}

@@ -6,6 +6,8 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from ropelab.positions import changes
 from ropelab.positions import scaling as spectra
 from ropelab.positions.alibi import Alibi
@@ -24,7 +26,7 @@ from ropelab.positions.scaling import Scaling
 from ropelab.positions.sinusoidal import Sinusoidal, SinusoidalFairseq, SinusoidalQK, SinusoidalScaled
 from ropelab.positions.t5 import T5
 from ropelab.positions.xpos import Xpos
-from ropelab.schema import Method
+from ropelab.schema import Method, ModelConfig
 
 __all__ = [
     "ENCODINGS",
@@ -40,6 +42,7 @@ __all__ = [
     "Scaling",
     "applied_parameters",
     "build",
+    "learned_numbers",
     "resolve_factor",
 ]
 
@@ -84,6 +87,24 @@ SCALINGS: dict[str, Scaling] = {
     "clamp": Scaling(changes.clamp, ("learned",), spectral=False, idle=spectra.inside),
     "interpolate": Scaling(changes.interpolate, ("learned",), spectral=False),
 }
+
+
+def learned_numbers(pos: Method, model: ModelConfig, ctx: int) -> tuple[int, int]:
+    """What an encoding learns, and keeps for each pair of tokens in training: numbers, counted without making them.
+
+    `ctx` is the length that its tables are for. `ValueError` as `build`.
+    """
+
+    def of(n_layer: int) -> tuple[int, int]:
+        try:
+            with torch.device("meta"):
+                encoding = ENCODINGS[pos.name](Geometry(model.d_model, model.n_head, ctx, n_layer), **pos.parameters)
+        except (RuntimeError, OverflowError):  # a tensor whose size needs more than 64 bits
+            return 2**64, 0
+        return sum(parameter.numel() for parameter in encoding.parameters()), encoding.pairwise_numbers
+
+    (one, pairs), (two, _) = of(1), of(2)
+    return one + (model.n_layer - 1) * (two - one), pairs
 
 
 def build(pos: Method, scaling: Method, geometry: Geometry) -> PositionEncoding:

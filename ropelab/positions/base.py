@@ -106,6 +106,7 @@ class PositionEncoding(nn.Module):
     any_positions: ClassVar[bool] = False  # may positions be other than 0..T-1? Not with a bias by distance
     reads_content: ClassVar[bool] = False  # does `content` return a Decay?
     length_dependent: bool = False  # does the record at a position depend on ctx?
+    pairwise_numbers: int = 0  # kept in training for each query and key beside a bias: the hidden layer of a network
     change: Callable[[Positions, Tensor, int], Positions] | None = (
         None  # a scaling's: (record, positions, ctx) -> record
     )

@@ -61,6 +61,7 @@ class Fire(PositionEncoding):
         self.threshold_factor = nn.Parameter(torch.tensor(1.0))
         self.hidden = nn.Linear(1, width)
         self.output = nn.Linear(width, geometry.n_head)
+        self.pairwise_numbers = width
 
     def draw(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor | None:
         if name in ("c", "threshold_factor"):

@@ -21,8 +21,8 @@ class Sandwich(PositionEncoding):
 
     def __init__(self, geometry: Geometry, *, d: int) -> None:
         super().__init__()
-        if d < 2 or d % 2:
-            raise ValueError(f"pos.d must be even and >= 2, not {d}")
+        if not 2 <= d <= 2**16 or d % 2:
+            raise ValueError(f"pos.d must be even and from 2 to {2**16}, not {d}")
         self.n_head = geometry.n_head
         self.d = d
 

@@ -28,8 +28,25 @@ def finite(value: Any) -> Any:
     return value
 
 
+def inert(value: Any) -> Any:
+    """A text that a spreadsheet would take for a formula, behind an apostrophe; a number, spelled or not, as it is.
+
+    A carriage return becomes a new line, which csv quotes: by itself it would begin another row.
+    """
+    if not isinstance(value, str):
+        return value
+    text = value.replace("\r", "\n")
+    if not value.startswith(("=", "+", "-", "@", "\t", "\r", "\n")):
+        return text
+    try:
+        float(value)
+    except ValueError:
+        return f"'{text}"
+    return value.strip()
+
+
 def csv_text(evals: Iterable[Mapping[str, Any]]) -> str:
-    """One line a row of every evaluation; an empty field is a number that does not exist."""
+    """One line a row of every evaluation; an empty field is a number that does not exist, and no text is a formula."""
     out = io.StringIO()
     writer = csv.DictWriter(out, CSV_COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
@@ -44,5 +61,6 @@ def csv_text(evals: Iterable[Mapping[str, Any]]) -> str:
         for row in item["rows"]:
             low, high = row.get("ci95") or (None, None)
             ends = {"ci95_low": low, "ci95_high": high, "protocol": protocol["name"]}
-            writer.writerow(finite({**of_run, **changed, **of_protocol, **ends, **row}))
+            line = finite({**of_run, **changed, **of_protocol, **ends, **row})
+            writer.writerow({key: inert(value) for key, value in line.items()})
     return out.getvalue()

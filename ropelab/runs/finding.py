@@ -12,12 +12,13 @@ from ropelab.runs.folder import RunDir, RunError
 SWEEPS = "sweeps"  # the folder among the runs that holds sweeps
 
 
-def open_runs_dir(path: str) -> Path:
-    """Create the folder of runs. `ValueError` when it cannot be written."""
+def check_runs_dir(path: str) -> Path:
+    """The folder of runs, which is made with the first of them. `ValueError` when it could not be written."""
     folder = Path(path).expanduser()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(
+            dir=next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        ):
             pass
     except OSError as error:
         raise ValueError(

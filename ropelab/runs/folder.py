@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ropelab import files
+from ropelab import __version__, files
 from ropelab.runs.identity import NUMERICS_VERSION
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ class RunDir:
                 f"{self.path} is a link, and nothing is trained through one: move what it leads to into its place "
                 "(mv), or give runs_dir=FOLDER"
             )
-        self.path.mkdir(exist_ok=True)
+        self.path.mkdir(parents=True, exist_ok=True)
 
     def manifest(self) -> dict[str, Any]:
         """`RunError` when it is absent, damaged, or not what a manifest holds."""
@@ -155,10 +155,9 @@ class RunDir:
             raise RunError(f"{self.manifest_path} is no manifest of a run: train_ctx or original_ctx is no length")
         numerics = manifest["identity"].get("numerics")
         if ours and numerics != NUMERICS_VERSION:
-            made = manifest.get("environment", {}).get("ropelab", "another version")
             raise RunError(
-                f"{self.name} was made by ropelab {made}, whose numbers are not those of this version (numerics "
-                f"{numerics}, here {NUMERICS_VERSION}): use that version, or train the run again"
+                f"the numbers of {self.name} are not those of this ropelab (numerics {numerics}, here "
+                f"{NUMERICS_VERSION}): it is of {made_by(manifest)}, or train the run again"
             )
         return manifest
 
@@ -334,9 +333,23 @@ class RunDir:
         self._save(final, tensors, {"step": step, **state, "metrics": self._metrics_state()})
         if not self._intact(final):
             raise OSError(errno.EIO, "the checkpoint reads back altered", str(final))
-        earlier = [old for old in self._step_checkpoints() if old.name < final.name]
-        for old in earlier if last else earlier[:-1]:
+        self.drop_earlier(step, but=0 if last else 1)
+
+    def drop_earlier(self, step: int, *, but: int = 0) -> None:
+        """Remove the step checkpoints before that of `step`, which is whole, `but` for so many of the newest of them.
+
+        Again when a run has ended, and is found to have: a kill may have come between the last one and this.
+        """
+        earlier = [old for old in self._step_checkpoints() if old.name < _step_name(step)]
+        for old in earlier[: len(earlier) - but]:
             files.remove(old, within=self.path)
+
+    def tidy(self) -> None:
+        """Remove from a finished run the checkpoints before its last, where it can be written and nobody uses it."""
+        last = self._last_checkpoint(self.manifest())
+        if self._step_checkpoints()[0].name < last.name:
+            with contextlib.suppress(OSError, RunBusyError), self.locked():
+                self.drop_earlier(int(last.name.removeprefix("step-")))
 
     def save_kept(self, fraction: float, step: int, model: Mapping[str, Tensor]) -> None:
         """Write the weights at a fraction of the training, which stay: `checkpoints/keep-<fraction>/`."""
@@ -464,6 +477,16 @@ class RunDir:
         if not self._intact(checkpoint):
             raise RunError(f"{checkpoint} is truncated, altered or missing; train the run again")
         return load_tensors(checkpoint / "model.safetensors")
+
+
+def made_by(manifest: Mapping[str, Any]) -> str:
+    """The ropelab that made a run, and what to do with a run of it that this one cannot use."""
+    made = manifest.get("environment", {}).get("ropelab")
+    if made is None:
+        return "an unknown version of ropelab: use the one that made it"
+    if made == __version__:  # changed since, or another's manifest
+        return f"another ropelab {made} than this one, or altered: use the code that made it"
+    return f"ropelab {made}: use that version"
 
 
 def checkpoint_state(checkpoint: Path) -> dict[str, Any]:
