@@ -321,7 +321,7 @@ LARGE: list[tuple[list[str], Sequence[str]]] = [
     (["train", "model.n_layer=1000000000"], ["use model.n_layer="]),
     (["train", "model.d_model=100000000"], ["use model.d_model="]),
     (["train", "train.batch_size=1000000000000"], ["use train.batch_size="]),
-    (["train", "train.batch_size=1073741824"], ["use train.micro_batch_size="]),
+    (["train", "train.batch_size=65536", "train.ctx=1024"], ["use train.micro_batch_size="]),
     (["train", "pos=fire", "pos.width=1000000000000"], ["pos.width="]),
     (["train", "pos=t5", "pos.buckets=1000000000000000000", "pos.max_distance=1000000000000000000"], ["pos.buckets="]),
     (["train", "pos=sandwich", "pos.d=1000000000000"], ["pos.d must be even and from 2 to 65536"]),

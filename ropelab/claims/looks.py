@@ -13,6 +13,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,10 +94,13 @@ class Looks:
     def held(self) -> Iterator[None]:
         """No other process looks at the same time."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        with (self._folder / "lock").open("a") as lock:
+        lock = files.open_lock(self._folder)
+        try:
             with contextlib.suppress(OSError):  # some network file systems lock nothing
                 fcntl.flock(lock, fcntl.LOCK_EX)
             yield
+        finally:
+            os.close(lock)
 
     def of(self, key: str) -> History:
         """`ValueError` names a file that is damaged: forgetting looks in silence would let errors pass."""

@@ -29,14 +29,20 @@ def finite(value: Any) -> Any:
 
 
 def inert(value: Any) -> Any:
-    """A text that a spreadsheet would take for a formula, behind an apostrophe; a number, spelled or not, as it is."""
-    if not isinstance(value, str) or not value.startswith(("=", "+", "-", "@", "\t", "\r", "\n")):
+    """A text that a spreadsheet would take for a formula, behind an apostrophe; a number, spelled or not, as it is.
+
+    A carriage return becomes a new line, which csv quotes: by itself it would begin another row.
+    """
+    if not isinstance(value, str):
         return value
+    text = value.replace("\r", "\n")
+    if not value.startswith(("=", "+", "-", "@", "\t", "\r", "\n")):
+        return text
     try:
         float(value)
     except ValueError:
-        return f"'{value}"
-    return value
+        return f"'{text}"
+    return value.strip()
 
 
 def csv_text(evals: Iterable[Mapping[str, Any]]) -> str:
