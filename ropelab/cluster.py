@@ -24,16 +24,13 @@ from types import FrameType
 from typing import Any
 
 from ropelab import launcher, worker
-from ropelab.progress import Bar
+from ropelab.progress import Bar, tell
 from ropelab.ranks import joined
 from ropelab.schema import SlurmLauncher
-from ropelab.sweeps import Sweep
+from ropelab.sweeps import JOB, Sweep
 
 PATIENCE = 30  # seconds for an answer of the scheduler: a daemon that is down never gives one
 STOPS = (signal.SIGTERM, signal.SIGUSR2)
-JOB = re.compile(
-    r"[0-9]{1,18}(_[0-9]{1,18})?"
-)  # a job as squeue names it; nothing else of a folder reaches its programs
 WAITS = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "CONFIGURING", "COMPLETING")  # of a job that is in the queue again
 PAUSES = (0.5, 1.0, 2.0, 4.0)  # seconds between two attempts to be queued again
 
@@ -186,10 +183,8 @@ def submit(sweep: Sweep, indices: Sequence[int], settings: SlurmLauncher) -> dic
 def _spool(sweep: Sweep) -> Path:
     """A new folder for what submitit writes. Its pickles are read in the job, so nothing may lie there before them."""
     sweep.logs.mkdir(exist_ok=True)
-    spool = sweep.path / "spool"
+    spool = sweep.own("spool")
     spool.mkdir(mode=0o700, exist_ok=True)
-    if spool.is_symlink() or sweep.logs.is_symlink():
-        raise ValueError(f"logs and spool of {sweep.path} must not be links; remove the link, and retry")
     spool.chmod(0o700)
     return Path(tempfile.mkdtemp(dir=spool)).resolve()
 
@@ -329,7 +324,7 @@ def _stopped(sweep: Sweep, index: int, signum: int, saved: str, max_requeues: in
     if int(os.environ.get("SLURM_RESTART_COUNT", "0")) >= max_requeues:
         sweep.say(index, {"error": f"queued again {max_requeues} times already (launcher.max_requeues); {saved}"})
         return
-    print(f"ropelab: {saved}; queued again", file=sys.stderr, flush=True)
+    tell(f"{saved}; queued again")
     try:
         _queue_again(job)
     except SchedulerError as error:

@@ -39,7 +39,7 @@ class DamagedError(ValueError):
 
 
 class OutsideError(ValueError):
-    """A path that does not lie in the folder that it was given for, or is reached through a link."""
+    """A path that does not lie in the folder that it was given for, is reached through a link, or is no file."""
 
 
 def digest_of(value: Any) -> str:
@@ -172,7 +172,12 @@ def unsealed(value: Any) -> Any:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write a file; a reader sees the old one or the whole new one. `OSError` names the file."""
+    """Write a file; a reader sees the old one or the whole new one. `OSError` names the file.
+
+    What is there already is replaced, a link too. `OutsideError` where it is, or leads to, a device, a pipe or a folder.
+    """
+    if path.exists() and not path.is_file():
+        raise OutsideError(f"{path} is a device, a pipe or a folder; give the name of a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     clear_abandoned(path.parent)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC

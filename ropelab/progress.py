@@ -1,4 +1,4 @@
-"""Progress of long work on stderr: one rich bar a description, with loss, tokens per second and time left."""
+"""Progress of long work on stderr: lines, and one bar a description, with loss, tokens per second and time left."""
 
 from __future__ import annotations
 
@@ -13,6 +13,16 @@ Progress = Callable[..., None]
 
 SHOWN = 12  # bars that may stand there when they are full
 LINE_EVERY = 20.0  # seconds between lines where there is no terminal
+
+
+def plain(text: str) -> str:
+    """Text without control characters: a name in a stranger's run must not steer the terminal."""
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
+
+
+def tell(message: str) -> None:
+    """A line on stderr, `plain`: what somebody who waits for the work has to know."""
+    print(plain(f"ropelab: {' '.join(message.split())}"), file=sys.stderr, flush=True)
 
 
 def silent(description: str, done: int, total: int, **facts: Any) -> None:

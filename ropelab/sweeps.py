@@ -184,7 +184,7 @@ class Sweep:
 
     def work_path(self, index: int) -> Path:
         """The file that the process which works on a task keeps locked (`holding`)."""
-        return self.path / "work" / f"{index:04d}"
+        return self.own("work", f"{index:04d}")
 
     def is_at_work(self, index: int) -> bool:
         """Does a process of this machine work on the task: train, evaluate, or save because it was left alone?"""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ropelab.progress import tell
 from ropelab.schema import TrackConfig
 
 
@@ -57,5 +57,5 @@ class Tracker:
         self._run = None
 
     def _give_up(self, error: Exception) -> None:
-        print(f"ropelab: wandb failed ({type(error).__name__}: {error}); metrics.jsonl has it all", file=sys.stderr)
+        tell(f"wandb failed ({type(error).__name__}: {error}); metrics.jsonl has it all")
         self._run = None

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ropelab.progress import tell
 from ropelab.ranks import ALONE, Ranks
 from ropelab.runs import RunBusyError
 
@@ -63,7 +64,7 @@ def work(task: dict[str, Any], progress: Progress, ranks: Ranks = ALONE) -> dict
         try:
             return _done_with(task, progress, ranks)
         except RunBusyError as busy:
-            print(f"ropelab: {busy}; waiting for it", file=sys.stderr, flush=True)
+            tell(f"{busy}; waiting for it")
             time.sleep(BUSY)
 
 

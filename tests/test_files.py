@@ -87,6 +87,19 @@ def test_a_written_file_has_the_mode_of_an_ordinary_one(tmp_path: Path) -> None:
     assert (tmp_path / "x").stat().st_mode & 0o777 == 0o640
 
 
+def test_a_device_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "null").symlink_to("/dev/null")
+    for name in ("pipe", "null"):
+        with pytest.raises(files.OutsideError, match="give the name of a file"):
+            files.write(tmp_path / name, b"1")
+    assert listing(tmp_path) == ["null", "pipe"]
+    (tmp_path / "real").write_text("mine", encoding="utf-8")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    files.write(tmp_path / "link", b"new")
+    assert (tmp_path / "real").read_text(encoding="utf-8") == "mine"
+
+
 # --- one door for what is removed or cut short
 
 

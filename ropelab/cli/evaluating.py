@@ -22,7 +22,6 @@ from ropelab.cli.options import (
     counted,
     one_line,
     option,
-    plain,
     print_json,
     print_table,
     print_text,
@@ -31,6 +30,7 @@ from ropelab.cli.options import (
     separate,
     status_of,
 )
+from ropelab.progress import plain
 from ropelab.ranks import joined
 
 if TYPE_CHECKING:

@@ -8,11 +8,24 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ropelab.cli.options import Json, Overrides, app, check_output, check_writable, fail, print_json, reported, say
+from ropelab.cli.options import (
+    Json,
+    Overrides,
+    app,
+    check_output,
+    check_writable,
+    fail,
+    print_json,
+    print_table,
+    print_text,
+    reported,
+    say,
+)
 
 if TYPE_CHECKING:
     from ropelab.claims import Verdict
 
+MOST = 10_000  # seeds, and runs in a stack
 Stack = Annotated[
     int, typer.Option(help="Runs of one shape trained in one batched step: for a GPU that one small model leaves idle.")
 ]
@@ -46,8 +59,7 @@ def reproduce(
         settings = [item for item in arguments or [] if item not in names]
         if not names:
             raise ValueError("name a claim, a claim file or a set; `ropelab reproduce --list` lists them")
-        if seeds < 1:
-            raise ValueError(f"--seeds must be at least 1, not {seeds}")
+        _check_count("--seeds", seeds)
         in_sets = [name for name in names if name in config.choices("set")]
         if in_sets and len(names) > 1:
             raise ValueError(f"{in_sets[0]} is a set of claims of its own; name it alone")
@@ -64,9 +76,15 @@ def demo(
 ) -> None:
     """The main job on the embedded text: five encodings trained, evaluated to 8 times their length, judged."""
     with reported():
-        if seeds < 1:
-            raise ValueError(f"--seeds must be at least 1, not {seeds}")
+        _check_count("--seeds", seeds)
         _reproduce(["demo"], list(overrides or []), seeds, stack, more=False, output=output, as_json=as_json)
+
+
+def _check_count(option: str, count: int) -> None:
+    if not 1 <= count <= MOST:
+        raise ValueError(
+            f"{option} must be at least 1 and at most {MOST}, not {count if abs(count) < 10**20 else 'that'}"
+        )
 
 
 def _looks(verdicts: Sequence[Verdict]) -> list[str]:
@@ -88,16 +106,15 @@ def _list_claims(*, as_json: bool) -> None:
         print_json([{"claim": c.id, "tier": c.tier, "statement": c.statement, "source": c.source} for c in loaded])
         return
     for claim in loaded:
-        print(f"{claim.id:<18} {claim.statement}\n{'':<18} {claim.source} ({claim.tier})")
+        print_text(f"{claim.id:<18} {claim.statement}\n{'':<18} {claim.source} ({claim.tier})")
     for name in config.choices("set"):
-        print(f"{name:<18} a set of claims with one report")
+        print_text(f"{name:<18} a set of claims with one report")
 
 
 def _reproduce(
     names: list[str], settings: list[str], seeds: int, stack: int, *, more: bool, output: Path | None, as_json: bool
 ) -> None:
-    if stack < 1:
-        raise ValueError(f"--stack must be at least 1, not {stack}")
+    _check_count("--stack", stack)
     import time
 
     from ropelab import config, experiment, reproduce
@@ -122,8 +139,6 @@ def _reproduce(
     if outcome.failures:
         fail(1, "; ".join(f"{name}: {message}" for name, message in outcome.failures))
     verdicts = [verdict.as_json() for verdict in outcome.verdicts]
-    from rich.console import Console
-
     from ropelab import report
 
     if output is not None:
@@ -137,6 +152,7 @@ def _reproduce(
             "training dtype": sorted({manifest["dtype"] for manifest in outcome.manifests}),
             "text": outcome.manifests[0]["corpus"],
         }
+        say(f"making the report of {len(outcome.evals)} evaluations ...")
         command = f"ropelab reproduce {' '.join(names)} --seeds {count}"
         page = report.write_report(
             output,
@@ -150,14 +166,13 @@ def _reproduce(
     if as_json:
         print_json({"evals": outcome.evals, "verdicts": verdicts})
     else:
-        console = Console()
-        console.print(report.terminal_table(outcome.evals))
-        console.print(report.verdict_table(verdicts))
+        print_table(report.terminal_table(outcome.evals))
+        print_table(report.verdict_table(verdicts))
         seconds = time.monotonic() - began
         say(f"{outcome.trained} of {len(outcome.manifests)} runs trained, the rest was there; {seconds:.0f} s")
         for line in _looks(outcome.verdicts):
             say(line)
         if output is not None:
-            print(page)
+            print_text(page)
     if any(verdict["verdict"] == "FAIL" for verdict in verdicts):
         raise typer.Exit(1)

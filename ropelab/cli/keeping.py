@@ -12,7 +12,6 @@ from ropelab.cli.options import (
     Overrides,
     RunsAndOverrides,
     app,
-    plain,
     print_json,
     print_text,
     print_tree,
@@ -20,6 +19,7 @@ from ropelab.cli.options import (
     say,
     separate,
 )
+from ropelab.progress import plain
 
 if TYPE_CHECKING:
     from ropelab.runs import RunDir

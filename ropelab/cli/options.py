@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from ropelab.progress import plain
 from ropelab.ranks import Elsewhere, launched
 
 if TYPE_CHECKING:
@@ -170,11 +171,6 @@ def fail(status: int, message: str) -> NoReturn:
 
 def one_line(message: str) -> str:
     return f"ropelab: {plain(' '.join(message.split()))}"
-
-
-def plain(text: str) -> str:
-    """Text without control characters: a name in a stranger's run must not steer the terminal."""
-    return "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
 
 
 def counted(number: int, what: str) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ropelab.cli.options import Json, app, check_output, fail, plain, print_json, reported, say
+from ropelab.cli.options import Json, app, check_output, fail, print_json, print_table, print_text, reported, say
 from ropelab.cli.training import composed
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def sweep(
                 return
             made.logs.mkdir(exist_ok=True)
             say(f"{made.name}: sbatch the script that follows, then ropelab status {made.name}")
-            print(cluster.sbatch_script(made, missing, chosen), end="")
+            print_text(cluster.sbatch_script(made, missing, chosen).removesuffix("\n"))
             return
         _work(made, chosen, wait=wait, as_json=as_json)
 
@@ -147,7 +147,7 @@ def _refuse(checked: Checked, *, skip_invalid: bool) -> None:
         points.setdefault(reason, []).append(label)
     for reason, labels in list(points.items())[:50]:
         more = f" and {len(labels) - 1} more points" if len(labels) > 1 else ""
-        say(plain(f"{'left out' if skip_invalid else 'invalid'}: {labels[0]}{more}: {' '.join(reason.split())}"))
+        say(f"{'left out' if skip_invalid else 'invalid'}: {labels[0]}{more}: {' '.join(reason.split())}")
     if len(points) > 50:
         say(f"and {len(points) - 50} more mistakes")
     if not checked.tasks:
@@ -162,7 +162,7 @@ def _print_plan(checked: Checked, *, as_json: bool) -> None:
         return
     for task in checked.tasks:
         number = len(task["evaluations"])
-        print(f"{task['run']:<48} {number} evaluation{'s' if number != 1 else ''}   {task['points'][0]}")
+        print_text(f"{task['run']:<48} {number} evaluation{'s' if number != 1 else ''}   {task['points'][0]}")
     say(f"{len(checked.points)} points, {len(checked.tasks)} runs; nothing was started")
 
 
@@ -197,7 +197,7 @@ def _work(made: Sweep, chosen: Any, *, wait: bool, as_json: bool) -> None:
     elif as_json:
         print_json({"sweep": made.name, "folder": str(made.path), "submitted": len(submitted)})
     else:
-        print(f"ropelab status {made.name}")
+        print_text(f"ropelab status {made.name}")
 
 
 def _find(arguments: list[str] | None) -> Sweep:
@@ -232,7 +232,7 @@ def _print_standings(made: Sweep, stands: list[Standing]) -> None:
     for one in stands:
         step = "" if one.step is None else f"{one.step}/{one.steps}"
         note = " ".join(one.note.split())
-        print(plain(f"{one.run:<48} {one.state:<10} {step:<14} {note}".rstrip()))
+        print_text(f"{one.run:<48} {one.state:<10} {step:<14} {note}".rstrip())
     counts: dict[str, int] = {}
     for one in stands:
         counts[one.state] = counts.get(one.state, 0) + 1
@@ -293,16 +293,14 @@ def _collect(made: Sweep, *, as_json: bool, output: Path | None = None) -> None:
         print_json({"sweep": made.name, "runs": [one._asdict() for one in stands], "results": results})
     else:
         if results:
-            from rich.console import Console
-
             from ropelab import report
 
-            Console().print(report.terminal_table(results))
+            print_table(report.terminal_table(results))
         _print_counts(made, stands)
     bad = [one for one in stands if one.state != sweeps.DONE and not _is_to_come(one)]
     if bad:
         for one in bad:
-            say(plain(f"{one.state}: {one.run}: {' '.join(one.note.split())}"))
+            say(f"{one.state}: {one.run}: {' '.join(one.note.split())}")
         fail(1, f"{len(bad)} of {len(stands)} runs are not done; ropelab retry {made.name} starts them again")
 
 
@@ -352,7 +350,7 @@ def retry(
         mine = [item for item in arguments or [] if item.startswith(("cache_dir=", "track."))]
         made = _find([item for item in arguments or [] if item not in (*launching, *mine)])
         for line in sweeping.place(made, config.load(mine)):
-            say(plain(line))
+            say(line)
         name = (where or [made.launcher])[0]
         chosen = config.launcher(name, launching)  # what is given is right, before something is said of the rest
         given = {item.partition("=")[0].removeprefix("launcher.") for item in launching}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from ropelab.experiment.models import encoding_of, set_encoding
 from ropelab.experiment.trained import scorer_of
 from ropelab.model import GPT
 from ropelab.positions import PositionEncoding, Rope
+from ropelab.progress import tell
 from ropelab.schema import Config, Method
 from ropelab.search import Candidate
 
@@ -95,7 +95,7 @@ class Scores:
         self._known: dict[tuple[str, Candidate], float] = {}
         stored = files.read_json(path, limit=2**28)
         if stored is None and path.exists():
-            print(f"ropelab: {path} is truncated or altered: its candidates are scored again", file=sys.stderr)
+            tell(f"{path} is truncated or altered: its candidates are scored again")
         try:
             for kind, entries in (stored or {}).items():
                 for factors, start_tokens, attention_factor, nll in entries:

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import itertools
 import math
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -37,7 +36,7 @@ from ropelab.experiment.stored import intact_evaluation, labels, write_evaluatio
 from ropelab.experiment.subject import Subject
 from ropelab.experiment.trained import TrainedRun
 from ropelab.positions import PositionEncoding, resolve_factor
-from ropelab.progress import Progress, silent
+from ropelab.progress import Progress, silent, tell
 from ropelab.ranks import ALONE, Ranks
 from ropelab.runs import RunDir, RunError
 from ropelab.schema import Config, ContextLengthError, DataConfig, EvalConfig, Method
@@ -176,7 +175,7 @@ def evaluate_subject(
         try:
             return intact_evaluation(result_path, losses_path, subject.weights)
         except RunError as error:
-            print(f"ropelab: {str(error).partition('; ')[0]}; it is evaluated again", file=sys.stderr)
+            tell(f"{str(error).partition('; ')[0]}; it is evaluated again")
             return None
 
     stored = ranks.told(kept_already)

@@ -7,7 +7,6 @@ import functools
 import logging
 import math
 import os
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -31,7 +30,7 @@ from ropelab.experiment.resuming import Checkpoint, latest_checkpoint
 from ropelab.model import GPT
 from ropelab.positions import ENCODINGS, SCALINGS, Geometry, applied_parameters, build, resolve_factor
 from ropelab.positions.indices import Draw, drawn_positions
-from ropelab.progress import Progress
+from ropelab.progress import Progress, tell
 from ropelab.ranks import ALONE, Ranks, parallel_of, replicated, sharded, whole
 from ropelab.runs import RunDir
 from ropelab.schema import Config, DataConfig, Method, TrainConfig
@@ -127,7 +126,7 @@ class Session:
             try:
                 run_tokenizer(self.run)
             except runs.RunError as error:
-                print(f"ropelab: {str(error).partition('; ')[0]}; it is written again", file=sys.stderr)
+                tell(f"{str(error).partition('; ')[0]}; it is written again")
                 with self.run.locked():
                     self.corpus.tokenizer.save(self.run.tokenizer_path)
         return done

@@ -22,13 +22,13 @@ import hashlib
 import json
 import os
 import stat
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ropelab import __version__, files
+from ropelab.progress import tell
 from ropelab.runs.identity import NUMERICS_VERSION
 
 if TYPE_CHECKING:
@@ -301,10 +301,9 @@ class RunDir:
             aside = self._own(f"metrics.damaged-{step}.jsonl")
             with contextlib.suppress(FileNotFoundError):
                 self.metrics_path.replace(aside)
-            print(
-                f"ropelab: {self.metrics_path} is truncated, altered or missing; its lines up to step {step} are lost"
-                f"{f' (what there is: {aside.name})' if aside.exists() else ''}, the weights are not",
-                file=sys.stderr,
+            tell(
+                f"{self.metrics_path} is truncated, altered or missing; its lines up to step {step} are lost"
+                f"{f' (what there is: {aside.name})' if aside.exists() else ''}, the weights are not"
             )
         if state is not None and "metrics" in state and self._metrics_hold(state):
             if self.metrics_path.exists():
@@ -407,17 +406,13 @@ class RunDir:
             if found is None:  # the weights are worth more than the record of them
                 found = without_metrics
             else:
-                print(
-                    f"ropelab: {self.metrics_path} is truncated or altered; training goes on from {found.name}, up to "
-                    "which it is whole",
-                    file=sys.stderr,
+                tell(
+                    f"{self.metrics_path} is truncated or altered; training goes on from {found.name}, up to "
+                    "which it is whole"
                 )
         if damaged:
             instead = f"goes on from {found.name}" if found else "starts again at step 0: there is no earlier one"
-            print(
-                f"ropelab: {self.name}: {', '.join(damaged)} is truncated or altered; training {instead}",
-                file=sys.stderr,
-            )
+            tell(f"{self.name}: {', '.join(damaged)} is truncated or altered; training {instead}")
         return found
 
     def is_done(self) -> bool:
@@ -432,7 +427,7 @@ class RunDir:
             return False
         if self._intact(self._last_checkpoint(manifest)):
             return True
-        print(f"ropelab: {self.name} is finished, but its weights are damaged or gone: training it", file=sys.stderr)
+        tell(f"{self.name} is finished, but its weights are damaged or gone: training it")
         return False
 
     def begun(self) -> dict[str, Any]:
@@ -446,7 +441,7 @@ class RunDir:
             return self.manifest()
         except RunError as error:
             reason = str(error).partition("; ")[0]
-            print(f"ropelab: {reason}; it is made again", file=sys.stderr)
+            tell(f"{reason}; it is made again")
             files.remove(self.manifest_path, within=self.path)
             return {}
 
