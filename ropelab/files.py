@@ -174,7 +174,7 @@ def unsealed(value: Any) -> Any:
 def write(path: Path, content: bytes) -> None:
     """Write a file; a reader sees the old one or the whole new one. `OSError` names the file.
 
-    What is there already is replaced, a link too. `OutsideError` where it is, or leads to, a device, a pipe or a folder.
+    What is there is replaced, a link too. `OutsideError` where it is, or leads to, a device, a pipe or a folder.
     """
     if path.exists() and not path.is_file():
         raise OutsideError(f"{path} is a device, a pipe or a folder; give the name of a file")

@@ -18,7 +18,6 @@ BASELINES = ("unigram",)
 BOS = ("false", "true", "auto")
 WANDB_MODES = ("disabled", "offline", "online")
 CORPORA = ("stdlib", "text", "hf", "books", "nonfiction", "wikitext")
-MOST = 2**20  # layers, heads, dimensions of a model
 TOKENIZERS = ("bytes", "bpe", "gpt2")
 OVERLAPS = ("refuse", "warn", "drop")
 HEADS = ("keep", "drop")
@@ -67,8 +66,6 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for key in ("n_layer", "d_model", "n_head"):
             _at_least(f"model.{key}", getattr(self, key), 1)
-            if getattr(self, key) > MOST:
-                raise ValueError(f"model.{key} must be at most {MOST}")
         if self.d_model % self.n_head:
             raise ValueError(
                 f"model.d_model must be divisible by model.n_head, not {self.d_model} by {self.n_head}; "

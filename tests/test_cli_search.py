@@ -420,7 +420,7 @@ def listing(folder: Path) -> list[str]:
         (["ROPE", "--ctx", "128", "--factor", "nan"], ["--factor must be a number above 1"]),
         (["ROPE", "--ctx", "128", "search.populaton=4"], ["search.populaton", "did you mean search.population?"]),
         (["ROPE", "--ctx", "128", "search.population=few"], ["search.population takes a whole number, not 'few'"]),
-        (["ROPE", "--ctx", "128", "search.population=1"], ["search.population must be >= 2"]),
+        (["ROPE", "--ctx", "128", "search.population=1"], ["search.population must be from 2 to 1000000"]),
         (["ROPE", "--ctx", "128", "search.start_tokens=4"], ["search.start_tokens takes a list"]),
         (["ROPE", "--ctx", "128", "search.step=0.1", "search.step=0.2"], ["search.step is given twice"]),
         (["ROPE", "--ctx", "128", "train.lr=1"], ["search does not take train.lr=1"]),

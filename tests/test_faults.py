@@ -547,7 +547,7 @@ def test_a_run_of_another_version_of_the_numerics_is_not_mixed_in(whole: Whole, 
     changed_manifest(lab.run, identity={**manifest["identity"], "numerics": 2}, environment=environment)
     for said in (lab.evaluate(), ropelab("show", "rope", *lab.places()), lab.report("rope")):
         assert said.status == 2
-        one_line(said, "made by ropelab 9.9.9", "train the run again")
+        one_line(said, "of ropelab 9.9.9: use that version", "train the run again")
     said = lab.report()
     assert said.status == 2
     assert "left out" in said.err
@@ -559,7 +559,7 @@ def test_a_configuration_of_another_version_is_said_with_its_file(whole: Whole, 
     changed_manifest(lab.run, config={**config, "train": {**config["train"], "momentum": 0.9}})
     for said in (lab.evaluate(), ropelab("show", "rope", *lab.places()), lab.report("rope")):
         assert said.status == 2
-        one_line(said, "manifest.json", "train.momentum", "use that version")
+        one_line(said, "manifest.json", "train.momentum", "use the code that made it")
 
 
 def resaved(checkpoint: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:

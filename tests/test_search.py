@@ -259,7 +259,7 @@ def test_a_score_that_is_no_number_is_the_worst() -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"population": 1}, "search.population must be >= 2, not 1"),
+        ({"population": 1}, "search.population must be from 2 to 1000000, not 1"),
         ({"parents": 1}, "search.parents"),
         ({"iterations": -1}, "search.iterations"),
         ({"mutation_probability": 0.0}, "search.mutation_probability"),

@@ -664,7 +664,7 @@ def test_sweeps_are_found_by_the_beginning_of_their_names(tmp_path: Path, home: 
     with pytest.raises(runs.RunError, match="did you mean"):
         sweeps.find_sweep(one.name.replace("sweep-", "swep-"), tmp_path)
     (one.path / "manifest.json").write_text("{", encoding="utf-8")
-    with pytest.raises(runs.RunError, match="missing or damaged"):
+    with pytest.raises(runs.RunError, match="truncated or altered"):
         sweeps.find_sweep(one.name, tmp_path)
 
 
@@ -811,7 +811,7 @@ def test_text_for_the_shell_may_come_from_a_file_of_the_users_own(
 
 
 @pytest.mark.parametrize(
-    "stored", [{"time_min": "7"}, {"time_min": [7]}, {"mem_gb": True}, {"cpus": 10**400}, {"mem_gb": 1e300}, {"x": 1}]
+    "stored", [{"time_min": "7"}, {"time_min": [7]}, {"mem_gb": True}, {"cpus": 10**30}, {"mem_gb": 1e300}, {"x": 1}]
 )
 def test_an_altered_number_of_a_folder_is_refused(
     ropelab: Run, here: tuple[str, ...], slurm: Path, tmp_path: Path, stored: dict[str, Any]
@@ -860,7 +860,7 @@ def test_nothing_of_a_folder_is_read_in_a_job(ropelab: Run, here: tuple[str, ...
     (slurm / "limit").write_text("2\n")
     status, _, err = ropelab("retry", sweep.name, where)
     assert status == 2
-    assert "must not be links" in err
+    assert "is a link" in err
 
 
 @pytest.mark.parametrize("job", ["--user=root", "-u", "7 8", "7_0\n", "$(x)", "", "[0-9]", "*"])
@@ -869,7 +869,7 @@ def test_only_jobs_reach_the_programs_of_slurm(
 ) -> None:
     sweep, where = launched(ropelab, here, tmp_path, {})
     sweep.add_job(0, job)
-    assert sweeping.standings(sweep)[0].state == "LOST"
+    assert sweeping.standings(sweep)[0].state == "PENDING"  # as without a job
     with pytest.raises(ValueError, match="was altered"):
         cluster.cancel(sweep, [job])
     ropelab("cancel", sweep.name, where)

@@ -349,8 +349,7 @@ def retry(
         launching = [item for item in arguments or [] if item.startswith("launcher.")]
         mine = [item for item in arguments or [] if item.startswith(("cache_dir=", "track."))]
         made = _find([item for item in arguments or [] if item not in (*launching, *mine)])
-        for line in sweeping.place(made, config.load(mine)):
-            say(line)
+        others = sweeping.place(made, config.load(mine))
         name = (where or [made.launcher])[0]
         chosen = config.launcher(name, launching)  # what is given is right, before something is said of the rest
         given = {item.partition("=")[0].removeprefix("launcher.") for item in launching}
@@ -359,6 +358,8 @@ def retry(
             from ropelab import cluster
 
             cluster.check_slurm()
+        for line in others:
+            say(line)
         _work(made, chosen, wait=wait, as_json=as_json)
 
 

@@ -333,7 +333,7 @@ def _score(
     rows: int,
     progress: Callable[[int], None],
     ranks: Ranks,
-    bos: int | None,
+    bos: int | None = None,
 ) -> NDArray[np.float32]:
     """`score`, its passes shared out; all ranks get all losses, (N x scored,).
 

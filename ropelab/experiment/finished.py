@@ -7,6 +7,8 @@ from ropelab import data
 from ropelab.runs import RunDir, RunError, made_by
 from ropelab.schema import Config
 
+MOST = 2**20  # layers, heads, dimensions of a stored model
+
 
 def trained_config(run: RunDir) -> Config:
     """The configuration in a run's manifest. `RunError`, with the version that wrote it, where this one cannot read it.
@@ -15,7 +17,11 @@ def trained_config(run: RunDir) -> Config:
     """
     manifest = run.manifest()
     try:
-        return configs.from_dict(manifest.get("config", {}))
+        config = configs.from_dict(manifest.get("config", {}))
+        for key in ("n_layer", "d_model", "n_head"):  # before anything of these sizes is made
+            if getattr(config.model, key) > MOST:
+                raise ValueError(f"model.{key} is more than {MOST}")
+        return config
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{run.manifest_path}: {error}; it is of {made_by(manifest)}, or train the run again") from None
 

@@ -106,9 +106,6 @@ class Session:
         self._first = 0 if self.parent is None else self.parent.steps  # its batches come after those of its ancestors
         self.positions_at = None if self._draw is None else self._positions_at
         self.start, self._best = 0, math.inf
-        # only of what is not refused: a mistake is one line
-        if ranks.is_first and (lacks := lacking_for(config, self.corpus.test)) is not None:
-            _say(lacks)
 
     def fresh_model(self) -> GPT:
         """The model before any training, on the CPU."""
@@ -208,6 +205,8 @@ class Session:
         self.step, self._began = self.start, time.perf_counter()
         if not self.ranks.is_first:
             return
+        if (lacks := lacking_for(config, corpus.test)) is not None:
+            _say(lacks)
         corpus.tokenizer.save(run.tokenizer_path)
         run.update_manifest(
             run=run.name, digest=self.digest, identity=self._identity, config=configs.to_dict(self._resolved),

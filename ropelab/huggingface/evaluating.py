@@ -96,7 +96,7 @@ class Checkpoint(Subject):
         tree = configs.to_dict(config)
         tree["pos"] = {"name": pos.name, **pos.parameters}
         tree["scaling"] = {"name": scaling.name, **scaling.parameters}
-        tree["data"] = configs.to_dict(configs.load())["data"] | vars(self._text)
+        tree["data"] = configs.to_dict(configs.load())["data"] | dataclasses.asdict(self._text)
         tree["model"] = {
             "name": self.config.model_type, "n_layer": layers, "d_model": heads * self.head_size, "n_head": heads,
             "qk_norm": False,
