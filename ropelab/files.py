@@ -30,6 +30,8 @@ from pathlib import Path
 from typing import Any
 
 JSON_LIMIT = 2**24  # bytes of a JSON file, where its reader says nothing else
+YAML_LIMIT = 2**20  # bytes of a YAML file
+YAML_NODES = 100_000  # values in it
 DIGITS = 40  # of a whole number in JSON; what is longer is no length, count or time of ours
 Types = tuple[type, ...]
 
@@ -121,6 +123,41 @@ def _finite(text: str) -> float:
     if not math.isfinite(number):
         raise DamagedError(f"it holds a number that is not finite: {text[:20]}")
     return number
+
+
+def load_yaml(path: Path) -> tuple[Any, Any]:
+    """(value, root node) of a YAML file of at most `YAML_LIMIT` bytes: plain data, and the nodes as they are written.
+
+    `DamagedError` where it is none, or its aliases make it more than `YAML_NODES` values; `OSError` without a file.
+    """
+    return parse_yaml(read(path, limit=YAML_LIMIT, follow=True))
+
+
+def parse_yaml(text: str | bytes) -> tuple[Any, Any]:
+    """`load_yaml`, of a text."""
+    import yaml
+
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        if _expanded(node, {}) > YAML_NODES:
+            raise DamagedError("its aliases make it too large")
+        return yaml.safe_load(text), node
+    except DamagedError:
+        raise
+    except RecursionError:
+        raise DamagedError("it is nested too deeply") from None
+    except (UnicodeDecodeError, yaml.YAMLError, ValueError) as error:  # a plain one for a number of thousands of digits
+        raise DamagedError(f"it is no valid YAML: {' '.join(str(error).split())[:300]}") from None
+
+
+def _expanded(node: Any, known: dict[int, float]) -> float:
+    """How many values a YAML node comes to with its aliases; infinite where one leads back to its own node."""
+    if id(node) not in known:
+        known[id(node)] = math.inf
+        inner = node.value if node is not None and isinstance(node.value, list) else []
+        parts = [part for item in inner for part in (item if isinstance(item, tuple) else (item,))]
+        known[id(node)] = 1 + sum(_expanded(part, known) for part in parts)
+    return known[id(node)]
 
 
 def mistyped(

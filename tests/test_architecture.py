@@ -36,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "attention": set(),
     "evaluation": {"schema"},
     "claims": {"files", "schema", "stats"},
-    "config": {"schema"},
+    "config": {"files", "schema"},
     "data": {"files", "schema"},
     "runs": {"progress", "__init__", "files", "schema"},
     "stacking": {"attention", "model", "positions", "schema", "training"},

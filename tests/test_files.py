@@ -194,6 +194,30 @@ def test_a_json_text_that_is_no_value_of_ours(tmp_path: Path, text: str, why: st
         files.load_json(tmp_path / "x.json")
 
 
+BOMB = "a: &a [x, x]\n" + "".join(
+    f"a{i}: &{'a' * (i + 2)} [{', '.join(['*' + 'a' * (i + 1)] * 10)}]\n" for i in range(9)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (BOMB, "aliases"),
+        ("a: &a [*a]", "aliases"), ("[" * 5000, "deeply"), ("tau: " + "1" * 5000, "no valid YAML"), ("a: [", "no valid YAML"),
+        ("!!python/object/apply:os.system [x]", "no valid YAML"),
+    ],
+)  # fmt: skip
+def test_a_yaml_text_that_is_none_of_ours(tmp_path: Path, text: str, why: str) -> None:
+    (tmp_path / "x.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(files.DamagedError, match=why):
+        files.load_yaml(tmp_path / "x.yaml")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(files.DamagedError, match="no file"):
+        files.load_yaml(tmp_path / "pipe")
+    (tmp_path / "x.yaml").write_text("a: &a [1, 2]\nb: *a\n", encoding="utf-8")
+    assert files.load_yaml(tmp_path / "x.yaml")[0] == {"a": [1, 2], "b": [1, 2]}
+
+
 def test_only_a_file_of_bounded_size_is_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()

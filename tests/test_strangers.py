@@ -163,6 +163,7 @@ HOSTILE: dict[str, Callable[[Made], None]] = {
     "a width without an end": in_manifest(("config", "model", "d_model"), 2**40, of=RUN),
     "a context without an end": in_manifest(("train_ctx",), 2**39, of=RUN),
     "a run of a terabyte": sparse("manifest.json", of=RUN),
+    "weights of a terabyte": sparse("checkpoints/step-00000004/model.safetensors", of=RUN),
     "a pipe for a manifest": pipe("manifest.json", of=RUN),
     "a pipe for a lock": pipe("lock", of=RUN),
     "a pipe for metrics": pipe("metrics.jsonl", of=RUN),

@@ -30,6 +30,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped, unused-ignore]
 
+from ropelab import files
 from ropelab.schema import PROTOCOLS
 
 TIERS = ("cpu", "gpu")
@@ -292,16 +293,13 @@ def _shown(value: object) -> str:
 def _read(path: Path) -> object:
     """A YAML file. A key given twice is refused: YAML would keep the last and drop, say, a term of a contrast."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        value, node = files.load_yaml(path)
+    except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error}") from None
-    try:
-        _refuse_duplicates(path.name, yaml.compose(text, Loader=yaml.SafeLoader))
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path.name}: no valid YAML: {' '.join(str(error).split())}") from None
-    except RecursionError:
-        raise ValueError(f"{path.name}: nested too deeply for a claim") from None
+    except files.DamagedError as error:
+        raise ValueError(f"{path.name}: cannot be read: {error}") from None
+    _refuse_duplicates(path.name, node)
+    return value
 
 
 def _refuse_duplicates(file: str, root: Any) -> None:

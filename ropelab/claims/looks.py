@@ -105,10 +105,10 @@ class Looks:
     def of(self, key: str) -> History:
         """`ValueError` names a file that is damaged: forgetting looks in silence would let errors pass."""
         path = self._folder / f"{key}.json"
-        if not path.exists():
-            return History()
         try:
             return _history(files.load_json(path))
+        except FileNotFoundError:
+            return History()
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(
                 f"{path} is no record of looks ({error}); remove it, and the looks that it counts are forgotten"
@@ -134,6 +134,6 @@ def _history(value: Mapping[str, Any]) -> History:
     for look in looks:
         if not (look.seeds > 0 and 0 <= look.share <= 1 and 0 <= look.p_pass <= 1 and 0 <= look.p_fail <= 1):
             raise ValueError(f"a look of {look}")
-    if any(key != Path(key).name for key in family):
-        raise ValueError("a claim's name is a path")
+    if any(key != Path(key).name or len(key) > 200 for key in family) or len(family) > 1000:
+        raise ValueError("a claim's name is a path, or there are thousands of them")
     return History(looks, frozenset(family))

@@ -11,7 +11,6 @@ import copy
 import dataclasses
 import difflib
 import functools
-import json
 import os
 import re
 import types
@@ -20,6 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ropelab import files
 from ropelab.schema import (
     FIRST_ENDINGS,
     Config,
@@ -180,14 +180,11 @@ def own_launcher(name: str) -> dict[str, Any]:
     file = os.environ.get(OWN_SLURM) if name == "slurm" else None
     if not file:
         return {}
-    import yaml
-
-    path = Path(file).expanduser()
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        found, _ = files.load_yaml(Path(file).expanduser())
+    except (OSError, ValueError) as error:
         raise ValueError(f"{OWN_SLURM}={file} cannot be read: {error}") from None
-    if not isinstance(found, dict):  # a folder, a pipe or a device as well
+    if not isinstance(found, dict):
         raise ValueError(f"{OWN_SLURM}={file} is no file of lines such as partition: gpu; correct it, or unset it")
     known = typing.get_type_hints(LAUNCHERS[name])
     odd = next((key for key in found if key not in known), None)
@@ -213,9 +210,9 @@ def _factors_file(name: str) -> dict[str, Any]:
     """
     path = Path(_unquoted(name)).expanduser()
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no JSON"
+        found = files.load_json(path, follow=True)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise ValueError(f"scaling.factors={name} cannot be read ({reason}); give a FILE of `ropelab search`") from None
     if not isinstance(found, dict) or not isinstance(found.get("long_factors"), list):
         raise ValueError(f"scaling.factors={name} holds no list long_factors; give a FILE of `ropelab search longrope`")

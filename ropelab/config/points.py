@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ropelab import files
 from ropelab.config.load import choices, config_dir, load, nearest
 
 MOST = 10_000  # points of a sweep
@@ -56,13 +57,9 @@ def named(name: str) -> list[str]:
             )
         path = config_dir() / "sweep" / f"{name}.yaml"
     try:
-        text = path.read_text(encoding="utf-8")
-        found = yaml.safe_load(text)
-        node = yaml.compose(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} is no YAML: {error}") from None
-    except RecursionError:
-        raise ValueError(f"{path} is nested too deeply; write lines such as pos: rope,alibi") from None
+        found, node = files.load_yaml(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); write lines such as pos: rope,alibi") from None
     if not isinstance(found, dict) or not found:
         raise ValueError(f"{path} holds no settings; write lines such as pos: rope,alibi")
     assert isinstance(node, yaml.MappingNode)

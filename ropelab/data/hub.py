@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
+from ropelab import files
 from ropelab.data.documents import Document, Progress, author_of, document, offer_fields, title_of
 from ropelab.data.reading import check_ends, check_json_lines, is_json, is_packed, leads_outside
 
+CARD_LIMIT = 2**22  # bytes of a dataset's card
 _ROWS = 1000  # read at a time
 _STRINGS = ("string", "large_string")  # types of a field that holds text
 
@@ -68,6 +71,7 @@ def load_hub(path: str, subset: str | None, *, follow: bool = False) -> Any:
     hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     try:
         if Path(path).exists():
+            _check_card(Path(path))
             builder = datasets.load_dataset_builder(path, subset)
             _check_files(Path(path), builder.config.data_files or {}, follow=follow)
         return datasets.load_dataset(path, subset)
@@ -85,6 +89,42 @@ def load_hub(path: str, subset: str | None, *, follow: bool = False) -> Any:
 
 class Refused(ValueError):
     """What a local dataset asks for and does not get."""
+
+
+def _check_card(folder: Path) -> None:
+    """`Refused`: the card of a local dataset names places that are no part of it. Before anything looks there.
+
+    A card is the YAML at the head of README.md, or all of .huggingface.yaml; every string under `data_files` and
+    `data_dir` is such a name.
+    """
+    names: list[str] = []
+    for card, pattern in ((folder / "README.md", r"\ufeff?---\s*\n(.*?)\n---"), (folder / ".huggingface.yaml", "(.*)")):
+        if not card.exists():
+            continue
+        try:
+            text = files.read(card, limit=CARD_LIMIT, follow=True).decode("utf-8", "replace")
+            if found := re.match(pattern, text, re.S):
+                names += _names(files.parse_yaml(found[1])[0])
+        except files.DamagedError as error:
+            raise Refused(f"{card} holds a dataset card that cannot be read ({error}); remove it") from None
+    for name in names:
+        if "://" in name or "::" in name or Path(name).is_absolute() or ".." in Path(name).parts:
+            raise Refused(
+                f"data.path={folder} names a file outside of itself, {name}, in its README.md: remove that, or give "
+                "data.path the folder that is meant"
+            )
+
+
+def _names(value: Any, *, inside: bool = False) -> Iterator[str]:
+    """The strings of a card that name files or folders."""
+    if isinstance(value, str) and inside:
+        yield value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _names(inner, inside=inside or key in ("data_files", "data_dir"))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _names(inner, inside=inside)
 
 
 def _check_files(folder: Path, data_files: Mapping[Any, Iterable[Any]], *, follow: bool) -> None:

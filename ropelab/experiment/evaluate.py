@@ -192,10 +192,9 @@ def evaluate_subject(
     if ranks.is_first:
         if kept_in.parent.is_dir():  # a checkpoint gets its folder when there is something to put there
             _make_results_folder(kept_in)
-        if (lacks := lacking(split, layout.documents, layout.span, other_text or trained.data)) is not None:
-            notice(lacks)
         if passes is not None:
             notice(str(passes))
+    lacks = lacking(split, layout.documents, layout.span, other_text or trained.data) if ranks.is_first else None
     model = subject.load(target, dtype, window=config.window, kept=kept)
     ranks.check_alike("text or scaling", name)
     ranks.connect(target)
@@ -229,6 +228,9 @@ def evaluate_subject(
             rows.append(_undefined(ctx, factor, str(error)))
             continue
         warnings |= dict.fromkeys(here.warnings)
+        if lacks is not None:  # before anything is scored, and only where nothing is refused
+            notice(lacks)
+            lacks = None
         tokens = target_tokens(windows, documents)
         if baseline is not None:
             losses = baseline[tokens]

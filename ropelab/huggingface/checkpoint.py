@@ -224,7 +224,10 @@ def tensor_count(folder: Path) -> int:
 def read_config(folder: Path) -> Any:
     """The configuration of a causal language model. `ValueError` for an encoder, and for a model with its own code."""
     path = folder / "config.json"
-    raw = read_json(path)
+    try:
+        raw = files.load_json(path, limit=JSON_LIMIT, follow=True, finite=False)
+    except (OSError, files.DamagedError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
     if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
         raise ValueError(f"{path} is no configuration of transformers: it names no model_type")
     kind = raw["model_type"]

@@ -54,6 +54,7 @@ STATE: dict[str, files.Types] = {  # what state.json may say beside step and che
     "metrics": (dict,), "digest": (str,), "best_val_nll": (float, int, type(None)), "dtype": (str,),
     "matmul_precision": (str,), "threads": (int,), "summary": (dict,),
 }  # fmt: skip
+HEADER = 2**27  # bytes of a safetensors header; the library takes 100 MB
 LINE = 2**16  # bytes of a line of metrics; ours have some hundred
 
 
@@ -383,7 +384,10 @@ class RunDir:
         if state is None:
             return False
         try:
-            return all(files.sha256_of(checkpoint / name) == digest for name, digest in state["sha256"].items())
+            return all(
+                _is_whole(checkpoint / name) and files.sha256_of(checkpoint / name) == digest
+                for name, digest in state["sha256"].items()
+            )
         except OSError:
             return False
 
@@ -510,6 +514,20 @@ def _state(checkpoint: Path) -> dict[str, Any] | None:
         return dict(state) if plain and files.is_of(metrics.get("bytes"), (int,)) and metrics["bytes"] >= 0 else None
     except (OSError, ValueError):
         return None
+
+
+def _is_whole(path: Path) -> bool:
+    """Has a safetensors file the size that its header says? Known before it is read through, however large it is."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > HEADER:
+            return False
+        try:
+            header = files.parse_json(file.read(length))
+            ends = [item["data_offsets"][1] for key, item in header.items() if key != "__metadata__"]
+            return bool(path.stat().st_size == 8 + length + max(ends, default=0))
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+            return False
 
 
 def _step_name(step: int) -> str:

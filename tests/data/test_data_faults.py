@@ -23,6 +23,7 @@ from ropelab.data import corpora as corpora_module
 from ropelab.data import tokenizers as tokenizers_module
 from ropelab.data.documents import document
 from ropelab.data.heads import without_repeated_heads
+from ropelab.data.hub import load_hub
 from ropelab.data.tokenizers import train_bpe
 from ropelab.schema import FIRST_ENDINGS, DataConfig, SplitNames
 
@@ -475,7 +476,7 @@ def test_a_card_cannot_name_files_outside(pattern: str, secret: Path, tmp_path: 
     write(root / "x" / "a.txt", prose(1))
     named = pattern.format(secret=secret)
     write(root / "README.md", f'---\nconfigs:\n- config_name: default\n  data_files: "{named}"\n---\n')
-    with pytest.raises(ValueError, match=r"names a file outside of itself, .*key\.txt"):
+    with pytest.raises(ValueError, match="names a file outside of itself, .*secret"):
         read(config("hf", root), tmp_path)
     write(root / "README.md", '---\nconfigs:\n- config_name: default\n  data_files: "x/*.txt"\n---\n')
     assert read(config("hf", root), tmp_path).details["documents"]["train"]
@@ -535,3 +536,26 @@ def test_bpe_of_a_genome_ends_in_seconds() -> None:
     tokenizer = train_bpe(texts, 1024)
     assert time.process_time() - began < 30
     assert tokenizer.n_vocab == 1024
+
+
+@pytest.mark.parametrize(
+    "place", ["http://127.0.0.1:9/k.jsonl", "zip://k.jsonl::/nowhere/k.zip", "../k.jsonl", "/nowhere/k.jsonl"]
+)
+def test_a_card_that_leads_away_is_refused_before_anything_looks_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *args, **how: pytest.fail("it was looked for"))
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n', encoding="utf-8")
+    for name, text in (
+        (
+            "README.md",
+            f'---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: "{place}"\n---\n',
+        ),
+        (".huggingface.yaml", f'data_files: "{place}"\n'),
+    ):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match="names a file outside of itself"):
+            load_hub(str(tmp_path), None)
+        (tmp_path / name).unlink()
