@@ -286,7 +286,7 @@ def complaints(
     last = said.splitlines()[-1] if said else ""
     if status not in (1, 2):
         found.append(f"exit status {status}")
-    if "Traceback" in said or not last.startswith("ropelab: ") or str(work) not in last:
+    if "Traceback" in said or not last.startswith("ropelab: ") or str(work) not in (said if "/sweeps/" in last or " runs " in last else last):
         found.append(f"says: {said[-600:]}")
     after = digests(work)
     found += [name for name in after if ".ropelab-tmp-" in name]
@@ -378,7 +378,7 @@ class Bench:
         else:
             said = self._server.log.read_text(encoding="utf-8", errors="replace")
             odd = complaints(process.exitcode, said, self._work, before, self._counted("done"))
-        refused = " ".join(self._counted("refused")[0])
+        refused = " ".join((*self._counted("refused"), ("in", "a worker"))[0])  # which counts for itself
         try:
             self._server.finish(self._filled(self.job.command))
             odd += differences(self.whole, digests(self._work))

@@ -68,6 +68,15 @@ def test_a_disk_that_fails_once_is_said_and_costs_nothing(whole: Whole, tmp_path
         assert differences(undisturbed, digests(lab.root)) == [], place
 
 
+def test_a_point_of_a_sweep_is_not_left_out_for_a_full_disk(whole: Whole, tmp_path: Path) -> None:  # noqa: F811
+    """`--skip-invalid` is for settings that cannot be."""
+    places = (f"data.path={whole.lab.text}", f"runs_dir={tmp_path / 'runs'}", f"cache_dir={tmp_path / 'cache'}")
+    with failing(tmp_path / "cache", 4):
+        said = ropelab("sweep", "pos=rope,alibi", "--skip-invalid", "--dry-run", *SHAPE, *places)
+    assert (said.status, said.out) == (2, "")
+    assert said.err.splitlines()[-1].startswith(f"ropelab: cache_dir={tmp_path / 'cache'} cannot be written")
+
+
 def test_tensors_are_on_the_disk_or_the_file_is_named(tmp_path: Path) -> None:
     """Of checkpoints and exports alike: safetensors has an error of its own, and leaves the syncing to others."""
     path = tmp_path / "model.safetensors"
