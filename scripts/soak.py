@@ -286,7 +286,8 @@ def complaints(
     last = said.splitlines()[-1] if said else ""
     if status not in (1, 2):
         found.append(f"exit status {status}")
-    if "Traceback" in said or not last.startswith("ropelab: ") or str(work) not in (said if "/sweeps/" in last or " runs " in last else last):
+    where = said if " runs are not done" in last else last  # each run of a sweep has a line of its own
+    if "Traceback" in said or not last.startswith("ropelab: ") or str(work) not in where:
         found.append(f"says: {said[-600:]}")
     after = digests(work)
     found += [name for name in after if ".ropelab-tmp-" in name]
