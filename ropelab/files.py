@@ -220,22 +220,21 @@ def write(path: Path, content: bytes) -> None:
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     while True:
         temporary = path.parent / _temporary_name()
-        handle = os.open(temporary, flags, 0o666)
+        with naming(path):
+            handle = os.open(temporary, flags, 0o666)
         if _held(handle, temporary):
             break
         os.close(handle)
     try:
-        with os.fdopen(handle, "wb") as file:
+        with naming(path), os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
             temporary.replace(path)
-    except BaseException as error:
+    except BaseException:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno is not None:  # a full disk names no file
-            raise OSError(error.errno, error.strerror, str(path)) from None
         raise
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -250,19 +249,39 @@ def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Have an `OSError` name this file: one of a write or of a sync, as on a full disk, names none."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+@contextlib.contextmanager
 def new_folder(final: Path) -> Iterator[Path]:
-    """A temporary folder beside `final` to write files into, removed at the end if it was not published."""
+    """A temporary folder beside `final` to write files into, removed at the end if it was not published.
+
+    An `OSError` of a file in it names that file as it would have been called.
+    """
     final.parent.mkdir(parents=True, exist_ok=True)
     clear_abandoned(final.parent)
     while True:
         temporary = final.parent / _temporary_name()
-        temporary.mkdir(mode=0o700)
+        with naming(final):
+            temporary.mkdir(mode=0o700)
         handle = os.open(temporary, os.O_RDONLY | os.O_CLOEXEC)
         if _held(handle, temporary):
             break
         os.close(handle)
     try:
         yield temporary
+    except OSError as error:
+        path = Path(error.filename) if isinstance(error.filename, str) else None
+        if path is None or not path.is_relative_to(temporary):
+            raise
+        raise OSError(error.errno, error.strerror, str(final / path.relative_to(temporary))) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         os.close(handle)
@@ -276,14 +295,14 @@ def publish(temporary: Path, final: Path) -> bool:
     mask = _umask()
     for path in (temporary, *temporary.rglob("*")):
         path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
-    sync_folder(temporary)
+    sync(temporary)
     try:
         temporary.rename(final)
     except OSError:
         if not final.exists():
             raise
         return False
-    sync_folder(final.parent)
+    sync(final.parent)
     return True
 
 
@@ -331,11 +350,8 @@ def truncate(path: Path, size: int, *, within: Path) -> None:
 def append(path: Path, text: str, *, within: Path) -> None:
     """Add to a text file below `within`, which is made. `OutsideError` as of `own`; an `OSError` names the file."""
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-    try:
-        with os.fdopen(os.open(own(path, within), flags, 0o666), "ab") as file:
-            file.write(text.encode())
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
+    with naming(path), os.fdopen(os.open(own(path, within), flags, 0o666), "ab") as file:
+        file.write(text.encode())
 
 
 def open_lock(folder: Path) -> int:
@@ -393,11 +409,12 @@ def _held(handle: int, temporary: Path) -> bool:
     return temporary.exists()
 
 
-def sync_folder(folder: Path) -> None:
-    """Have the renames in a folder on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Have the content of a file, or the renames in a folder, on the disk. An `OSError` names it."""
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        os.fsync(handle)
+        with naming(path):
+            os.fsync(handle)
     finally:
         os.close(handle)
 

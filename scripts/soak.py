@@ -1,12 +1,20 @@
 """kill -9 at random instants of training, evaluation, tokenising, search and sweep; each resumed until it ends.
 
-    python scripts/soak.py --kills 100 [--seed 0] [--jobs train,eval] [--out FILE.json]
+    python scripts/soak.py --kills 100 [--faults 300] [--hostile 500] [--seed 0] [--jobs train,eval] [--out FILE.json]
 
 Every job is first done without a stop. Then it is done again and again in a fresh copy of the same folder, killed up to
 three times on its way, each time at an instant drawn uniformly over the job, and started anew by the same command until
 it ends by itself. What the folder then holds is compared with what the job without a stop left: every tensor by its
 bytes, every line of the metrics, manifest, results and cache file; a leftover temporary file is a difference. Figures
 that no two runs share (speed, times, free memory) are left out.
+
+`--faults N`: instead of a kill a disk that fails (tests/shim.py): a command's n-th write, fsync, rename or creation is
+refused, or all from the n-th on. It has to end with one line that names the file, leaving no temporary file and
+taking nothing finished; then the same command gives what it gives undisturbed. The N are drawn from all operations of
+all jobs, each once in either way; a larger N than there are takes them all.
+
+`--hostile N`: so many run and sweep folders, changed at random as by a stranger (tests/test_strangers.py), put through
+the commands that read them.
 
 The processes are real ones and SIGKILL is a real one. They are forked from a server that has imported the program, so
 that the kills fall into the work and not into four seconds of imports. Exit status 1 when a trial was not equal.
@@ -33,6 +41,11 @@ from datetime import UTC, datetime
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # for what is shared with the tests
+
+from tests import shim  # noqa: E402
 
 if __name__ == "__main__":  # one thread: bit-equal numbers need equal sums, and the kills many processes
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -91,6 +104,13 @@ SWEEP = Job(
 )  # fmt: skip
 
 
+# written once, so that no kill can fall between and only faults are of interest
+FAULTS_ONLY = (
+    Job("report", ("report", "rope", "-o", "{work}/page", "runs_dir={work}/runs"), (TRAINED,), share=1),
+    Job("export", ("export", "rope", "-o", "{work}/exported", *OWN), (TRAINED,), share=1),
+)
+
+
 def jobs() -> tuple[Job, ...]:
     """The jobs that this version of the program has."""
     from ropelab.cli import app
@@ -102,8 +122,12 @@ def jobs() -> tuple[Job, ...]:
 # --- processes ------------------------------------------------------------------------------------------------------
 
 
-def run(arguments: list[str], log: str, folder: str) -> None:
-    """A `ropelab` command in this process, which is a session of its own; what it says goes to a file."""
+def run(arguments: list[str], log: str, folder: str, fault: tuple[str, int, bool] | None = None) -> None:
+    """A `ropelab` command in this process, which is a session of its own; what it says goes to a file.
+
+    fault: the folder, number and length (`lasting`) of what is refused; what was counted goes beside the log. Workers
+    of a sweep are processes that count for themselves.
+    """
     os.setsid()
     os.chdir(folder)
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -114,7 +138,22 @@ def run(arguments: list[str], log: str, folder: str) -> None:
     sys.argv = ["ropelab", *arguments]
     from ropelab.cli import main
 
-    main()
+    if fault is None:
+        main()
+        return
+    within, first, lasting = fault
+    site = Path(folder) / "site"
+    site.mkdir(exist_ok=True)
+    (site / "sitecustomize.py").write_text(
+        f"from tests.shim import failing\nkept = failing({within!r}, {first}, lasting={lasting})\nkept.__enter__()\n",
+        encoding="utf-8",
+    )
+    os.environ["PYTHONPATH"] = os.pathsep.join((str(site), str(ROOT)))
+    with shim.failing(Path(within), first, lasting=lasting) as counted:
+        try:
+            main()
+        finally:
+            counted.report(Path(log).with_suffix(".json"))
 
 
 def wait_for(pid: int) -> None:
@@ -132,8 +171,8 @@ class Server:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(PRELOADED)
 
-    def start(self, arguments: list[str]) -> Any:
-        process = self._context.Process(target=run, args=(arguments, str(self.log), str(self._folder)))
+    def start(self, arguments: list[str], fault: tuple[str, int, bool] | None = None) -> Any:
+        process = self._context.Process(target=run, args=(arguments, str(self.log), str(self._folder), fault))
         process.start()
         return process
 
@@ -199,9 +238,9 @@ def digests(work: Path) -> dict[str, str]:
         elif path.suffix == ".jsonl":
             lines = path.read_text(encoding="utf-8").split("\n")
             for number, line in enumerate(lines):
-                found[f"{name} line {number + 1}"] = _json(json.loads(line)) if line else "empty"
+                found[f"{name} line {number + 1}"] = _json(line)
         elif path.suffix == ".json":
-            found[name] = _json(json.loads(path.read_bytes()))
+            found[name] = _json(path.read_text(encoding="utf-8"))
         else:
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found
@@ -219,17 +258,46 @@ def _tensors(path: Path) -> dict[str, str]:
     }
 
 
-def _json(value: Any) -> str:
+def _json(text: str) -> str:
     def strict(inner: Any) -> Any:
         if isinstance(inner, dict):
             return {key: strict(each) for key, each in inner.items() if key not in LOOSE}
         return [strict(each) for each in inner] if isinstance(inner, list) else inner
 
-    return hashlib.sha256(json.dumps(strict(value), sort_keys=True).encode()).hexdigest()
+    try:
+        value = strict(json.loads(text))
+    except ValueError:  # what a fault left of it
+        value = ["not JSON", text]
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def differences(one: dict[str, str], other: dict[str, str]) -> list[str]:
     return [name for name in {**one, **other} if one.get(name) != other.get(name)]
+
+
+def complaints(
+    status: int | None, said: str, work: Path, before: dict[str, str], done: list[shim.Operation]
+) -> list[str]:
+    """What is wrong about how a command ended on a disk that failed.
+
+    before: `digests` of the folder when it began; done: the operations that were not refused.
+    """
+    found = []
+    last = said.splitlines()[-1] if said else ""
+    if status not in (1, 2):
+        found.append(f"exit status {status}")
+    where = said if " runs are not done" in last else last  # each run of a sweep has a line of its own
+    if "Traceback" in said or not last.startswith("ropelab: ") or str(work) not in where:
+        found.append(f"says: {said[-600:]}")
+    after = digests(work)
+    found += [name for name in after if ".ropelab-tmp-" in name]
+    found += [f"lost or altered: {name}" for name in before if after.get(name) != before[name]]
+    steps = [
+        operation.name for operation in done if operation.kind == "rename" and "/step-" in operation.name
+    ]  # the one before it may go, once it is read back
+    if steps and not (work / steps[-1] / "state.json").is_file():
+        found.append(f"lost: {steps[-1]}")
+    return found
 
 
 # --- trials ---------------------------------------------------------------------------------------------------------
@@ -288,6 +356,37 @@ class Bench:
             odd = [str(error)]
         return {"kills": len(instants), "instants": instants, "differences": odd}
 
+    def operations(self) -> list[shim.Operation]:
+        """What the job asks of the disk, in order."""
+        self._fresh()
+        process = self._server.start(self._filled(self.job.command), (str(self._work), 0, False))
+        process.join(PATIENCE)
+        return self._counted("seen")
+
+    def _counted(self, key: str) -> list[shim.Operation]:
+        counted = json.loads(self._server.log.with_suffix(".json").read_text(encoding="utf-8"))
+        return [shim.Operation(*item) for item in counted[key]]
+
+    def fault(self, first: int, *, lasting: bool) -> dict[str, Any]:
+        """The job on a disk that fails at its `first` operation: {"operation", "lasting", "differences"}."""
+        self._fresh()
+        before = digests(self._work)
+        process = self._server.start(self._filled(self.job.command), (str(self._work), first, lasting))
+        process.join(PATIENCE)
+        if process.exitcode is None:
+            stop(process)
+            odd = ["it does not end"]
+        else:
+            said = self._server.log.read_text(encoding="utf-8", errors="replace")
+            odd = complaints(process.exitcode, said, self._work, before, self._counted("done"))
+        refused = " ".join((*self._counted("refused"), ("in", "a worker"))[0])  # which counts for itself
+        try:
+            self._server.finish(self._filled(self.job.command))
+            odd += differences(self.whole, digests(self._work))
+        except RuntimeError as error:
+            odd.append(str(error))
+        return {"operation": f"{first} {refused}", "lasting": lasting, "differences": odd}
+
 
 def write_texts(folder: Path, draw: random.Random) -> None:
     """Text files of random words: varied, so that none of it counts as overlap between training and test text."""
@@ -343,6 +442,57 @@ def soak(
     return {**in_all, "jobs": summary, "trials_of_jobs": results}
 
 
+def faults(
+    wanted: int, *, seed: int, only: tuple[str, ...] = (), say: Callable[[str], None] = lambda line: None
+) -> dict[str, Any]:
+    """So many faults of a disk, drawn from all that the jobs have; what came of them, by job and in all."""
+    draw = random.Random(seed)
+    chosen = [job for job in (*jobs(), *FAULTS_ONLY) if not only or job.name in only]
+    with tempfile.TemporaryDirectory(prefix="ropelab-soak-") as folder:
+        root = Path(folder)
+        write_texts(root / "text", draw)
+        server = Server(root)
+        benches = {job.name: Bench(job, root, server) for job in chosen}
+        asked = {name: len(bench.operations()) for name, bench in benches.items()}
+        all_of_them = [
+            (name, n + 1, lasting) for name in asked for n in range(asked[name]) for lasting in (False, True)
+        ]
+        results: dict[str, list[dict[str, Any]]] = {name: [] for name in benches}
+        for name, first, lasting in sorted(draw.sample(all_of_them, min(wanted, len(all_of_them)))):
+            trial = benches[name].fault(first, lasting=lasting)
+            results[name].append(trial)
+            if trial["differences"]:
+                say(f"{name}: {trial['operation']}{' and on' if lasting else ''}: {trial['differences'][:3]}")
+    return {
+        "faults": sum(map(len, results.values())),
+        "faults_without_a_loss": sum(not trial["differences"] for trials in results.values() for trial in trials),
+        "jobs": {
+            name: {
+                "operations": asked[name],
+                "faults": len(trials),
+                "faults_without_a_loss": sum(not trial["differences"] for trial in trials),
+            }
+            for name, trials in results.items()
+        },
+        "failed": {name: [trial for trial in trials if trial["differences"]] for name, trials in results.items()},
+    }
+
+
+def hostile(wanted: int, *, seed: int, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+    """So many folders of a stranger, put through the commands; those that were obeyed or ended in a traceback."""
+    from tests import test_strangers
+
+    failed = []
+    with tempfile.TemporaryDirectory(prefix="ropelab-soak-") as folder:
+        good = test_strangers.sweep_of_two(Path(folder))
+        for number in range(wanted):
+            what, wrong = test_strangers.tried(good, Path(folder) / "copy", random.Random(f"{seed} {number}"))
+            if wrong:
+                failed.append({"number": number, "what": what, "wrong": wrong})
+                say(f"{number}: {what}: {wrong[-600:]}")
+    return {"folders": wanted, "harmless": wanted - len(failed), "failed": failed}
+
+
 def about() -> dict[str, Any]:
     """Where this was measured."""
     from ropelab.experiment import device_name, environment, resolve_device
@@ -358,28 +508,60 @@ def about() -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="kill -9 at random instants; each resumed until it ends")
-    parser.add_argument("--kills", type=int, default=100, help="how many in all (default 100)")
+    parser.add_argument("--kills", type=int, help="how many in all (default 100, or 0 beside another kind)")
+    parser.add_argument("--faults", type=int, default=0, help="operations of the disk that fail (default 0)")
+    parser.add_argument("--hostile", type=int, default=0, help="folders of a stranger (default 0)")
     parser.add_argument("--seed", type=int, default=0, help="of the instants and of the texts")
-    parser.add_argument("--jobs", default="", help="some of train,train-bf16,eval,tokenise,search,sweep (default: all)")
+    parser.add_argument("--jobs", default="", help="some of train,train-bf16,eval,tokenise,search,sweep,report,export")
     parser.add_argument("--out", type=Path, help="a JSON file for what came of it")
     given = parser.parse_args()
     began = time.monotonic()
     only = tuple(name for name in given.jobs.split(",") if name)
-    found = soak(given.kills, seed=given.seed, only=only, say=lambda line: print(line, flush=True))
-    for name, of_job in found["jobs"].items():
-        print(
-            f"{name:<12} {of_job['kills']:>4} kills in {of_job['trials']} trials: "
-            f"{of_job['equal_trials']} of {of_job['trials']} equal"
+    kills = given.kills if given.kills is not None else 0 if given.faults or given.hostile else 100
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    found: dict[str, Any] = {}
+    well = True
+    command = f"python scripts/soak.py --seed {given.seed}"
+    if kills:
+        found = soak(kills, seed=given.seed, only=only, say=say)
+        for name, of_job in found["jobs"].items():
+            say(
+                f"{name:<12} {of_job['kills']:>4} kills in {of_job['trials']} trials: "
+                f"{of_job['equal_trials']} of {of_job['trials']} equal"
+            )
+        say(
+            f"{found['kills_in_equal_trials']} of {found['kills']} kills ended in what the job gives without a stop "
+            f"({found['equal_trials']} of {found['trials']} trials), {time.monotonic() - began:.0f} s"
         )
-    print(
-        f"{found['kills_in_equal_trials']} of {found['kills']} kills ended in what the job gives without a stop "
-        f"({found['equal_trials']} of {found['trials']} trials), {time.monotonic() - began:.0f} s"
-    )
+        well, command = found["equal_trials"] == found["trials"], f"{command} --kills {kills}"
+    if given.faults:
+        failed = found["faults"] = faults(given.faults, seed=given.seed, only=only, say=say)
+        for name, of_job in failed["jobs"].items():
+            say(
+                f"{name:<12} {of_job['operations']:>4} operations: {of_job['faults_without_a_loss']} of "
+                f"{of_job['faults']} faults said and without a loss"
+            )
+        say(
+            f"{failed['faults_without_a_loss']} of {failed['faults']} faults were said and cost nothing, "
+            f"{time.monotonic() - began:.0f} s"
+        )
+        well &= failed["faults_without_a_loss"] == failed["faults"]
+        command += f" --faults {given.faults}"
+    if given.hostile:
+        strange = found["hostile"] = hostile(given.hostile, seed=given.seed, say=say)
+        say(
+            f"{strange['harmless']} of {strange['folders']} folders of a stranger were refused or harmless, "
+            f"{time.monotonic() - began:.0f} s"
+        )
+        well &= strange["harmless"] == strange["folders"]
+        command += f" --hostile {given.hostile}"
     if given.out is not None:
-        command = f"python scripts/soak.py --kills {given.kills} --seed {given.seed}"
         written = {"command": command, "seconds": round(time.monotonic() - began), **about(), **found}
         given.out.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
-    return 0 if found["equal_trials"] == found["trials"] else 1
+    return 0 if well else 1
 
 
 if __name__ == "__main__":

@@ -5,12 +5,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
 import random
 import shutil
-from collections.abc import Callable
+import signal
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,9 +53,8 @@ class Made(NamedTuple):
         return ropelab(*arguments, f"runs_dir={self.runs}")
 
 
-@pytest.fixture(scope="module")
-def good(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    root = tmp_path_factory.mktemp("strangers")
+def sweep_of_two(root: Path) -> Made:
+    """A good folder, and beside it the text and the cache."""
     write_corpus(root / "text")
     made = Made(root / "good")
     settings = [item for item in SMALL if not item.startswith("train.steps")]
@@ -65,6 +67,11 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Made:
     for name in ("thesis.txt", "step-00000009", "metrics.jsonl", "0000.json"):
         (made.mine / name).write_text(SECRET, encoding="utf-8")
     return made
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    return sweep_of_two(tmp_path_factory.mktemp("strangers"))
 
 
 @pytest.fixture
@@ -183,6 +190,94 @@ HOSTILE: dict[str, Callable[[Made], None]] = {
 }
 
 
+STRANGE: tuple[Any, ...] = (None, [], {}, "x", "..", "/", "../mine", "\x1b[2J\n", "=1+1", -1, 0, 1e300, True, 10**30,
+                            MANY, [[]], {"name": {}}, [1, "x"], "x" * 10**5)  # fmt: skip
+
+
+def mutated(made: Made, draw: random.Random) -> str:
+    """Change some files of the run and the sweep at random, as a stranger could; what was done."""
+    done = []
+    for _ in range(draw.randint(1, 3)):
+        if draw.random() < 0.2:
+            name = draw.choice(list(HOSTILE))
+            with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # changed too much already
+                HOSTILE[name](made)
+                done.append(name)
+            continue
+        found = [path for of in (made.run, made.sweep) for path in sorted(of.rglob("*")) if path.is_file()]
+        path = draw.choice([path for path in found if not path.is_symlink()])
+        place = path.relative_to(made.root).as_posix()
+        data = bytearray(path.read_bytes() if path.stat().st_size < 2**24 else b"")
+        how = draw.random()
+        if path.suffix == ".json" and how < 0.7:
+            with contextlib.suppress(files.DamagedError, ValueError, LookupError):
+                tree = files.load_json(path)
+                at = draw.choice(list(nodes(tree)))
+                by = draw.choice(STRANGE)
+                path.write_text(json.dumps(files.sealed(replaced(tree, at, by))), encoding="utf-8")
+                done.append(f"{place}: {at} = {str(by)[:30]!r}")
+        elif how < 0.8 and data:
+            data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+            path.write_bytes(data)
+            done.append(f"{place}: a bit")
+        elif how < 0.9:
+            path.write_bytes(data[: draw.randint(0, len(data))])
+            done.append(f"{place}: cut short")
+        else:
+            path.unlink()
+            kind = draw.choice(("gone", "a link", "a folder", "a pipe"))
+            if kind == "a link":
+                path.symlink_to(made.mine / "thesis.txt")
+            elif kind == "a folder":
+                path.mkdir()
+            elif kind == "a pipe":
+                os.mkfifo(path)
+            done.append(f"{place}: {kind}")
+    return "; ".join(done)
+
+
+@contextlib.contextmanager
+def within_seconds(seconds: int) -> Iterator[None]:
+    """`AssertionError` where something waits for ever."""
+
+    def late(signum: int, frame: object) -> None:
+        raise AssertionError(f"not done in {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def tried(good: Made, at: Path, draw: random.Random) -> tuple[str, str]:
+    """A copy of a good folder, changed at random and put through some commands: what was done, and what went wrong."""
+    shutil.rmtree(at, ignore_errors=True)
+    shutil.copytree(good.root, at, symlinks=True)
+    made = Made(at)
+    run, sweep, page, before = made.run.name, made.sweep.name, str(at / "page"), untouched(made)
+    what = mutated(made, draw)
+    cache = f"cache_dir={good.root.parent / 'cache'}"
+    asked: tuple[str, ...] = ()
+    try:
+        for asked in draw.sample([
+            ("status", sweep), ("status", "--json"), ("runs", "list", "--json"), ("runs", "pos=rope"),
+            ("collect", sweep), ("cancel", sweep), ("report", run, "-o", page), ("report", sweep, "-o", page),
+            ("show", run), ("eval", run, "--ctx", "32,", "eval.tokens=200", cache), ("retry", sweep, cache),
+            ("runs", "rm", run, "--yes"),
+        ], 4):  # fmt: skip
+            with within_seconds(120):
+                ended_well(made.say(*asked))
+            assert untouched(made) == before
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        return what, f"{' '.join(asked)}: {''.join(traceback.format_exception(error))}"
+    return what, ""
+
+
 def untouched(made: Made) -> dict[str, str]:
     return {path.name: path.read_text(encoding="utf-8") for path in sorted(made.mine.iterdir())}
 
@@ -212,6 +307,13 @@ def test_a_hostile_folder_is_refused_or_harmless(good: Made, made: Made, tmp_pat
         assert untouched(made) == before, arguments
     ended_well(made.say("eval", run, "--ctx", "32,", "eval.tokens=200", f"cache_dir={good.root.parent / 'cache'}"))
     assert untouched(made) == before
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_a_folder_changed_at_random_is_refused_or_harmless(good: Made, tmp_path: Path, number: int) -> None:
+    """The short form of `scripts/soak.py --hostile N`."""
+    what, wrong = tried(good, tmp_path / "copy", random.Random(f"0 {number}"))
+    assert not wrong, f"{what}: {wrong}"
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from ropelab.data.corpora import CorpusInfo, describe
 from ropelab.data.documents import Progress
 from ropelab.data.fast import from_json, keeps_bytes, prefix, to_json, token_id
 from ropelab.data.overlap import Shingles
-from ropelab.data.prepare import check_overlap, prepare
+from ropelab.data.prepare import CacheError, check_overlap, prepare
 from ropelab.data.tokenizers import Bpe, Bytes, Tokenizer, load_tokenizer
 from ropelab.data.tokens import Corpus, Split
 
@@ -13,6 +13,7 @@ __all__ = [
     "Batches",
     "Bpe",
     "Bytes",
+    "CacheError",
     "Corpus",
     "CorpusInfo",
     "Progress",

@@ -33,6 +33,10 @@ class Facts:
     details: dict[str, Any]
 
 
+class CacheError(ValueError):
+    """The cache cannot be written: a fault of the place, and of no configuration."""
+
+
 def prepare(
     config: DataConfig,
     *,
@@ -45,6 +49,7 @@ def prepare(
 
     evaluate_only: only the test split is wanted (the official one, else all of the text).
     tokenizer: encode with this one instead of the configured one (a run's own, to evaluate it on other text).
+    CacheError: the cache cannot be written.
     ValueError: names the file and the fix when the text is missing, damaged, or in train and test at once.
     """
     cache_dir = Path(cache_dir).expanduser()
@@ -57,7 +62,7 @@ def prepare(
         folder = cache_dir / "tokens" / files.digest_of([facts.digest, tokenizer.digest])
         splits, shingles = load_or_build(folder, tokenizer, lambda: _unchanged(texts(), config, facts), progress)
     except OSError as error:  # text that cannot be read is a ValueError by here, so this is the cache
-        raise ValueError(
+        raise CacheError(
             f"cache_dir={cache_dir} cannot be written ({error.strerror}): set it or ROPELAB_CACHE to another folder"
         ) from None
     if config.name == "stdlib":  # no author is part of its digest

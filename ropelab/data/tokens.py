@@ -156,7 +156,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 def _write(path: Path, arrays: Iterable[NDArray[Any]]) -> dict[str, Any]:
     """Write arrays back to back; what `_map` needs to see that the file is whole."""
     digest = hashlib.sha256()
-    with path.open("wb") as file:
+    with files.naming(path), path.open("wb") as file:
         for array in arrays:
             data = array.tobytes()
             digest.update(data)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ropelab import config as configs
+from ropelab.data import CacheError
 from ropelab.evaluation import MIN_DOCUMENTS, lay_out
 from ropelab.experiment.evaluate import ladder_of
 from ropelab.experiment.session import Session, found_from_anywhere
@@ -43,6 +44,8 @@ def plan_tasks(points: Sequence[tuple[str, Config]], progress: Progress) -> Task
         try:
             session = Session(dataclasses.replace(config, device="cpu"), progress, elsewhere=True)
             resolved = dataclasses.replace(config, scaling=session.scaling)
+        except CacheError:
+            raise
         except ValueError as error:
             invalid.append((label, str(error)))
             continue

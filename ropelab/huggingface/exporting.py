@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import transformers
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
@@ -25,7 +24,7 @@ from ropelab.huggingface import card, checkpoint, recorded, rotary, weights
 from ropelab.model import GPT, logits_held
 from ropelab.positions import PositionEncoding, Positions, Rope, resolve_factor
 from ropelab.progress import Progress, silent
-from ropelab.runs import RunDir
+from ropelab.runs import RunDir, save_tensors
 from ropelab.schema import ContextLengthError, DataConfig, Method
 
 TOLERANCE = 1e-3  # of the parity report: nats, and of logits the share of the largest
@@ -85,7 +84,7 @@ def export(
     text = subject.text(other_text, "test", cache_dir, progress)
 
     with files.new_folder(folder) as temporary:
-        save_file(target.state, temporary / checkpoint.WEIGHTS, metadata={"format": "pt"})
+        save_tensors(target.state, temporary / checkpoint.WEIGHTS, metadata={"format": "pt"})
         files.write_json(temporary / "config.json", target.config)
         files.write_json(temporary / "tokenizer.json", data.to_json(subject.tokenizer))
         files.write_json(temporary / "tokenizer_config.json", _tokenizer_config(target.config))
@@ -94,7 +93,7 @@ def export(
             rest.pop("encoding.table", None)
         rest["separator"] = model.tokens.weight[-1].detach().clone()
         (temporary / recorded.FOLDER).mkdir()
-        save_file({name: tensor.contiguous() for name, tensor in rest.items()}, temporary / recorded.REST)
+        save_tensors(rest, temporary / recorded.REST)
         files.write_json(temporary / recorded.RUN, {
             "ropelab": ropelab.__version__, "run": subject.manifest, "train_ctx": train_ctx,
             "original_ctx": original_ctx, "scaling": {"name": method.name, **method.parameters},

@@ -2,7 +2,7 @@
 
 from ropelab.runs.evaluation import wrong_evaluation
 from ropelab.runs.finding import SWEEPS, all_runs, check_runs_dir, find_run, is_run, latest_finished
-from ropelab.runs.folder import RunBusyError, RunDir, RunError, checkpoint_state, load_tensors, made_by
+from ropelab.runs.folder import RunBusyError, RunDir, RunError, checkpoint_state, load_tensors, made_by, save_tensors
 from ropelab.runs.identity import NUMERICS_VERSION, identity, recipe, run_name
 
 __all__ = [
@@ -22,5 +22,6 @@ __all__ = [
     "made_by",
     "recipe",
     "run_name",
+    "save_tensors",
     "wrong_evaluation",
 ]

@@ -21,6 +21,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -271,8 +272,8 @@ class RunDir:
         """Size and sha256 of the metrics, synced: what a checkpoint says of the lines up to its step."""
         if not self.metrics_path.is_file():
             return {"bytes": 0, "sha256": hashlib.sha256().hexdigest()}
+        files.sync(self.metrics_path)  # a checkpoint on the disk never has fewer metrics beside it than steps
         with self.metrics_path.open("rb") as file:
-            os.fsync(file.fileno())  # a checkpoint on the disk never has fewer metrics beside it than steps
             return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
     def _metrics_hold(self, state: Mapping[str, Any]) -> bool:
@@ -357,19 +358,11 @@ class RunDir:
 
     def _save(self, final: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
         """Write a folder with one safetensors file per entry of `tensors`, and state.json with their sha256."""
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
         with files.new_folder(final) as temporary:
             sums = {}
             for part, content in tensors.items():
                 file = temporary / f"{part}.safetensors"
-                try:
-                    save_file({key: tensor.detach().cpu().contiguous() for key, tensor in content.items()}, file)
-                except SafetensorError as error:  # how safetensors reports a full disk
-                    raise OSError(f"{final} cannot be written: {error}") from None
-                with file.open("rb") as handle:
-                    os.fsync(handle.fileno())
+                save_tensors({key: tensor.detach().cpu() for key, tensor in content.items()}, file)
                 sums[file.name] = files.sha256_of(file)
             files.write_sealed(temporary / "state.json", {**state, "sha256": sums})
             files.remove(final, within=self.path)
@@ -532,6 +525,20 @@ def _is_whole(path: Path) -> bool:
 
 def _step_name(step: int) -> str:
     return f"step-{step:08d}"
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, *, metadata: dict[str, str] | None = None) -> None:
+    """Write tensors into a file, which is on the disk then. `OSError` names it."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata=metadata)
+    except SafetensorError as error:  # how safetensors reports a full disk
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        number = int(found[1]) if found else errno.EIO
+        raise OSError(number, os.strerror(number) if found else str(error), str(path)) from None
+    files.sync(path)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
