@@ -486,6 +486,8 @@ def test_a_tokeniser_of_a_run_with_endless_rows_is_refused(tmp_path: Path) -> No
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 10**400}}, "rope_theta is a number of 401 digits"),
         ({"num_hidden_layers": 100_000}, "asks for 100000 layers"),
         ({"num_hidden_layers": 10**12}, "asks for 1000000000000 layers"),
+        ({"num_mtp_layers": 10**12}, "no model has so many layers"),
+        ({"model_type": "gpt_neo", "attention_types": [[["global"], 10**12]]}, "attention_types 1000000000000"),
         ({"hidden_size": 2**30}, ""),
         ({"vocab_size": 2**50}, ""),
         ({"num_attention_heads": 0}, ""),
@@ -502,6 +504,15 @@ def test_a_configuration_that_no_model_has_is_refused_in_a_line(
 ) -> None:
     line = refused("eval", "--hf", changed(llama, tmp_path / "checkpoint", **values), *settings(base))
     assert reason in line
+
+
+@pytest.mark.parametrize("values", [{"num_labels": 10**12}, {"id2label": {"0": "a"}, "num_labels": 10**12}])
+def test_the_labels_of_a_classifier_are_not_built(
+    values: dict[str, Any], llama: Path, base: Path, tmp_path: Path
+) -> None:
+    folder = changed(llama, tmp_path / "checkpoint", **values)
+    assert checkpoint.read_config(folder).num_labels == 2  # transformers' default
+    assert evaluated(folder, base)["rows"][0]["nll"] == evaluated(llama, base)["rows"][0]["nll"]
 
 
 @pytest.mark.parametrize(("rows", "prefixed"), [(10**9, True), (10**9, False), (4 * 10**7, True)])

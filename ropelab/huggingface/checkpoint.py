@@ -34,11 +34,15 @@ JSON_LIMIT = 2**28  # bytes of a JSON file: a vocabulary, or an index of many fi
 LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx", "max_sequence_length")
 POSITION_TABLES = ("wpe", "embed_positions", "position_embeddings", "pos_emb")
 LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+# other counts of layers, of which a configuration's class builds lists; attention_types is GPT-Neo's
+OF_LAYERS = re.compile(r".*layers?|.*_replace|attention_types")
+MOST_LAYERS = 2**16
 NAMED_WEIGHTS = "transformers_weights"  # of config.json: the name of the file that holds the weights
-# of config.json: other files to read, other code to run
+# of config.json: other files to read, other code to run, and the labels of a classifier, of which a list is built
 LEADING_AWAY = (
     NAMED_WEIGHTS, "configuration_files", "auto_map", "fusion_config", "_attn_implementation", "attn_implementation",
     "_experts_implementation", "experts_implementation", "distributed_config", "kernel_config", "use_kernels",
+    "num_labels", "id2label", "label2id",
 )  # fmt: skip
 OF_TOKENIZERS = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt",
@@ -298,6 +302,8 @@ def _check_numbers(path: Path, raw: Mapping[str, Any], tensors: int) -> None:
                 f"{path} asks for {value} layers ({'.'.join(where)}), and the weights hold {tensors} tensors: they do "
                 "not belong together"
             )
+        if where and OF_LAYERS.fullmatch(where[-1]) and value > MOST_LAYERS:
+            raise ValueError(f"{path} has {'.'.join(where)} {value}: no model has so many layers")
 
 
 def _causal(config: Any, architecture: str) -> bool:
