@@ -487,6 +487,8 @@ def test_a_tokeniser_of_a_run_with_endless_rows_is_refused(tmp_path: Path) -> No
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 10**400}}, "a number of 401 digits"),
         ({"num_hidden_layers": 100_000}, "asks for 100000 layers"),
         ({"num_hidden_layers": 10**12}, "asks for 1000000000000 layers"),
+        ({"num_mtp_layers": 10**12}, "no model has so many layers"),
+        ({"model_type": "gpt_neo", "attention_types": [[["global"], 10**12]]}, "attention_types 1000000000000"),
         ({"hidden_size": 2**30}, ""),
         ({"vocab_size": 2**50}, ""),
         ({"num_attention_heads": 0}, ""),
@@ -503,6 +505,36 @@ def test_a_configuration_that_no_model_has_is_refused_in_a_line(
 ) -> None:
     line = refused("eval", "--hf", changed(llama, tmp_path / "checkpoint", **values), *settings(base))
     assert reason in line
+
+
+@pytest.mark.parametrize("values", [{"num_labels": 10**12}, {"id2label": {"0": "a"}, "num_labels": 10**12}])
+def test_the_labels_of_a_classifier_are_not_built(
+    values: dict[str, Any], llama: Path, base: Path, tmp_path: Path
+) -> None:
+    folder = changed(llama, tmp_path / "checkpoint", **values)
+    assert checkpoint.read_config(folder).num_labels == 2  # transformers' default
+    assert evaluated(folder, base)["rows"][0]["nll"] == evaluated(llama, base)["rows"][0]["nll"]
+
+
+@pytest.mark.parametrize(("rows", "prefixed"), [(10**9, True), (10**9, False), (4 * 10**7, True)])
+def test_tables_that_the_weights_do_not_fill_are_refused_before_memory_is_taken(
+    rows: int, prefixed: bool, base: Path, tmp_path: Path
+) -> None:
+    folder = save(tmp_path / "gpt2", T.GPT2Config(vocab_size=256, n_embd=16, n_layer=1, n_head=2, n_positions=64))
+    if not prefixed:  # as the files of GPT-2 itself are
+        state = load_file(folder / "model.safetensors")
+        state = {name.removeprefix("transformer."): tensor for name, tensor in state.items()}
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    found = json.loads(good("eval", "--hf", folder, *settings(base, str(CTX))).stdout)
+    agrees(found, folder, base)
+    line = refused("eval", "--hf", changed(folder, tmp_path / "other", n_positions=rows), *settings(base, str(CTX)))
+    assert f"wpe.weight than its config.json asks for: (64, 16), not ({rows}, 16)" in line
+
+
+def test_a_model_far_larger_than_its_weights_is_refused(base: Path, tmp_path: Path) -> None:
+    found = T.GPTJConfig(vocab_size=256, n_embd=32, n_layer=1, n_head=4, rotary_dim=8, n_positions=64)
+    folder = changed(save(tmp_path / "gptj", found), tmp_path / "other", n_positions=10**9)  # a table of angles
+    assert "asks for a model of" in refused("eval", "--hf", folder, *settings(base))
 
 
 def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(llama: Path, base: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import copy
 import functools
 import hashlib
 import json
+import math
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -28,15 +29,20 @@ from ropelab.runs import is_run
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+MADE = 2**28  # elements and bytes of buffers that a model may have beside its weights: masks, tables of angles
 JSON_LIMIT = 2**28  # bytes of a JSON file: a vocabulary, or an index of many files
 LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx", "max_sequence_length")
 POSITION_TABLES = ("wpe", "embed_positions", "position_embeddings", "pos_emb")
 LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+# other counts of layers, of which a configuration's class builds lists; attention_types is GPT-Neo's
+OF_LAYERS = re.compile(r".*layers?|.*_replace|attention_types")
+MOST_LAYERS = 2**16
 NAMED_WEIGHTS = "transformers_weights"  # of config.json: the name of the file that holds the weights
-# of config.json: other files to read, other code to run
+# of config.json: other files to read, other code to run, and the labels of a classifier, of which a list is built
 LEADING_AWAY = (
     NAMED_WEIGHTS, "configuration_files", "auto_map", "fusion_config", "_attn_implementation", "attn_implementation",
     "_experts_implementation", "experts_implementation", "distributed_config", "kernel_config", "use_kernels",
+    "num_labels", "id2label", "label2id",
 )  # fmt: skip
 OF_TOKENIZERS = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt",
@@ -204,18 +210,53 @@ def _without(value: Any, keys: Iterable[str]) -> Any:
 
 
 def tensor_count(folder: Path) -> int:
-    """How many tensors the weights hold. `ValueError` for a damaged file, and for a tensor that two files hold."""
-    seen: set[str] = set()
+    """How many tensors the weights hold. `ValueError` as `_shapes`."""
+    return len(_shapes(folder))
+
+
+def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor of the weights, of the files' headers.
+
+    `ValueError` for a damaged file, and for a tensor that two files hold.
+    """
+    found: dict[str, tuple[int, ...]] = {}
     for path in weight_files(folder):
         try:
             with safe_open(path, framework="pt") as opened:
-                names = set(opened.keys())
+                held = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
         except Exception as error:  # the library has its own class
             raise ValueError(f"{folder} cannot be loaded ({_line(error)})") from None
-        if twice := seen & names:
+        if twice := found.keys() & held.keys():
             raise ValueError(f"{folder} holds {min(twice)} in two of its files; leave one of them out")
-        seen |= names
-    return len(seen)
+        found |= held
+    return found
+
+
+def check_fits(folder: Path, model: nn.Module) -> None:
+    """`ValueError` where config.json asks for more than the weights hold, before memory is taken for it.
+
+    model: the `skeleton`. Less, and what is missing, is found when the weights are read. Only a tensor that has the
+    same name in both is compared, by its number of elements: loading may turn and rename them, and quantised ones are
+    packed. All together may be four times the weights' bytes (some two bits an element), and `MADE`, for what is built
+    without them.
+    """
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    wanted = model.state_dict(keep_vars=True)
+    quantised = (read_json(folder / "config.json") or {}).get("quantization_config")
+    for name, shape in _shapes(folder).items() if not quantised else ():
+        due = next((wanted[key] for key in (name, prefix + name, name.removeprefix(prefix)) if key in wanted), None)
+        if due is not None and due.numel() > math.prod(shape):
+            raise ValueError(
+                f"the checkpoint {folder} has another shape for {name} than its config.json asks for: {shape}, not "
+                f"{tuple(due.shape)}; they do not belong together"
+            )
+    held = sum(path.stat().st_size for path in weight_files(folder))
+    asked = sum(p.numel() for p in model.parameters()) + sum(b.numel() * b.element_size() for b in model.buffers())
+    if asked > 4 * held + MADE:
+        raise ValueError(
+            f"{folder / 'config.json'} asks for a model of {asked:.1e} numbers, and the weights are {held:.1e} bytes: "
+            "they do not belong together"
+        )
 
 
 # --- configuration ----------------------------------------------------------------------------------------------------
@@ -264,6 +305,8 @@ def _check_numbers(path: Path, raw: Mapping[str, Any], tensors: int) -> None:
                 f"{path} asks for {value} layers ({'.'.join(where)}), and the weights hold {tensors} tensors: they do "
                 "not belong together"
             )
+        if where and OF_LAYERS.fullmatch(where[-1]) and value > MOST_LAYERS:
+            raise ValueError(f"{path} has {'.'.join(where)} {value}: no model has so many layers")
 
 
 def _causal(config: Any, architecture: str) -> bool:

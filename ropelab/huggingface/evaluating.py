@@ -54,6 +54,7 @@ class Checkpoint(Subject):
         self.config = checkpoint.read_config(self.folder)
         body = self.config.get_text_config()
         self._skeleton = checkpoint.skeleton(self.config)
+        checkpoint.check_fits(self.folder, self._skeleton)
         self._entries: int = self._skeleton.get_input_embeddings().num_embeddings  # type: ignore[operator]
         self.tokenizer = checkpoint.read_tokenizer(self.folder, self._entries)
         self._weights = sum(p.numel() for p in self._skeleton.parameters())
