@@ -203,7 +203,8 @@ BOMB = "a: &a [x, x]\n" + "".join(
     ("text", "why"),
     [
         (BOMB, "aliases"),
-        ("a: &a [*a]", "aliases"), ("[" * 5000, "deeply"), ("tau: " + "1" * 5000, "no valid YAML"), ("a: [", "no valid YAML"),
+        ("a: &a [*a]", "aliases"), ("[" * 5000, "deeply"), ("tau: " + "1" * 5000, "no valid YAML"),
+        ("a: [", "no valid YAML"),
         ("!!python/object/apply:os.system [x]", "no valid YAML"),
     ],
 )  # fmt: skip

@@ -476,7 +476,7 @@ def test_a_card_cannot_name_files_outside(pattern: str, secret: Path, tmp_path: 
     write(root / "x" / "a.txt", prose(1))
     named = pattern.format(secret=secret)
     write(root / "README.md", f'---\nconfigs:\n- config_name: default\n  data_files: "{named}"\n---\n')
-    with pytest.raises(ValueError, match="names a file outside of itself, .*secret"):
+    with pytest.raises(ValueError, match=r"names a file outside of itself, .*secret"):
         read(config("hf", root), tmp_path)
     write(root / "README.md", '---\nconfigs:\n- config_name: default\n  data_files: "x/*.txt"\n---\n')
     assert read(config("hf", root), tmp_path).details["documents"]["train"]
