@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, processors
 
 from ropelab import config, data
+from ropelab.data import fast
 from ropelab.experiment.planning import questions
 from ropelab.experiment.subject import no_beginning
 from ropelab.huggingface import checkpoint, rotary
@@ -467,6 +468,64 @@ def test_a_tokenizer_json_that_is_none_is_refused_in_a_line(kind: str, llama: Pa
     source = {**json.loads((folder / "tokenizer.json").read_text()), **copy.deepcopy(HOSTILE[kind])}
     (folder / "tokenizer.json").write_text(json.dumps(source))
     assert "tokenizer.json" in refused("eval", "--hf", folder, *settings(base))
+
+
+def replaced(pattern: dict[str, str], content: str, times: int = 1) -> dict[str, Any]:
+    steps = [{"type": "Replace", "pattern": pattern, "content": content}] * times
+    return {"normalizer": {"type": "Sequence", "normalizers": steps}}
+
+
+def split(pattern: str) -> dict[str, Any]:
+    steps: list[dict[str, Any]] = [
+        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+    ]
+    return {"pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}}
+
+
+BYTE_STEP = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+ENDLESS: dict[str, dict[str, Any]] = {
+    "doubled 40 times": replaced({"String": "a"}, "aa", 40),
+    "a page for a letter": replaced({"String": "a"}, "b" * 1000),
+    "doubled as it is decoded": {"decoder": {
+        "type": "Sequence", "decoders": [{"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}] * 40,
+    }, "added_tokens": [
+        {"id": 0, "content": "!", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+         "special": True},
+    ]},
+    "a page between letters": replaced({"Regex": ""}, "b" * 1000),
+    "bytes of bytes": {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [BYTE_STEP] * 40}},
+    "a quantifier in a quantifier": split(r"([a-j ]+)+\d\d\d"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ENDLESS)
+def test_a_tokenizer_json_without_an_end_is_refused_in_a_line(
+    kind: str, llama: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fast, "TRIAL_SECONDS", 1)
+    folder = changed(llama, tmp_path / "checkpoint")
+    source = {**json.loads((folder / "tokenizer.json").read_text()), **copy.deepcopy(ENDLESS[kind])}
+    (folder / "tokenizer.json").write_text(json.dumps(source))
+    line = refused("eval", "--hf", folder, *settings(base))
+    assert "damaged or hostile" in line
+
+
+def test_steps_that_published_tokenisers_have_pass_the_trial() -> None:
+    llama3 = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+        r"\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    prepended = replaced({"String": " "}, "▁")
+    prepended["normalizer"]["normalizers"].insert(0, {"type": "Prepend", "prepend": "▁"})
+    for change in (split(llama3), prepended, {"normalizer": {"type": "NFKD"}}):
+        data.check_ends(data.from_json({**with_tokens("<x>"), **change}, 300))
+
+
+def test_a_panic_beneath_a_tokeniser_is_one_line() -> None:
+    own = data.from_json({**with_tokens("<x>"), **split(r"([a-j ]+)+\d\d\d")}, 300)
+    with pytest.raises(ValueError, match="fails on this text"):
+        own.encode("abcdefghij" * 4)
 
 
 def test_a_tokeniser_of_a_run_with_endless_rows_is_refused(tmp_path: Path) -> None:

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Mapping, Sequence
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +24,32 @@ if TYPE_CHECKING:
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # a byte that no token holds, in vocabularies with byte fallback
 _SPACE = "▁"  # U+2581, for a space in vocabularies of SentencePiece
 MAX_IDS = 2**24  # the largest vocabularies that there are have some 2**18
+TRIAL_SECONDS = 10  # for the text of a trial, which takes milliseconds
+_LOADING_SECONDS = 300  # for a tokenizer.json, at most
+_SPARE = 2**30  # bytes that the trial may take beyond those of the tokeniser
+_GROWTH = 64  # characters made of one: Unicode's own compatibility forms have 18 at most
+_TRIAL = """
+import json, resource, signal, sys
+from tokenizers import Tokenizer
+given = json.load(sys.stdin)
+encoder, text = Tokenizer.from_str(given["source"]), given["text"]
+try:
+    held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (held + given["spare"], resource.RLIM_INFINITY))
+except (OSError, ValueError):
+    pass  # no /proc, or a limit already: the time is limited all the same
+signal.signal(signal.SIGALRM, signal.SIG_DFL)
+signal.setitimer(signal.ITIMER_REAL, given["seconds"])
+for line in text.splitlines(keepends=True):
+    most = given["growth"] * len(line)
+    if encoder.normalizer is not None and len(encoder.normalizer.normalize_str(line)) > most:
+        sys.exit(3)
+    if encoder.pre_tokenizer is not None:
+        if sum(len(piece) for piece, _ in encoder.pre_tokenizer.pre_tokenize_str(line)) > most:
+            sys.exit(3)
+(encoded,) = encoder.encode_batch_fast([text], add_special_tokens=True)
+encoder.decode(encoded.ids, skip_special_tokens=False)
+"""
 
 
 class Fast(Tokenizer):
@@ -35,15 +66,10 @@ class Fast(Tokenizer):
         if isinstance(rows, bool) or not isinstance(rows, int) or not 0 <= rows <= MAX_IDS:
             raise ValueError(f"a tokeniser has no {str(rows)[:40]} rows")
         self._source = dict(source) | {"padding": None, "truncation": None}
-        try:
+        with _failing_as("cannot be read"):
             vocabulary = self._encoder.get_vocab(with_added_tokens=True)
             added = {token["content"] for token in self._source.get("added_tokens") or []}
             by_letter = alphabet() if _byte_level(self._source) else None
-        except BaseException as error:  # a plain Exception of the library, or a panic of what is beneath it
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-                raise
-            said = " ".join(str(error).split())[:200]
-            raise ValueError(f"the checkpoint's tokenizer.json cannot be read ({said})") from None
         if not vocabulary:
             raise ValueError("the checkpoint's tokenizer.json has no vocabulary; fetch it again")
         self.size = 1 + max(vocabulary.values())
@@ -66,12 +92,14 @@ class Fast(Tokenizer):
         return Encoder.from_str(json.dumps(self._source))
 
     def encode_batch(self, texts: Sequence[str]) -> list[Tokens]:
-        encoded = self._encoder.encode_batch_fast(list(texts), add_special_tokens=False)
+        with _failing_as("fails on this text"):
+            encoded = self._encoder.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(one.ids, self.dtype) for one in encoded]
 
     def ids(self, text: str, *, special: bool) -> list[int]:
         """Ids of a short text, with or without what the post-processor puts around it."""
-        return list(self._encoder.encode(text, add_special_tokens=special).ids)
+        with _failing_as("fails on a text"):
+            return list(self._encoder.encode(text, add_special_tokens=special).ids)
 
     def id_of(self, content: str) -> int | None:
         """The id of the token that is written so; None where there is none."""
@@ -81,6 +109,52 @@ class Fast(Tokenizer):
     def decode_bytes(self, tokens: ArrayLike) -> bytes:
         ids = [token for token in np.asarray(tokens).tolist() if token != self.separator]
         return self._encoder.decode(ids, skip_special_tokens=False).encode()
+
+
+@contextmanager
+def _failing_as(what: str) -> Iterator[None]:
+    """`ValueError` in one line for whatever the library raises: a plain Exception, or a panic of what is beneath it."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        said = " ".join(str(error).split())[:200]
+        raise ValueError(f"the checkpoint's tokenizer.json {what} ({said})") from None
+
+
+def check_ends(tokenizer: Tokenizer) -> None:
+    """Encode a short text in a process of its own, with little time and memory: a stranger's steps may have no end.
+
+    The text has runs of every printable ASCII character, on which a pattern with one quantifier inside another never
+    ends. `ValueError` where the steps do not come to an end, fail, or make far more text than they are given.
+    """
+    if not isinstance(tokenizer, Fast):
+        return
+    letters = [*map(chr, range(32, 127)), "\t", "\n", "é", "汉", "🙂"]
+    runs = "\n".join(letter * 64 for letter in letters)
+    text = f"The quick brown fox, aged 1234, jumps over a bad cabbage; it didn't fade. \n{runs}"
+    given = {
+        "source": json.dumps(tokenizer.definition()["source"]), "text": text, "seconds": TRIAL_SECONDS,
+        "spare": _SPARE, "growth": _GROWTH,
+    }  # fmt: skip
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", _TRIAL], input=json.dumps(given), capture_output=True, text=True, check=False,
+            timeout=_LOADING_SECONDS + TRIAL_SECONDS, env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
+        )  # fmt: skip
+        status = done.returncode
+    except subprocess.TimeoutExpired:
+        status = -signal.SIGALRM
+    if not status:
+        return
+    if status == -signal.SIGALRM:
+        why = f"is not done with {len(text)} characters in {TRIAL_SECONDS} seconds; its steps may have no end"
+    elif status == 3:
+        why = f"makes more than {_GROWTH} characters of each"
+    else:
+        why = f"fails on {len(text)} characters of plain text, or takes more than {_SPARE >> 20} MiB for them"
+    raise ValueError(f"the checkpoint's tokenizer.json {why}: it is damaged or hostile; fetch it from its author again")
 
 
 def _byte_level(source: Mapping[str, Any]) -> bool:

@@ -411,7 +411,7 @@ def read_tokenizer(folder: Path, rows: int) -> data.Tokenizer:
         source = read_json(folder / "tokenizer.json")
         if not isinstance(source, dict):
             raise ValueError(f"{folder / 'tokenizer.json'} is damaged: it is no JSON object; fetch it again")
-        return data.from_json(source, rows)
+        return _tried(data.from_json(source, rows))
     try:
         with quiet(), _laid_out(folder, names=OF_TOKENIZERS) as place:
             found = transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False, local_files_only=True)
@@ -423,7 +423,12 @@ def read_tokenizer(folder: Path, rows: int) -> data.Tokenizer:
             f"{folder} has no tokenizer.json, and none can be made of its files ({type(error).__name__}); write "
             "one with AutoTokenizer.from_pretrained(...).save_pretrained(FOLDER)"
         ) from None
-    return data.from_json(source, rows)
+    return _tried(data.from_json(source, rows))
+
+
+def _tried(tokenizer: data.Tokenizer) -> data.Tokenizer:
+    data.check_ends(tokenizer)
+    return tokenizer
 
 
 class Beginning(NamedTuple):
