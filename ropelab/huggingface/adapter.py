@@ -44,7 +44,10 @@ def read(folder: Path) -> Adapter:
             raise ValueError(f"--adapter {folder} has no {name}: it is no adapter that ropelab can read")
         if path.is_symlink() and folder.resolve().parent.name != "snapshots":
             raise ValueError(f"{path} is a link, which is not followed; put the file itself there")
-    said = files.read_json(folder / CONFIG, follow=True)
+    try:
+        said = files.load_json(folder / CONFIG, follow=True)
+    except (OSError, files.DamagedError) as error:
+        raise ValueError(f"{folder / CONFIG} cannot be read: {error}") from None
     if not isinstance(said, dict):
         raise ValueError(f"{folder / CONFIG} is no JSON object")
     for key, plain in _PLAIN.items():
