@@ -848,7 +848,7 @@ def broken(kind: str, saved: Callable[[str], Path], tmp_path: Path) -> tuple[Pat
         return folder, "names model-00002-of-00002.safetensors, which is not there"
     assert kind == "damaged config"
     (folder / "config.json").write_text("{")
-    return folder, "names no model_type"
+    return folder, "cannot be read"
 
 
 KINDS = ("nothing", "bert", "t5", "no config", "no weights", "pickle", "own code", "unknown model", "other vocabulary",
