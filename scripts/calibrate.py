@@ -1,13 +1,15 @@
 """Measure what the claim files ship: seed_sd of every check, the learning-rate check, the level of a trained run.
 
-    python scripts/calibrate.py runs_dir=runs-calibration > calibration.json
+    python scripts/calibrate.py [CLAIM ...] [--seeds 10] [--rates] runs_dir=runs-calibration > calibration.json
 
-Seeds 100 to 109 and the validation split, which no claim is ever judged on. Takes 36 runs of the cpu cell; what is
-finished already is not trained again. Prints one JSON object.
+Seeds from 100 and the validation split, which no claim is ever judged on. Each different run of the claims (none named:
+all with thresholds) is trained once a seed, with `--rates` also at half and twice its learning rate; what is finished
+already is not trained again. Prints one JSON object.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -15,7 +17,7 @@ from collections.abc import Sequence
 from ropelab import claims, config, launcher, reproduce
 from ropelab.progress import Bar
 
-SEEDS = range(100, 110)
+FIRST_SEED = 100
 RATES = (0.5, 1.0, 2.0)  # multiples of the cell's learning rate
 
 
@@ -27,7 +29,7 @@ def learning_rates(plan: reproduce.Plan, overrides: list[str], bar: Bar) -> dict
         base = config.load(list(run))
         for rate in RATES:
             kept = [item for item in run if not item.startswith("train.lr=")]
-            resolved = config.load([*kept, f"train.lr={rate * base.train.lr}", f"seed={SEEDS[0]}", *overrides])
+            resolved = config.load([*kept, f"train.lr={rate * base.train.lr}", f"seed={FIRST_SEED}", *overrides])
             jobs.append((name, rate))
             tasks.append({"config": config.to_dict(resolved), "evaluations": []})
     results, _ = launcher.run_side_by_side(tasks, slots=launcher.cores(), progress=bar)
@@ -50,17 +52,23 @@ def calibrated(of: Sequence[claims.Claim], trainings: Sequence[claims.Training])
 
 
 def main() -> None:
-    overrides = sys.argv[1:]
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("words", nargs="*", metavar="CLAIM | KEY=VALUE")
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--rates", action="store_true")
+    asked = parser.parse_intermixed_args()
+    overrides = [word for word in asked.words if "=" in word]
     folder = config.config_dir()
-    names = [
+    names = [word for word in asked.words if "=" not in word] or [
         name
         for name in claims.packaged_claims(folder)
         if any(hasattr(check, "tau") for check in claims.load_claim(folder / "claim" / f"{name}.yaml", folder).checks)
     ]
     plan = reproduce.plan_claims(names)
+    seeds = range(FIRST_SEED, FIRST_SEED + asked.seeds)
     with Bar() as bar:
-        rates = learning_rates(plan, overrides, bar)
-        outcome = reproduce.run_plan(plan, seeds=SEEDS, overrides=overrides, split="validation", progress=bar)
+        outcome = reproduce.run_plan(plan, seeds=seeds, overrides=overrides, split="validation", progress=bar)
+        rates = learning_rates(plan, overrides, bar) if asked.rates else None
     if outcome.failures or outcome.interrupted:
         sys.exit(f"calibration is incomplete: {outcome.failures}")
     tables = {claim.id: claims.calibration(claim, outcome.measurements) for claim in plan.claims}
