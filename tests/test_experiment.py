@@ -312,8 +312,6 @@ def test_what_a_verdict_will_lack_is_said_before(
 ) -> None:
     """Before training in a line on stderr, before evaluation through `notice`; documents of one author are one."""
     from ropelab.experiment import grounds, session
-    from ropelab.experiment.session import Session
-    from ropelab.progress import silent
 
     source = tmp_path / "in"
     for number in range(40):
@@ -325,7 +323,8 @@ def test_what_a_verdict_will_lack_is_said_before(
     def said(*more: str) -> str:
         caplog.clear()
         session._say.cache_clear()
-        Session(settings(folder, f"data.path={source}", f"cache_dir={tmp_path / 'cache'}", *more), silent)
+        places = (f"data.path={source}", f"cache_dir={tmp_path / 'cache'}", f"runs_dir={tmp_path / str(more)}")
+        experiment.train(settings(folder, *places, "train.steps=1", *more))
         return caplog.text
 
     assert said() == ""  # 10 documents hold train.ctx
