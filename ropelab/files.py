@@ -29,19 +29,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ropelab.errors import DamagedFileError, OutsideError
+
 JSON_LIMIT = 2**24  # bytes of a JSON file, where its reader says nothing else
 YAML_LIMIT = 2**20  # bytes of a YAML file
 YAML_NODES = 100_000  # values in it
 DIGITS = 40  # of a whole number in JSON; what is longer is no length, count or time of ours
 Types = tuple[type, ...]
-
-
-class DamagedError(ValueError):
-    """A file that is not what was written; the message says how, without the file's name."""
-
-
-class OutsideError(ValueError):
-    """A path that does not lie in the folder that it was given for, is reached through a link, or is no file."""
 
 
 def digest_of(value: Any) -> str:
@@ -66,14 +60,14 @@ def read_json(path: Path, *, limit: int = JSON_LIMIT, follow: bool = False, fini
 def load_json(path: Path, *, limit: int = JSON_LIMIT, follow: bool = False, finite: bool = True) -> Any:
     """The value in a JSON file of at most `limit` bytes; of a sealed object what was sealed.
 
-    `DamagedError` where it is no such file; `OSError` where none is there. A link counts as none, unless `follow`.
+    `DamagedFileError` where it is no such file; `OSError` where none is there. A link counts as none, unless `follow`.
     `finite`: as of `parse_json`.
     """
     return unsealed(parse_json(read(path, limit=limit, follow=follow), finite=finite))
 
 
 def read(path: Path, *, limit: int, follow: bool = False) -> bytes:
-    """The content of a file of at most `limit` bytes. `DamagedError` for a larger one, a pipe, a device, a link.
+    """The content of a file of at most `limit` bytes. `DamagedFileError` for a larger one, a pipe, a device, a link.
 
     `follow`: is a link followed to the file that it leads to?
     """
@@ -81,14 +75,14 @@ def read(path: Path, *, limit: int, follow: bool = False) -> bytes:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW))
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise DamagedError("it is a link") from None
+            raise DamagedFileError("it is a link") from None
         raise
     try:
         state = os.fstat(handle)
         if not stat.S_ISREG(state.st_mode):
-            raise DamagedError("it is no file")
+            raise DamagedFileError("it is no file")
         if state.st_size > limit:
-            raise DamagedError(f"it has {state.st_size} bytes, and {limit} are the most that is read")
+            raise DamagedFileError(f"it has {state.st_size} bytes, and {limit} are the most that is read")
         with os.fdopen(os.dup(handle), "rb") as file:
             return file.read(limit)
     finally:
@@ -96,7 +90,7 @@ def read(path: Path, *, limit: int, follow: bool = False) -> bytes:
 
 
 def parse_json(text: str | bytes, *, finite: bool = True) -> Any:
-    """The value that a JSON text spells. `DamagedError` where it is none, nested too deeply, or holds no number.
+    """The value that a JSON text spells. `DamagedFileError` where it is none, nested too deeply, or holds no number.
 
     A whole number of more than `DIGITS` digits is none; neither, if `finite`, are Infinity, NaN and what is beyond a
     float.
@@ -104,31 +98,31 @@ def parse_json(text: str | bytes, *, finite: bool = True) -> Any:
     number = _finite if finite else float
     try:
         return json.loads(text, parse_int=_whole, parse_float=number, parse_constant=number)
-    except DamagedError:
+    except DamagedFileError:
         raise
     except ValueError as error:
-        raise DamagedError(f"it is truncated or altered: {error}") from None
+        raise DamagedFileError(f"it is truncated or altered: {error}") from None
     except RecursionError:
-        raise DamagedError("it is nested too deeply") from None
+        raise DamagedFileError("it is nested too deeply") from None
 
 
 def _whole(text: str) -> int:
     if len(text) > DIGITS:
-        raise DamagedError(f"it holds a number of {len(text)} digits")
+        raise DamagedFileError(f"it holds a number of {len(text)} digits")
     return int(text)
 
 
 def _finite(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
-        raise DamagedError(f"it holds a number that is not finite: {text[:20]}")
+        raise DamagedFileError(f"it holds a number that is not finite: {text[:20]}")
     return number
 
 
 def load_yaml(path: Path) -> tuple[Any, Any]:
     """(value, root node) of a YAML file of at most `YAML_LIMIT` bytes: plain data, and the nodes as they are written.
 
-    `DamagedError` where it is none, or its aliases make it more than `YAML_NODES` values; `OSError` without a file.
+    `DamagedFileError` where it is none, or its aliases make it more than `YAML_NODES` values; `OSError` without a file.
     """
     return parse_yaml(read(path, limit=YAML_LIMIT, follow=True))
 
@@ -140,14 +134,14 @@ def parse_yaml(text: str | bytes) -> tuple[Any, Any]:
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         if _expanded(node, {}) > YAML_NODES:
-            raise DamagedError("its aliases make it too large")
+            raise DamagedFileError("its aliases make it too large")
         return yaml.safe_load(text), node
-    except DamagedError:
+    except DamagedFileError:
         raise
     except RecursionError:
-        raise DamagedError("it is nested too deeply") from None
+        raise DamagedFileError("it is nested too deeply") from None
     except (UnicodeDecodeError, yaml.YAMLError, ValueError) as error:  # a plain one for a number of thousands of digits
-        raise DamagedError(f"it is no valid YAML: {' '.join(str(error).split())[:300]}") from None
+        raise DamagedFileError(f"it is no valid YAML: {' '.join(str(error).split())[:300]}") from None
 
 
 def _expanded(node: Any, known: dict[int, float]) -> float:
@@ -191,7 +185,7 @@ def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unsealed(value: Any) -> Any:
-    """What was sealed; a value without a seal as it is. `DamagedError` where the seal does not fit."""
+    """What was sealed; a value without a seal as it is. `DamagedFileError` where the seal does not fit."""
     if not isinstance(value, dict):
         return value
     # of a flipped bit in the name of the seal at least its shape is left
@@ -204,7 +198,7 @@ def unsealed(value: Any) -> Any:
     except (RecursionError, ValueError):
         fits = False
     if not fits:
-        raise DamagedError('it was altered since it was written (if on purpose, remove its "seal")')
+        raise DamagedFileError('it was altered since it was written (if on purpose, remove its "seal")')
     return rest
 
 

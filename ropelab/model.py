@@ -18,9 +18,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ropelab.attention import Attend, Bias
-from ropelab.positions import Decay, PositionEncoding, Positions, Rotation
-from ropelab.positions.base import STD
-from ropelab.schema import ModelConfig
+from ropelab.config import ModelConfig
+from ropelab.positions import STD, Decay, PositionEncoding, Positions, Rotation
 
 NORM_EPS = 1e-5
 ALIGNED = {"cuda": 64}  # what the rows of the head must be a multiple of for the fast matrix products of a device

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ropelab import claims, config, launcher, runs
+from ropelab import claims, config, runs, sweeps
 from ropelab.claims import Claim, Evaluation, Measurement, Row, Training, Verdict
-from ropelab.schema import Config
+from ropelab.config import Config
 
 Progress = Callable[..., None]
 
@@ -102,12 +102,10 @@ def run_plan(
         resolved = config.load([*run, f"seed={seed}", *overrides])
         questions = [{"eval": _eval_tree(item, split), "scaling": _scaling_text(item)} for item in items]
         tasks.append({"config": config.to_dict(resolved), "evaluations": questions})
-    from ropelab.experiment.devices import side_by_side
+    from ropelab.devices import side_by_side
 
     sharing = side_by_side(config.load(list(overrides)).device)
-    results, interrupted = launcher.run_in_batches(
-        tasks, stack=stack, slots=launcher.cores(), progress=progress, **sharing
-    )
+    results, interrupted = sweeps.run_in_batches(tasks, stack=stack, slots=sweeps.cores(), progress=progress, **sharing)
 
     measurements, trainings, evals, manifests, failures, trained = [], [], [], [], [], 0
     for (seed, run, items), result in zip(jobs, results, strict=True):
@@ -161,7 +159,7 @@ def _scaling_text(item: Evaluation) -> str | None:
 
 
 def _measurement(item: Evaluation, seed: int, done: dict[str, Any]) -> Measurement:
-    from ropelab.experiment import Evaluated
+    from ropelab.evaluation import Evaluated
 
     result = done["result"]
     evaluated = Evaluated(result, Path(done["losses"]))

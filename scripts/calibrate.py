@@ -14,8 +14,9 @@ import json
 import sys
 from collections.abc import Sequence
 
-from ropelab import claims, config, launcher, reproduce
+from ropelab import claims, config, reproduce
 from ropelab.progress import Bar
+from ropelab.sweeps.launchers import local
 
 FIRST_SEED = 100
 RATES = (0.5, 1.0, 2.0)  # multiples of the cell's learning rate
@@ -32,7 +33,7 @@ def learning_rates(plan: reproduce.Plan, overrides: list[str], bar: Bar) -> dict
             resolved = config.load([*kept, f"train.lr={rate * base.train.lr}", f"seed={FIRST_SEED}", *overrides])
             jobs.append((name, rate))
             tasks.append({"config": config.to_dict(resolved), "evaluations": []})
-    results, _ = launcher.run_side_by_side(tasks, slots=launcher.cores(), progress=bar)
+    results, _ = local.run_side_by_side(tasks, slots=local.cores(), progress=bar)
     table: dict[str, dict[float, float]] = {}
     for (name, rate), result in zip(jobs, results, strict=True):
         table.setdefault(name, {})[rate] = round(result["train"]["val_nll"], 4)

@@ -23,8 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ropelab import claims, config
-from ropelab.claims import Claim, ContrastCheck, History, Measurement, Row, Training, Verdict
-from ropelab.stats import ALPHA
+from ropelab.claims import ALPHA, Claim, ContrastCheck, History, Measurement, Row, Training, Verdict
 
 Floats = NDArray[np.float64]
 Noise = Callable[[np.random.Generator, tuple[int, ...]], Floats]  # zero mean, unit variance

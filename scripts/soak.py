@@ -50,7 +50,14 @@ from tests import shim  # noqa: E402
 if __name__ == "__main__":  # one thread: bit-equal numbers need equal sums, and the kills many processes
     os.environ["OMP_NUM_THREADS"] = "1"
 
-PRELOADED = ["ropelab.cli", "ropelab.experiment.search", "ropelab.figures", "ropelab.report", "hydra", "tokenizers"]
+PRELOADED = [
+    "ropelab.cli",
+    "ropelab.search.longrope",
+    "ropelab.report.figures",
+    "ropelab.report",
+    "hydra",
+    "tokenizers",
+]
 SHAPE = ("model.n_layer=2", "model.d_model=32", "model.n_head=2", "train.ctx=32", "train.batch_size=4", "device=cpu")
 LOOSE = {  # JSON fields that two equal runs do not share
     "started", "finished", "tokens_per_s", "mtime_ns", "memory_planned_mb", "environment", "seal", "sha256", "metrics",
@@ -113,7 +120,7 @@ FAULTS_ONLY = (
 
 def jobs() -> tuple[Job, ...]:
     """The jobs that this version of the program has."""
-    from ropelab.cli import app
+    from ropelab.cli.options import app
 
     commands = {command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands}
     return (*JOBS, SWEEP) if "sweep" in commands else JOBS
@@ -495,7 +502,7 @@ def hostile(wanted: int, *, seed: int, say: Callable[[str], None] = lambda line:
 
 def about() -> dict[str, Any]:
     """Where this was measured."""
-    from ropelab.experiment import device_name, environment, resolve_device
+    from ropelab.devices import device_name, environment, resolve_device
 
     return {
         "date": datetime.now(UTC).date().isoformat(),

@@ -25,9 +25,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ropelab import config, data, experiment, huggingface
+from ropelab import config, data, evaluation, huggingface, runs, training
+from ropelab.config import Method
 from ropelab.runs import RunDir
-from ropelab.schema import Method
 
 REPOSITORY = Path(__file__).parent.parent
 CTX = 32
@@ -101,7 +101,7 @@ def trained(settings: list[str], base: Path) -> RunDir:
         *settings, *shape, f"train.ctx={CTX}", "train.steps=150", "train.batch_size=16", "train.lr=1e-2",
         "train.dtype=fp32", "data=text", f"data.path={base / 'text'}", *places(base),
     ])  # fmt: skip
-    return RunDir(Path(experiment.train(resolved)["run_dir"]))
+    return RunDir(Path(training.train(resolved)["run_dir"]))
 
 
 def places(base: Path) -> list[str]:
@@ -112,10 +112,10 @@ def places(base: Path) -> list[str]:
 def references(run: RunDir, method: Method | None, folder: Path, holds: int) -> tuple[list[list[int]], list[str]]:
     """Tokens and ropelab's logits at 1, 2, 4 times the training length, as far as the export reaches."""
     manifest = run.manifest()
-    model = experiment.load_model(run, run.load_weights(), device=torch.device("cpu"))
+    model = runs.load_model(run, run.load_weights(), device=torch.device("cpu"))
     if method is not None:
-        encoding = experiment.encoding_of(config.from_dict(manifest["config"]), method, manifest["original_ctx"])
-        experiment.set_encoding(model, encoding)
+        encoding = runs.encoding_of(config.from_dict(manifest["config"]), method, manifest["original_ctx"])
+        runs.set_encoding(model, encoding)
     text = Path(manifest["config"]["data"]["path"], "test", "argparse.txt").read_text(encoding="utf-8")
     tokens = data.load_tokenizer(run.tokenizer_path).encode(text)
     ids, paths = [], []
@@ -169,7 +169,7 @@ def main() -> int:
             ids, paths = references(run, method, folder, longest)
             asked[name] = (str(folder), ids, paths)
             resolved = config.load([f"eval.ctx={longest},", *places(base)])
-            own = experiment.evaluate(
+            own = evaluation.evaluate(
                 run, resolved.eval, scaling=method, device="cpu", cache_dir=str(base / "cache")
             ).result
             rows[name] = (own["rows"][-1]["nll"], evaluated(python, folder, longest, base))
@@ -177,7 +177,7 @@ def main() -> int:
         for name, how in ATTENTION.items():
             resolved = config.load([f"eval.ctx={4 * CTX},", *places(base), *how])
             method = resolved.scaling if resolved.scaling.name != "none" else None
-            own = experiment.evaluate(
+            own = evaluation.evaluate(
                 run, resolved.eval, scaling=method, device="cpu", cache_dir=str(base / "cache")
             ).result
             changes[name] = (own["rows"][-1]["nll"], evaluated(python, folder, 4 * CTX, base, how))

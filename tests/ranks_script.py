@@ -21,13 +21,14 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
-from ropelab import evaluation, experiment
+from ropelab import errors, evaluation, training
 from ropelab.cli.options import status_of
-from ropelab.experiment.evaluate import _score
-from ropelab.experiment.session import Session
-from ropelab.ranks import Elsewhere, Ranks, joined, replicated, sharded, whole
+from ropelab.distributed import Ranks, joined, replicated, sharded, whole
+from ropelab.errors import NonFiniteLossError, RemoteRankError
+from ropelab.evaluation.perplexity import _score
 from ropelab.runs import all_runs
-from ropelab.training import Loss, NonFiniteLossError, build_optimizer, steps, validation_nll
+from ropelab.training import Session, build_optimizer, steps
+from ropelab.training.loop import Loss, validation_nll
 from tests.test_runs import tiny
 from tests.test_training import Windows, gpt, recipe, windows
 
@@ -129,7 +130,7 @@ def at_step(step: int, rank: int, do: Callable[[], None]) -> Callable[[], None]:
 
 
 def run(home: Path, runs_dir: Path, ranks: Ranks, *overrides: str) -> dict[str, Any]:
-    return experiment.train(tiny(home, runs_dir, *overrides), ranks=ranks)
+    return training.train(tiny(home, runs_dir, *overrides), ranks=ranks)
 
 
 def interrupted(home: Path, runs_dir: Path, ranks: Ranks, step: int, rank: int, signum: int, *overrides: str) -> Any:
@@ -137,7 +138,7 @@ def interrupted(home: Path, runs_dir: Path, ranks: Ranks, step: int, rank: int, 
     undo = at_step(step, rank, lambda: os.kill(os.getpid(), signum))
     try:
         run(home, runs_dir, ranks, *overrides)
-    except experiment.Interrupted as error:
+    except errors.Interrupted as error:
         return [error.signum, str(error).partition("saved ")[2]]
     finally:
         undo()
@@ -159,7 +160,7 @@ def main() -> None:
             with joined(status_of) as ranks:
                 assert ranks.world == 2
                 said[name] = do(ranks)
-        except (ValueError, LookupError, Elsewhere) as error:
+        except (ValueError, LookupError, RemoteRankError) as error:
             said[name] = [type(error).__name__, str(error), getattr(error, "status", None)]
 
     def numbers(ranks: Ranks) -> dict[str, Any]:
@@ -183,7 +184,7 @@ def main() -> None:
         }
         (trained_run,) = all_runs(out / "straight")
         config = tiny(home, out / "straight", "eval.ctx='32,64'", "eval.tokens=4096")
-        evaluated = experiment.evaluate(trained_run, config.eval, cache_dir=config.cache_dir, ranks=ranks)
+        evaluated = evaluation.evaluate(trained_run, config.eval, cache_dir=config.cache_dir, ranks=ranks)
         return found | {"evaluated": evaluated.result}
 
     def cable(ranks: Ranks) -> Any:

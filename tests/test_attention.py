@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ropelab.attention import Attend, Bias, attend, by_distance, digits, recomputed
-from ropelab.positions import Decay
-from ropelab.positions.alibi import slopes
+from ropelab.positions import Decay, slopes
 
 CPU = torch.device("cpu")
 

@@ -17,13 +17,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from ropelab import bench, cli, config, experiment
+from ropelab import bench, cli, config, devices
 from ropelab.attention import choose_kernel
 from ropelab.bench import accuracy, ours, peers, timing
 from ropelab.bench.train import causal_flops_per_token, flops_per_token
-from ropelab.cli.timing import WIDTH, written
-from ropelab.positions.alibi import slopes
-from ropelab.schema import Config
+from ropelab.cli.bench import WIDTH, written
+from ropelab.config import Config
+from ropelab.positions import slopes
 
 SHAPE = ["model.n_layer=1", "model.d_model=16", "model.n_head=2", "train.ctx=16"]
 SCRIPT = Path(__file__).parent.parent / "scripts" / "gpu_check.sh"
@@ -109,7 +109,7 @@ def test_flops_of_a_token_by_hand() -> None:
 
 
 def test_mfu_is_of_the_device_and_a_table_of_positions_multiplies_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(experiment, "device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(devices, "device_name", lambda device: "NVIDIA H200")
     result = bench.train(tiny("train.batch_size=2"), methods=["learned"], peers=False, rounds=1)
     assert result["params"] == 257 * 16 + 12 * 16**2 + 3 * 16 + 16 * 16  # tokens, matrices, norms, positions
     assert result["flops_per_token"] == 6 * (result["params"] - 16 * 16) + 12 * 16 * 16

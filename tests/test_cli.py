@@ -24,7 +24,7 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from ropelab import cli, files
+from ropelab import cli, files, training
 from ropelab.positions import ENCODINGS
 
 SHAPE = (
@@ -358,7 +358,6 @@ def test_what_no_memory_holds_is_refused_before_it_is_made(
 
 
 def test_memory_that_ends_during_the_work_is_a_line(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ropelab import experiment
 
     for error in (
         MemoryError(), RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory"),
@@ -368,13 +367,13 @@ def test_memory_that_ends_during_the_work_is_a_line(lab: Lab, monkeypatch: pytes
         def full(*_: Any, error: Exception = error, **__: Any) -> Any:
             raise error
 
-        monkeypatch.setattr(experiment, "train", full)
+        monkeypatch.setattr(training, "train", full)
         done = invoke("train")
         assert done.exit_code == 1
         (line,) = done.stderr.splitlines()
         assert line.startswith("ropelab: out of memory (")
         assert "smaller" in line
-    monkeypatch.setattr(experiment, "train", lambda *_, **__: [][1])
+    monkeypatch.setattr(training, "train", lambda *_, **__: [][1])
     assert isinstance(invoke("train").exception, IndexError)  # our own faults keep their traceback
 
 

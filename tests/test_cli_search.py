@@ -23,9 +23,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from typer.testing import CliRunner, Result
 
 from ropelab import cli, config, data
-from ropelab.experiment import search as searching
+from ropelab.config import Config
 from ropelab.runs import RunDir
-from ropelab.schema import Config
+from ropelab.search import longrope as searching
 
 SHAPE = [
     "model.n_layer=1", "model.d_model=32", "model.n_head=2", "train.ctx=32", "train.steps=3", "train.batch_size=8",

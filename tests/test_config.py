@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ropelab import config
-from ropelab.schema import Method
+from ropelab.config import Method
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

@@ -12,13 +12,16 @@ from typing import Any
 import pytest
 import torch
 
-from ropelab import config, diagnose, figures, report, show
-from ropelab.experiment.attending import attention_weights, bucket_edges, by_distance
-from ropelab.experiment.diagnosing import diagnosis, encodings_at
+from ropelab import config, report
+from ropelab.analysis import breakdown, diagnose_run, encoding
+from ropelab.analysis.attention import attention_weights, bucket_edges, by_distance
+from ropelab.analysis.diagnosis import encodings_at
+from ropelab.config import Config, Method, ModelConfig
+from ropelab.data import drawn_positions
 from ropelab.model import GPT
-from ropelab.positions import SCALINGS, Geometry, Rope, build
-from ropelab.positions.indices import drawn_positions
-from ropelab.schema import Config, Method, ModelConfig
+from ropelab.positions import Geometry, Rope
+from ropelab.report import figures
+from ropelab.scalings import SCALINGS, build
 from tests.test_figures import assert_readable
 from tests.test_model import LENGTH, as_gpt_neox, gpt, tokens
 from tests.test_positions import method
@@ -64,7 +67,7 @@ def angles_of(scaling: str, ctx: int, factor: float) -> list[list[float]]:
 @pytest.mark.parametrize("ctx", [L // 2, L, L + 1, 2 * L, 5 * L])
 def test_coverage_is_what_a_loop_over_all_scores_finds(scaling: str, ctx: int) -> None:
     factor = [] if scaling in ("none", "rerope", "self_extend", "block_causal") else ["scaling.factor=3.0"]
-    rows = show.numbers(rope(f"scaling={scaling}", *factor), ctx=ctx)["coverage"]
+    rows = encoding.describe(rope(f"scaling={scaling}", *factor), ctx=ctx)["coverage"]
     for row, theta, angles in zip(rows, THETA, angles_of(scaling, ctx, 3.0), strict=True):
         assert row["full_period"] == (L * theta >= TURN)
         assert row["trained_to"] == pytest.approx(L * theta)
@@ -81,7 +84,7 @@ def test_start_tokens_of_longrope_may_ask_for_angles_below_zero(ctx: int, start:
     scaling = method("scaling", "longrope", factor=3.0, long_factors=factors, start_tokens=start, original_ctx=L)
     encoding = build(method("pos", "rope", base=BASE), scaling, Geometry(32, 2, L))
     assert isinstance(encoding, Rope)
-    low, high = diagnose.asked(encoding, scaling, ctx)
+    low, high = breakdown.asked(encoding, scaling, ctx)
     for pair, (theta, s) in enumerate(zip(THETA, factors, strict=True)):
         # Ding et al. 2024, section 3: the first tokens are not interpolated
         at = [p * theta if p < start else p * theta / s for p in range(ctx)]
@@ -96,9 +99,9 @@ def test_start_tokens_of_longrope_may_ask_for_angles_below_zero(ctx: int, start:
 def predicted(settings: Config, scaling: str = "none", original_ctx: int = L, **changes: Any) -> Any:
     asked = method("scaling", scaling, **changes) if scaling != "none" else Method("none", {})
     at = encodings_at(settings, asked, original_ctx, longest=None)
-    met = diagnose.trained_range(settings, original_ctx)
-    length = diagnose.trained_length(settings, original_ctx)
-    return diagnose.predict(at, trained=met, length=length, original_ctx=original_ctx)["breaks_from"]
+    met = breakdown.trained_range(settings, original_ctx)
+    length = breakdown.trained_length(settings, original_ctx)
+    return breakdown.predict(at, trained=met, length=length, original_ctx=original_ctx)["breaks_from"]
 
 
 def first_bad(asked: Callable[[int, int], float]) -> int:
@@ -159,7 +162,7 @@ def test_xpos_ends_where_its_numbers_do() -> None:
 def test_the_range_of_a_fine_tuned_run_is_its_own() -> None:
     """A child at 4 L under position interpolation met what its root met, and breaks past 4 L; unscaled, past L."""
     child = rope("train.ctx=128", "scaling=linear", "scaling.factor=4.0")
-    met = diagnose.trained_range(child, L)
+    met = breakdown.trained_range(child, L)
     assert met is not None
     assert met.reach.tolist() == pytest.approx([128 * theta / 4 for theta in THETA])
     assert predicted(child, "linear", factor=4.0) == 129
@@ -176,7 +179,7 @@ def test_drawn_positions_count_as_trained(more: list[str]) -> None:
     draw = drawn_positions(settings.positions, ctx=L, original_ctx=L, factor=settings.scaling.parameters.get("factor"))
     assert draw is not None
     seen = max(int(draw(0, step, 64).max()) for step in range(40))
-    assert seen + 1 == diagnose.trained_length(settings, L)
+    assert seen + 1 == breakdown.trained_length(settings, L)
 
 
 # --- the observed breakdown -----------------------------------------------------------------------------------------
@@ -212,7 +215,7 @@ def evaluation(nll: dict[int, float | None], **more: Any) -> dict[str, Any]:
     ],
 )
 def test_the_observed_breakdown_is_a_bracket(nll: dict[int, float | None], good: int | None, bad: int | None) -> None:
-    found = diagnose.observe(evaluation(nll), [])
+    found = breakdown.observe(evaluation(nll), [])
     assert (found["good"], found["bad"]) == (good, bad)
     assert found["baseline"] == ("own" if 32 in nll else None)
 
@@ -220,12 +223,12 @@ def test_the_observed_breakdown_is_a_bracket(nll: dict[int, float | None], good:
 def test_a_scaling_is_measured_against_the_model_as_trained() -> None:
     plain = evaluation({32: 2.0, 64: 4.0})
     scaled = evaluation({32: 2.6, 64: 2.6}, scaling="linear", factor=8.0)
-    assert diagnose.observe(scaled, [])["bad"] is None
-    found = diagnose.observe(scaled, [plain])
+    assert breakdown.observe(scaled, [])["bad"] is None
+    found = breakdown.observe(scaled, [plain])
     assert (found["baseline"], found["good"], found["bad"]) == ("trained", None, 32)
     other = evaluation({32: 2.0})
     other["rows"][0]["targets_digest"] = "others"
-    assert diagnose.observe(scaled, [other])["baseline"] == "own"
+    assert breakdown.observe(scaled, [other])["baseline"] == "own"
 
 
 def manifest(settings: Config) -> dict[str, Any]:
@@ -253,7 +256,7 @@ def test_a_run_is_diagnosed_from_what_it_stores() -> None:
         ),
         evaluation({32: 2.01, 64: 2.02, 256: 2.2}, scaling="linear", factor=8.0),
     ]
-    found = diagnosis(manifest(settings), evals)
+    found = diagnose_run(manifest(settings), evals)
     assert (found["pairs"], found["full_period"]) == (8, sum(L * theta >= TURN for theta in THETA))
     plain, scaled = found["evaluated"]
     assert (plain["scaling"], plain["trained"], plain["ctx"]) == ("none", True, 256)
@@ -272,17 +275,17 @@ def test_a_prediction_is_of_the_parameters_that_were_evaluated() -> None:
     item = evaluation({32: 2.0, 64: 2.0}, scaling="linear", factor=4.0)
     for original_ctx, breaks_from in ((None, 4 * L + 1), (16, 4 * L + 1)):
         item["scaling_parameters"] = {"factor": 4.0, "original_ctx": original_ctx}
-        (one,) = diagnosis(manifest(rope()), [item])["evaluated"]
+        (one,) = diagnose_run(manifest(rope()), [item])["evaluated"]
         assert one["predicted"]["breaks_from"] == breaks_from
     item = evaluation({32: 2.0, 128: 2.0}, scaling="dynamic_ntk", factor=1.0)
     found = []
     for original_ctx in (L, 2 * L):
         item["scaling_parameters"] = {"factor": 1.0, "original_ctx": original_ctx}
-        (one,) = diagnosis(manifest(rope()), [item])["evaluated"]
+        (one,) = diagnose_run(manifest(rope()), [item])["evaluated"]
         found.append(one["predicted"]["breaks_from"])
     assert found[0] != found[1]
     del item["scaling_parameters"]
-    (one,) = diagnosis(manifest(rope()), [item])["evaluated"]
+    (one,) = diagnose_run(manifest(rope()), [item])["evaluated"]
     assert (one["new_pairs"], one["predicted"]["breaks_from"]) == (None, None)
     assert "evaluate it again" in one["predicted"]["why"]
 
@@ -383,7 +386,7 @@ def methods() -> list[list[str]]:
 def test_every_method_is_shown_and_drawn(settings: list[str]) -> None:
     ends = settings in (["pos=learned"], ["pos=learned", "scaling=block_causal"])
     ctx = L if ends else 3 * L
-    numbers = show.numbers(loaded(*settings), ctx=ctx)
+    numbers = encoding.describe(loaded(*settings), ctx=ctx)
     json.dumps(numbers, allow_nan=False)
     if numbers["pos"].startswith("sinusoidal"):
         assert (len(numbers["embedding"]), len(numbers["embedding"][0])) == (ctx, 32)
@@ -394,7 +397,7 @@ def test_every_method_is_shown_and_drawn(settings: list[str]) -> None:
 
 def test_the_picture_of_a_run_is_readable() -> None:
     """Losses by ctx and position, and a heatmap whose cells are the masses; no text overlaps or is cut."""
-    numbers = show.numbers(rope(), ctx=256)
+    numbers = encoding.describe(rope(), ctx=256)
     evals = [
         evaluation({32: 2.0, 64: 2.04, 128: 2.5, 256: 4.0}),
         evaluation({32: 2.2, 64: 2.2, 128: 2.2, 256: 2.3}, scaling="linear", factor=8.0),
@@ -409,7 +412,7 @@ def test_the_picture_of_a_run_is_readable() -> None:
     mass = torch.softmax(torch.arange(2 * 2 * 9.0).view(2, 2, 9).sin(), -1).tolist()
     measured = {"ctx": 256, "edges": edges, "mass": mass, "uniform": [1 / 9] * 9, "beyond": [[0.5, 0.1], [0.2, 0.3]]}
     measured |= {"queries": 256, "documents": 4, "text": "stdlib", "split": "test"}
-    figure = figures.explain(numbers | {"diagnosis": diagnosis(manifest(rope()), evals), "attention": measured})
+    figure = figures.explain(numbers | {"diagnosis": diagnose_run(manifest(rope()), evals), "attention": measured})
     assert_readable(figure)
     said = " ".join(text.get_text() for text in figure.texts).replace("\n", " ")
     for word in (
@@ -426,10 +429,10 @@ def test_the_picture_of_a_run_is_readable() -> None:
 
 
 def test_pairs_that_do_not_turn_have_no_wavelength() -> None:
-    rows = show.numbers(loaded("pos=p_rope", "pos.p=0.5"), ctx=2 * L)["coverage"]
+    rows = encoding.describe(loaded("pos=p_rope", "pos.p=0.5"), ctx=2 * L)["coverage"]
     assert [row["wavelength"] is None for row in rows] == [False] * 4 + [True] * 4
     assert not any(row["new"] for row in rows[4:])
-    stopped = show.numbers(rope("scaling=proportional", "scaling.p=0.5", "scaling.factor=2.0"), ctx=L)["coverage"]
+    stopped = encoding.describe(rope("scaling=proportional", "scaling.p=0.5", "scaling.factor=2.0"), ctx=L)["coverage"]
     assert stopped[-1]["wavelength"] is None
     assert stopped[-1]["wavelength_train"] == pytest.approx(TURN / THETA[-1])
 
@@ -437,36 +440,36 @@ def test_pairs_that_do_not_turn_have_no_wavelength() -> None:
 def test_fire_is_shown_at_the_last_query() -> None:
     """Li et al. 2024: f(psi(d) / psi(max(M, i))), computed from the encoding's tensors by a loop."""
     settings = loaded("pos=fire", "pos.width=3")
-    encoding: Any = show.start(settings, Method("none", {}), L).requires_grad_(False)
-    shown = show.numbers(settings, ctx=3 * L)["bias"]
+    fire: Any = encoding.start(settings, Method("none", {}), L).requires_grad_(False)
+    shown = encoding.describe(settings, ctx=3 * L)["bias"]
     assert shown["query"] == 3 * L - 1
-    c, m = float(encoding.c), abs(float(encoding.threshold_factor) * encoding.threshold)
+    c, m = float(fire.c), abs(float(fire.threshold_factor) * fire.threshold)
     for distance in (0, 1, 17, 3 * L - 1):
-        share = math.log1p(abs(c * distance)) / (math.log1p(c * max(m, 3 * L - 1)) + encoding.eps)
+        share = math.log1p(abs(c * distance)) / (math.log1p(c * max(m, 3 * L - 1)) + fire.eps)
         hidden = [
             max(0.0, float(w) * share + float(b))
-            for w, b in zip(encoding.hidden.weight[:, 0], encoding.hidden.bias, strict=True)
+            for w, b in zip(fire.hidden.weight[:, 0], fire.hidden.bias, strict=True)
         ]
         for head in range(2):
-            total = sum(float(w) * h for w, h in zip(encoding.output.weight[head], hidden, strict=True))
+            total = sum(float(w) * h for w, h in zip(fire.output.weight[head], hidden, strict=True))
             assert shown["by_distance"][head][distance] == pytest.approx(
-                total + float(encoding.output.bias[head]), abs=1e-5
+                total + float(fire.output.bias[head]), abs=1e-5
             )
 
 
 def test_xpos_shows_how_fast_its_pairs_fade() -> None:
-    rotation = show.numbers(loaded("pos=xpos"), ctx=L)["rotation"]
+    rotation = encoding.describe(loaded("pos=xpos"), ctx=L)["rotation"]
     for i, (zeta, half) in enumerate(zip(rotation["decay"]["zeta"], rotation["decay"]["half_life"], strict=True)):
         assert zeta == pytest.approx((2 * i / D_HEAD + 0.4) / 1.4)  # Sun et al. 2022
         assert zeta ** (half / 512) == pytest.approx(0.5)
 
 
 def test_windows_blocks_and_temperatures_are_said() -> None:
-    rerope = show.numbers(rope("scaling=rerope"), ctx=4 * L)
+    rerope = encoding.describe(rope("scaling=rerope"), ctx=4 * L)
     assert rerope["rotation"]["far"] == {"window": L // 4}
     assert rerope["logit_scale"][-1] == pytest.approx(math.log(4 * L) / math.log(L))
-    assert show.numbers(rope("scaling=block_causal"), ctx=4 * L)["block"] == L // 2
-    scale = show.numbers(loaded("pos=none", "scaling=temperature", "scaling.factor=8.0"), ctx=8)["logit_scale"]
+    assert encoding.describe(rope("scaling=block_causal"), ctx=4 * L)["block"] == L // 2
+    scale = encoding.describe(loaded("pos=none", "scaling=temperature", "scaling.factor=8.0"), ctx=8)["logit_scale"]
     assert scale == pytest.approx([1 + 0.412 * math.log(8)] * 8)
 
 
@@ -479,7 +482,8 @@ def test_the_list_says_what_a_scaling_applies_to_as_the_table_does() -> None:
 
 
 def test_every_method_has_a_name() -> None:
-    from ropelab.figures.names import NAMES, WITHOUT_FACTOR
+    from ropelab.report.figures import WITHOUT_FACTOR
+    from ropelab.report.figures.names import NAMES
 
     assert {*config.choices("pos"), *config.choices("scaling")} <= set(NAMES)
     without = [name for name in SCALINGS if "factor" not in config.parse_scaling(name).parameters]
@@ -519,7 +523,7 @@ def diagnosed(run: str, pos: str, bad: int | None, nll: list[float]) -> dict[str
 
 
 def test_the_report_has_a_section_of_bends() -> None:
-    from ropelab.report.bends import bend_section
+    from ropelab.report.breakdown import bend_section
 
     page = bend_section([diagnosed("a", "rope", 64, [2.0, 4.0]), diagnosed("b", "rope", 128, [3.0, 5.0]),
                          diagnosed("c", HOSTILE, None, [2.0, 2.0])], {"RoPE": "#123456"})  # fmt: skip

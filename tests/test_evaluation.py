@@ -11,17 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from ropelab.config import load
-from ropelab.evaluation import (
-    Layout,
-    ladder,
-    lay_out,
-    position_curve,
-    score,
-    target_documents,
-    target_tokens,
-)
-from ropelab.schema import EvalConfig
+from ropelab.config import EvalConfig, load
+from ropelab.evaluation import Layout, ladder, lay_out, score
+from ropelab.evaluation.scoring import position_curve, target_documents, target_tokens
 
 SAME_TARGETS = ("nonoverlapping", "sliding", "last")
 

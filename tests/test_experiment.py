@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from ropelab import config, data, experiment
+from ropelab import config, data, evaluation, training
 from ropelab.attention import Attend
+from ropelab.config import Config, EvalConfig, Method
 from ropelab.model import GPT
-from ropelab.positions import SCALINGS, Geometry, build
-from ropelab.positions.scaling import Scaling, Spectrum
-from ropelab.runs import RunDir
-from ropelab.schema import Config, EvalConfig, Method
+from ropelab.positions import Geometry, Spectrum
+from ropelab.runs import NO_SCALING, RunDir, build_model
+from ropelab.scalings import SCALINGS, build
+from ropelab.scalings.base import Scaling
 
 SHAPE = [
     "model.n_layer=2",
@@ -46,7 +47,7 @@ def runs(folder: Path) -> dict[str, RunDir]:
     """Finished runs whose weights are then made large, so that a wrong angle or a wrong window shows in the losses."""
     trained = {}
     for pos in ("rope", "alibi", "learned", "sinusoidal", "none"):
-        result = experiment.train(settings(folder, f"pos={pos}", "train.dtype=fp32"))
+        result = training.train(settings(folder, f"pos={pos}", "train.dtype=fp32"))
         trained[pos] = enlarged(RunDir(Path(result["run_dir"])))
     return trained
 
@@ -60,7 +61,7 @@ def enlarged(run: RunDir) -> RunDir:
 def evaluate(run: RunDir, folder: Path, *changes: str, scaling: str | None = None) -> dict[str, Any]:
     resolved: EvalConfig = settings(folder, "eval.last=4", "eval.stride=4", "eval.tokens=200", *changes).eval
     method = None if scaling is None else config.parse_scaling(scaling)
-    return experiment.evaluate(run, resolved, scaling=method, cache_dir=str(folder / "cache")).result
+    return evaluation.evaluate(run, resolved, scaling=method, cache_dir=str(folder / "cache")).result
 
 
 def test_docs(folder: Path) -> None:
@@ -71,7 +72,7 @@ def test_docs(folder: Path) -> None:
 
 def model_of(run: RunDir, scaling: Method | None = None) -> GPT:
     trained = config.from_dict(run.manifest()["config"])
-    model = experiment.build_model(trained, 257, scaling=experiment.NO_SCALING, original_ctx=trained.train.ctx)
+    model = build_model(trained, 257, scaling=NO_SCALING, original_ctx=trained.train.ctx)
     model.load_state_dict(run.load_weights())
     if scaling is not None:
         model.encoding = build(trained.pos, scaling, Geometry(32, 2, 16))
@@ -211,7 +212,7 @@ def test_an_evaluation_is_done_once(runs: dict[str, RunDir], folder: Path, monke
 
 def test_the_stored_losses_are_those_of_the_row(runs: dict[str, RunDir], folder: Path) -> None:
     resolved = settings(folder, "eval.ctx=32", "eval.tokens=200").eval
-    done = experiment.evaluate(runs["none"], resolved, cache_dir=str(folder / "cache"))
+    done = evaluation.evaluate(runs["none"], resolved, cache_dir=str(folder / "cache"))
     means = done.document_means(32)
     assert list(means) == done.result["protocol"]["document_digests"]
     assert next(iter(means.values())) == pytest.approx(done.result["rows"][1]["nll"], rel=1e-9)
@@ -224,7 +225,7 @@ def test_a_scaling_that_changes_nothing_is_refused(
     with pytest.raises(ValueError, match="scaling=llama3 changes no pair"):
         resolved = settings(folder, "eval.ctx=32,", "eval.tokens=200").eval
         method = config.load(["scaling=llama3", "scaling.factor=8", "scaling.original_ctx=10000000"]).scaling
-        experiment.evaluate(runs["rope"], resolved, scaling=method, cache_dir=str(folder / "cache"))
+        evaluation.evaluate(runs["rope"], resolved, scaling=method, cache_dir=str(folder / "cache"))
     monkeypatch.setitem(SCALINGS, "ntk", Scaling(lambda inv_freq, **keys: Spectrum(inv_freq)))
     with pytest.raises(ValueError, match="scaling=ntk changes no pair"):
         evaluate(runs["rope"], folder, "eval.ctx=32", scaling="ntk:8")
@@ -235,7 +236,7 @@ def test_a_scaling_that_changes_nothing_is_refused(
 
 
 def test_training_with_a_scaling_is_another_run_and_keeps_it(runs: dict[str, RunDir], folder: Path) -> None:
-    result = experiment.train(settings(folder, "scaling=linear", "scaling.factor=4", "train.dtype=fp32"))
+    result = training.train(settings(folder, "scaling=linear", "scaling.factor=4", "train.dtype=fp32"))
     run = enlarged(RunDir(Path(result["run_dir"])))
     assert run.name.startswith("rope-linear-text-s0-")
     kept = evaluate(run, folder, "eval.ctx=16,")
@@ -250,7 +251,7 @@ def test_training_with_a_scaling_is_another_run_and_keeps_it(runs: dict[str, Run
 def test_the_runs_own_text_by_another_name_is_its_test_split(runs: dict[str, RunDir], folder: Path) -> None:
     same = config.load(["data=text", f"data.path={folder / 'runs' / '..' / 'text'}"]).data
     resolved = settings(folder, "eval.ctx=32,", "eval.tokens=200").eval
-    done = experiment.evaluate(runs["rope"], resolved, other_text=same, cache_dir=str(folder / "cache"))
+    done = evaluation.evaluate(runs["rope"], resolved, other_text=same, cache_dir=str(folder / "cache"))
     assert done.result == evaluate(runs["rope"], folder, "eval.ctx=32,")
 
 
@@ -259,7 +260,7 @@ def test_the_same_text_in_other_tokens_is_other_targets(runs: dict[str, RunDir],
     digests = []
     for tokenizer in ("bytes", "bpe"):
         more = [f"data.tokenizer={tokenizer}", "data.vocab_size=258"]
-        run = RunDir(Path(experiment.train(settings(folder, *more))["run_dir"]))
+        run = RunDir(Path(training.train(settings(folder, *more))["run_dir"]))
         result = evaluate(run, folder, "eval.ctx=16,")
         digests.append(result["protocol"]["targets_digest"])
         assert result["rows"][0]["tokens"] == 192
@@ -272,14 +273,14 @@ def test_other_text_is_scored_with_the_runs_tokeniser(runs: dict[str, RunDir], f
     )
     other = config.load(["data=text", f"data.path={tmp_path}"]).data
     resolved = settings(folder, "eval.ctx=32,", "eval.tokens=64").eval
-    done = experiment.evaluate(runs["rope"], resolved, other_text=other, cache_dir=str(folder / "cache"))
+    done = evaluation.evaluate(runs["rope"], resolved, other_text=other, cache_dir=str(folder / "cache"))
     assert done.result["data"] == "text"
     assert done.result["protocol"]["documents"] == 1
     assert done.result["rows"][0]["unit"] is None or done.result["rows"][0]["unit"] == "block"
     corpus = data.prepare(settings(folder).data, cache_dir=folder / "cache")
     own = config.load(["data=text", f"data.path={folder / 'text' / corpus.train.names[0]}"]).data
     with pytest.raises(ValueError, match="training text"):
-        experiment.evaluate(runs["rope"], resolved, other_text=own, cache_dir=str(folder / "cache"))
+        evaluation.evaluate(runs["rope"], resolved, other_text=own, cache_dir=str(folder / "cache"))
 
 
 def test_the_unigram_baseline_is_the_training_texts_frequencies(runs: dict[str, RunDir], folder: Path) -> None:
@@ -311,7 +312,8 @@ def test_what_a_verdict_will_lack_is_said_before(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Before training in a line on stderr, before evaluation through `notice`; documents of one author are one."""
-    from ropelab.experiment import grounds, session
+    from ropelab.evaluation import grounds
+    from ropelab.training import session
 
     source = tmp_path / "in"
     for number in range(40):
@@ -324,7 +326,7 @@ def test_what_a_verdict_will_lack_is_said_before(
         caplog.clear()
         session._say.cache_clear()
         places = (f"data.path={source}", f"cache_dir={tmp_path / 'cache'}", f"runs_dir={tmp_path / str(more)}")
-        experiment.train(settings(folder, *places, "train.steps=1", *more))
+        training.train(settings(folder, *places, "train.steps=1", *more))
         return caplog.text
 
     assert said() == ""  # 10 documents hold train.ctx
@@ -338,14 +340,14 @@ def test_what_a_verdict_will_lack_is_said_before(
     assert "1 document of 10" in str(grounds.lacking(split, [3], 32))
     assert grounds.lacking(corpus.test, range(6), 32) is None
     told: list[str] = []
-    run = RunDir(Path(experiment.train(settings(folder, f"data.path={source}", "train.steps=1"))["run_dir"]))
+    run = RunDir(Path(training.train(settings(folder, f"data.path={source}", "train.steps=1"))["run_dir"]))
     resolved = settings(folder, "eval.ctx=64").eval
-    experiment.evaluate(run, resolved, cache_dir=str(tmp_path / "cache"), notice=told.append)
+    evaluation.evaluate(run, resolved, cache_dir=str(tmp_path / "cache"), notice=told.append)
     assert any("has 4 documents of 10" in line for line in told)
 
 
 def test_one_document_is_no_documents() -> None:
-    from ropelab.figures.lines import protocol_facts
+    from ropelab.report.figures import protocol_facts
 
     assert protocol_facts({"documents": 1}) == "1 document"
     assert protocol_facts({"documents": 2, "left_out": 3}) == "2 documents, 3 left out as too short"

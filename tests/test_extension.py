@@ -14,10 +14,11 @@ import pytest
 import torch
 from scipy import stats as scipy_stats
 
-from ropelab import config, experiment, files
-from ropelab.positions.indices import drawn_positions
+from ropelab import config, files, runs, training
+from ropelab.config import Config, Method
+from ropelab.data import drawn_positions
+from ropelab.errors import ContextLengthError
 from ropelab.runs import RunDir, recipe
-from ropelab.schema import Config, ContextLengthError, Method
 from tests.test_experiment import evaluate, settings
 
 
@@ -27,7 +28,7 @@ def parent(folder: Path) -> RunDir:
 
 
 def trained(resolved: Config) -> RunDir:
-    return RunDir(Path(experiment.train(resolved)["run_dir"]))
+    return RunDir(Path(training.train(resolved)["run_dir"]))
 
 
 def child(folder: Path, parent: RunDir, *changes: str) -> Config:
@@ -80,7 +81,7 @@ def test_scalings_of_a_child_refer_to_its_roots_length(folder: Path, parent: Run
 def test_a_child_sees_the_batches_after_its_parents(folder: Path, parent: RunDir) -> None:
     """The first loss of a child at no learning rate is the parent's loss on batch 4, which the parent never saw."""
     from ropelab import data
-    from ropelab.experiment import load_model
+    from ropelab.runs import load_model
 
     run = trained(child(folder, parent, "train.steps=1", "train.lr=1e-30"))
     corpus = data.prepare(config.from_dict(parent.manifest()["config"]).data, cache_dir=folder / "cache")
@@ -96,7 +97,7 @@ def test_a_child_resumes_bit_by_bit_and_is_not_trained_twice(folder: Path, paren
     """Stopped after step 5, it goes on from the checkpoint of step 4: weights, positions and batches as in one go."""
     changes = ("scaling=linear", "scaling.factor=2", "positions=pose", "train.steps=6", "train.checkpoint_every=2")
     straight = trained(child(folder, parent, *changes))
-    assert experiment.train(child(folder, parent, *changes))["skipped"]
+    assert training.train(child(folder, parent, *changes))["skipped"]
 
     elsewhere = folder / "again"
     shutil.copytree(parent.path, elsewhere / parent.name)
@@ -107,7 +108,7 @@ def test_a_child_resumes_bit_by_bit_and_is_not_trained_twice(folder: Path, paren
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        experiment.train(resolved, progress=stop)
+        training.train(resolved, progress=stop)
     again = trained(resolved)
     assert again.name == straight.name
     assert [line["step"] for line in again.metrics()] == [1, 2, 3, 4, 5, 6]
@@ -165,7 +166,7 @@ def test_what_a_parent_cannot_be_gone_on_with_is_refused(
         resolved = child(folder, parent, "train.steps=1", *(item for item in changes if item not in named))
         if named:
             resolved = config.load([*named, f"runs_dir={folder / 'runs'}", f"cache_dir={folder / 'cache'}"])
-        experiment.train(resolved)
+        training.train(resolved)
     assert sorted(path.name for path in (folder / "runs").iterdir()) == before
 
 
@@ -174,7 +175,7 @@ def test_an_unfinished_parent_is_refused(folder: Path, parent: RunDir) -> None:
     parent.update_manifest(status="running")
     try:
         with pytest.raises(ValueError, match="is interrupted, not done"):
-            experiment.train(child(folder, parent, "train.steps=1"))
+            training.train(child(folder, parent, "train.steps=1"))
     finally:
         parent.update_manifest(status=status)
 
@@ -227,8 +228,8 @@ def test_pose_of_three_chunks_skips_twice() -> None:
 
 def test_positions_reach_the_angles(folder: Path) -> None:
     """A model given positions sees those: equal to a rotation by the given places, pair by pair, in fp64."""
-    from ropelab.experiment import build_model
     from ropelab.model import rotate
+    from ropelab.runs import build_model
 
     resolved = settings(folder, "pos=rope")
     model = build_model(resolved, 257, scaling=Method("none", {}), original_ctx=16)
@@ -281,7 +282,7 @@ def test_skipping_positions_do_not_depend_on_the_micro_batch(folder: Path, pos: 
 )
 def test_what_cannot_be_trained_is_refused(folder: Path, changes: list[str], says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        experiment.train(settings(folder, *changes, f"runs_dir={folder / 'none'}"))
+        training.train(settings(folder, *changes, f"runs_dir={folder / 'none'}"))
     assert not (folder / "none").exists()
 
 
@@ -296,7 +297,7 @@ def test_a_dropped_rotation_stays_dropped(folder: Path, parent: RunDir) -> None:
     losses = [line["loss"] for line in dropped.metrics()]
     assert losses[:3] == [line["loss"] for line in rope.metrics()][:3]
     assert losses[3:] != [line["loss"] for line in rope.metrics()][3:]
-    model = experiment.load_model(dropped, dropped.load_weights(), device=torch.device("cpu"))
+    model = runs.load_model(dropped, dropped.load_weights(), device=torch.device("cpu"))
     assert model.prepare(16).record.rotation is None
     # the same weights as NoPE give the same losses
     row = evaluate(dropped, folder, "eval.ctx=64")["rows"][-1]
@@ -321,10 +322,10 @@ def test_a_rope_run_is_recalibrated_without_its_rotation(folder: Path, parent: R
     warm = evaluate(run, folder, "eval.ctx=64", scaling="temperature:4")
     assert warm["rows"][0]["nll"] != evaluate(run, folder, "eval.ctx=64")["rows"][0]["nll"]
     with pytest.raises(ValueError, match=r"pos\.drop_after=0"):
-        experiment.train(child(folder, run, "train.steps=1", "pos.drop_after=0.5"))
+        training.train(child(folder, run, "train.steps=1", "pos.drop_after=0.5"))
 
 
 def test_a_learned_table_cannot_be_trained_past_its_end(folder: Path) -> None:
     run = trained(settings(folder, "pos=learned", "train.dtype=fp32"))
     with pytest.raises(ContextLengthError, match="16"):
-        experiment.train(child(folder, run, "train.ctx=32", "train.steps=1"))
+        training.train(child(folder, run, "train.ctx=32", "train.steps=1"))

@@ -25,11 +25,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ropelab import cli, files, report, runs
-from ropelab.experiment import compile_blocks
-from ropelab.experiment.diagnosing import diagnosis
-from ropelab.experiment.stored import evaluations
-from ropelab.runs import RunDir, RunError
+from ropelab import cli, files, report, runs, training
+from ropelab.analysis import diagnose_run
+from ropelab.errors import RunError
+from ropelab.evaluation import evaluations
+from ropelab.runs import RunDir
+from ropelab.training import compile_blocks
 from tests.test_runs import content, lines_without_speed, steps_saved, write_corpus
 
 ROOT = Path(__file__).parent.parent
@@ -270,9 +271,8 @@ def test_an_unfinished_run_goes_on_in_spite_of_a_damaged_file(
 
 def stopped_at(lab: Lab, step: int) -> None:
     """Train to a step and then fail, as by a pulled cable: nothing is saved at that moment."""
-    from ropelab import experiment
 
-    train = experiment.train
+    train = training.train
 
     def stopping(config: Any, *, progress: Any, **more: Any) -> Any:
         def telling(description: str, done: int, total: int, **facts: Any) -> None:
@@ -282,7 +282,7 @@ def stopped_at(lab: Lab, step: int) -> None:
         return train(config, progress=telling, **more)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiment, "train", stopping)
+        patch.setattr(training, "train", stopping)
         assert lab.train().status == 1
 
 
@@ -302,7 +302,7 @@ def test_a_run_goes_on_with_the_threads_that_it_began_with(tmp_path: Path, whole
         if gone:
             lab.run.manifest_path.unlink()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys.modules["ropelab.experiment.train"], "steps", counting)
+            patch.setattr(sys.modules["ropelab.training.trainer"], "steps", counting)
             assert lab.train().status == 1
     assert seen == [2, 2]
     assert lab.run.manifest()["environment"]["threads"] == 2
@@ -789,7 +789,7 @@ def test_any_change_of_a_stored_result_is_refused_or_harmless(whole: Whole, tmp_
             continue
         report.write_report(
             tmp_path / "report", evals=evals, verdicts=[], title="t", notes=[], manifest={},
-            diagnoses=[diagnosis(lab.run.manifest(), evals)],
+            diagnoses=[diagnose_run(lab.run.manifest(), evals)],
         )  # fmt: skip
     assert statuses == {0, 2}
 

@@ -20,7 +20,8 @@ from matplotlib.image import imread
 from matplotlib.text import Text
 from scipy.optimize import minimize
 
-from ropelab import figures, files
+from ropelab import files
+from ropelab.report import figures
 
 LADDER = (128, 256, 512, 1024)
 

@@ -12,6 +12,7 @@ import pytest
 
 import ropelab
 from ropelab import files
+from ropelab.errors import DamagedFileError, OutsideError
 
 PACKAGE = Path(ropelab.__file__).parent
 
@@ -91,7 +92,7 @@ def test_a_device_is_not_replaced_by_a_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "null").symlink_to("/dev/null")
     for name in ("pipe", "null"):
-        with pytest.raises(files.OutsideError, match="give the name of a file"):
+        with pytest.raises(OutsideError, match="give the name of a file"):
             files.write(tmp_path / name, b"1")
     assert listing(tmp_path) == ["null", "pipe"]
     (tmp_path / "real").write_text("mine", encoding="utf-8")
@@ -112,11 +113,11 @@ def test_nothing_is_removed_or_cut_outside_the_folder_or_through_a_link(tmp_path
     (run / "results").symlink_to(mine / "results")
     (run / "metrics.jsonl").symlink_to(mine / "results" / "a.json")
     for path in (run / "results", run / "results" / "a.json", run / "metrics.jsonl", run / ".." / "mine", mine, run):
-        with pytest.raises(files.OutsideError, match=r"does not lie in|is a link, and none is followed"):
+        with pytest.raises(OutsideError, match=r"does not lie in|is a link, and none is followed"):
             files.remove(path, within=run)
-        with pytest.raises(files.OutsideError):
+        with pytest.raises(OutsideError):
             files.truncate(path, 0, within=run)
-        with pytest.raises(files.OutsideError):
+        with pytest.raises(OutsideError):
             files.append(path, "x", within=run)
     assert (mine / "results" / "a.json").read_text(encoding="utf-8") == "mine"
     linked = tmp_path / "linked"  # what the user names may be a link
@@ -187,10 +188,10 @@ def test_whoever_removes_or_cuts_does_it_through_the_one_door() -> None:
     ],
 )  # fmt: skip
 def test_a_json_text_that_is_no_value_of_ours(tmp_path: Path, text: str, why: str) -> None:
-    with pytest.raises(files.DamagedError, match=why):
+    with pytest.raises(DamagedFileError, match=why):
         files.parse_json(text)
     (tmp_path / "x.json").write_text(text, encoding="utf-8")
-    with pytest.raises(files.DamagedError, match=why):
+    with pytest.raises(DamagedFileError, match=why):
         files.load_json(tmp_path / "x.json")
 
 
@@ -210,10 +211,10 @@ BOMB = "a: &a [x, x]\n" + "".join(
 )  # fmt: skip
 def test_a_yaml_text_that_is_none_of_ours(tmp_path: Path, text: str, why: str) -> None:
     (tmp_path / "x.yaml").write_text(text, encoding="utf-8")
-    with pytest.raises(files.DamagedError, match=why):
+    with pytest.raises(DamagedFileError, match=why):
         files.load_yaml(tmp_path / "x.yaml")
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(files.DamagedError, match="no file"):
+    with pytest.raises(DamagedFileError, match="no file"):
         files.load_yaml(tmp_path / "pipe")
     (tmp_path / "x.yaml").write_text("a: &a [1, 2]\nb: *a\n", encoding="utf-8")
     assert files.load_yaml(tmp_path / "x.yaml")[0] == {"a": [1, 2], "b": [1, 2]}
@@ -234,9 +235,9 @@ def test_only_a_file_of_bounded_size_is_read(tmp_path: Path) -> None:
         ("link", "a link"),
         ("huge", "bytes"),
     ):
-        with pytest.raises(files.DamagedError, match=why):
+        with pytest.raises(DamagedFileError, match=why):
             files.load_json(tmp_path / name)
-    with pytest.raises(files.DamagedError, match="no file"):
+    with pytest.raises(DamagedFileError, match="no file"):
         files.load_json(tmp_path / "zero", follow=True)
     assert files.load_json(tmp_path / "link", follow=True) == 1
     with pytest.raises(FileNotFoundError):

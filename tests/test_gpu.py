@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from ropelab import config, experiment
+from ropelab import config, devices
+from ropelab.devices import resolve_dtype
 from ropelab.model import GPT
-from ropelab.positions import Geometry, build
-from ropelab.training import resolve_dtype
+from ropelab.positions import Geometry
+from ropelab.scalings import build
 from tests.test_attention import check_against_the_loop
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -55,6 +56,6 @@ def test_a_model_says_the_same_on_both_devices(pos: str) -> None:
 
 
 def test_auto_is_cuda_and_bf16() -> None:
-    device = experiment.resolve_device("auto")
+    device = devices.resolve_device("auto")
     assert device.type == "cuda"
     assert resolve_dtype("auto", device) == torch.bfloat16

@@ -19,10 +19,10 @@ from tokenizers import AddedToken, Tokenizer, processors
 
 from ropelab import config, data
 from ropelab.data import fast
-from ropelab.experiment.planning import questions
-from ropelab.experiment.subject import no_beginning
+from ropelab.evaluation import no_beginning
 from ropelab.huggingface import checkpoint, rotary
-from ropelab.huggingface.evaluating import layer_words
+from ropelab.huggingface.model import layer_words
+from ropelab.sweeps.plan import questions
 from tests.test_huggingface import CTX, GROUPED, SMALL, good, invoke, save
 
 T = transformers

@@ -26,12 +26,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner, Result
 
-from ropelab import cli, config, data, experiment, huggingface
-from ropelab.experiment.evaluate import ladder_of
-from ropelab.huggingface import checkpoint, exporting, importing, rotary
+from ropelab import cli, config, data, huggingface, runs, training
+from ropelab.config import Method
+from ropelab.evaluation import ladder_of
+from ropelab.huggingface import checkpoint, export, import_checkpoint, rotary
 from ropelab.positions import ENCODINGS
 from ropelab.runs import RunDir
-from ropelab.schema import Method
 
 CTX = 32  # training length of everything here
 SHAPE = ("model.n_layer=2", "model.d_model=32", "model.n_head=4")
@@ -93,7 +93,7 @@ def trained(place: Place) -> Callable[[str], RunDir]:
                 "train.batch_size=8", "train.lr=1e-2", "train.dtype=fp32", "data=text", f"data.path={place.text}",
                 *place.settings,
             ])  # fmt: skip
-            made[name] = RunDir(Path(experiment.train(resolved)["run_dir"]))
+            made[name] = RunDir(Path(training.train(resolved)["run_dir"]))
         return made[name]
 
     return run
@@ -129,12 +129,12 @@ def native(folder: Path, ids: Tensor, change: Callable[[Any], None] = lambda con
 
 
 @torch.no_grad()
-def ours(run: RunDir, ids: Tensor, scaling: Method = experiment.NO_SCALING) -> Tensor:
+def ours(run: RunDir, ids: Tensor, scaling: Method = runs.NO_SCALING) -> Tensor:
     """Logits (B, T, V - 1) of ropelab's GPT."""
-    model = experiment.load_model(run, run.load_weights(), device=CPU)
+    model = runs.load_model(run, run.load_weights(), device=CPU)
     manifest = run.manifest()
-    encoding = experiment.encoding_of(config.from_dict(manifest["config"]), scaling, manifest["original_ctx"])
-    experiment.set_encoding(model, encoding)
+    encoding = runs.encoding_of(config.from_dict(manifest["config"]), scaling, manifest["original_ctx"])
+    runs.set_encoding(model, encoding)
     logits: Tensor = model.logits(model(ids))
     return logits
 
@@ -313,22 +313,22 @@ def test_what_transformers_has_no_place_for_is_refused_with_the_reason(pos: str,
     method = resolved.scaling
     if "factor" in method.parameters:
         method = Method(scaling, {**method.parameters, "factor": 4.0})
-    model = experiment.build_model(resolved, 257, scaling=method, original_ctx=CTX)
+    model = runs.build_model(resolved, 257, scaling=method, original_ctx=CTX)
     model.progress(1.0)
     with pytest.raises(ValueError, match=reason):
-        exporting._target(model, resolved.pos, method, CTX, CTX, None)
+        export._target(model, resolved.pos, method, CTX, CTX, None)
 
 
 def test_a_norm_of_queries_and_other_slopes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     resolved = config.load(["pos=rope", *SHAPE, "model.qk_norm=true"])
-    model = experiment.build_model(resolved, 257, scaling=experiment.NO_SCALING, original_ctx=CTX)
+    model = runs.build_model(resolved, 257, scaling=runs.NO_SCALING, original_ctx=CTX)
     with pytest.raises(ValueError, match="qk_norm"):
-        exporting._target(model, resolved.pos, experiment.NO_SCALING, CTX, CTX, None)
+        export._target(model, resolved.pos, runs.NO_SCALING, CTX, CTX, None)
     resolved = config.load(["pos=alibi", *SHAPE])
-    model = experiment.build_model(resolved, 257, scaling=experiment.NO_SCALING, original_ctx=CTX)
-    monkeypatch.setattr(exporting, "_mpt_slopes", lambda heads: torch.tensor([0.0625, 0.25, 0.00390625, 0.015625]))
+    model = runs.build_model(resolved, 257, scaling=runs.NO_SCALING, original_ctx=CTX)
+    monkeypatch.setattr(export, "_mpt_slopes", lambda heads: torch.tensor([0.0625, 0.25, 0.00390625, 0.015625]))
     with pytest.raises(ValueError, match="4 heads with slopes in ALiBi's order, which no"):
-        exporting._target(model, resolved.pos, experiment.NO_SCALING, CTX, CTX, None)
+        export._target(model, resolved.pos, runs.NO_SCALING, CTX, CTX, None)
 
 
 def test_an_export_that_transformers_reads_otherwise_fails(
@@ -495,7 +495,7 @@ def test_a_scaling_of_the_checkpoint_is_kept_or_replaced_never_compounded(
         torch.testing.assert_close(
             mine, native_losses(saved("llama"), TEXT, ctx, by_hand(parameters)), rtol=0, atol=2e-5
         )
-    without = losses(folder, experiment.NO_SCALING, place, TEXT)
+    without = losses(folder, runs.NO_SCALING, place, TEXT)
     other = "linear" if has != "linear" else "yarn"
     settings, theirs = SCALED[other]
     replaced = losses(folder, asked(other, [*settings, f"scaling.original_ctx={CTX}"]), place, TEXT)
@@ -515,7 +515,7 @@ def test_a_temperature_outside_of_the_rotation_goes_with_the_scaling(place: Plac
     plain = save(tmp_path / "plain", transformers.DeepseekV3Config(**SMALL, **small))
     scaled = save(tmp_path / "scaled", transformers.DeepseekV3Config(**SMALL, **small, rope_parameters=yarn))
     due, kept = losses(plain, None, place, TEXT), losses(scaled, None, place, TEXT)
-    for ctx, mine in losses(scaled, experiment.NO_SCALING, place, TEXT).items():
+    for ctx, mine in losses(scaled, runs.NO_SCALING, place, TEXT).items():
         torch.testing.assert_close(mine, due[ctx], rtol=0, atol=1e-5)
         torch.testing.assert_close(kept[ctx], native_losses(scaled, TEXT, ctx), rtol=0, atol=1e-5)
         assert float((kept[ctx] - mine).abs().max()) > 0.1
@@ -699,7 +699,7 @@ def test_a_configuration_changed_since_the_export_is_believed(
     raw = json.loads(path.read_text())
     raw["rope_scaling"] = {"rope_type": "linear", "factor": 4.0}
     path.write_text(json.dumps(raw))
-    run, known = importing.bring_in(
+    run, known = import_checkpoint.bring_in(
         str(tmp_path / "out"), config.load([f"runs_dir={tmp_path / 'runs'}", place.settings[1]]), text=None
     )
     assert not known
@@ -967,7 +967,7 @@ def test_memory_is_planned_for_the_model_at_hand(saved: Callable[[str], Path], p
     taken = {}
     for name in ("mpt", "llama"):
         source = huggingface.Checkpoint(str(saved(name)), base, own)
-        plain = experiment.encoding_of(source.trained, experiment.NO_SCALING, source.original_ctx)
+        plain = runs.encoding_of(source.trained, runs.NO_SCALING, source.original_ctx)
         one, two = (source._pass_bytes(ctx, CPU, plain)(ctx) for ctx in (8192, 16384))
         taken[name] = two - one
     assert taken["mpt"] > 4 * 4 * (16384**2 - 8192**2)

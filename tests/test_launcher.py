@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from ropelab import config as configs
-from ropelab import launcher, runs
+from ropelab import runs
+from ropelab.sweeps.launchers import local
 from tests.test_runs import _one_thread, home, tiny  # noqa: F401 (fixtures)
 
 FOREVER = ("train.steps=1000000", "train.eval_every=1000000", "train.checkpoint_every=1000000")
@@ -31,15 +32,15 @@ def silent(description: str, done: int, total: int, **facts: Any) -> None:
 def started(monkeypatch: pytest.MonkeyPatch) -> dict[int, subprocess.Popen[str]]:
     """The worker processes that were started, by the number of their task."""
     found: dict[int, subprocess.Popen[str]] = {}
-    start = launcher._start
+    start = local._start
 
     def remembering(
-        task: dict[str, Any], index: int, lines: launcher.Lines, gpu: str | None = None
+        task: dict[str, Any], index: int, lines: local.Lines, gpu: str | None = None
     ) -> subprocess.Popen[str]:
         found[index] = start(task, index, lines, gpu)
         return found[index]
 
-    monkeypatch.setattr(launcher, "_start", remembering)
+    monkeypatch.setattr(local, "_start", remembering)
     return found
 
 
@@ -59,20 +60,20 @@ def started(monkeypatch: pytest.MonkeyPatch) -> dict[int, subprocess.Popen[str]]
     ],
 )
 def test_threads_are_shared_out(n_tasks: int, slots: int, expected: list[int]) -> None:
-    assert launcher.share_threads(n_tasks, slots) == expected
+    assert local.share_threads(n_tasks, slots) == expected
 
 
 @pytest.mark.parametrize("slots", range(1, 10))
 def test_the_first_wave_never_takes_more_than_there_is(slots: int) -> None:
     for n_tasks in range(1, 30):
-        threads = launcher.share_threads(n_tasks, slots)
+        threads = local.share_threads(n_tasks, slots)
         assert len(threads) == n_tasks
         assert min(threads) >= 1
         assert sum(threads[: n_tasks % slots]) <= slots
 
 
 def test_nothing_to_do() -> None:
-    assert launcher.run_side_by_side([], slots=2, progress=silent) == ([], None)
+    assert local.run_side_by_side([], slots=2, progress=silent) == ([], None)
 
 
 def test_a_failing_and_a_killed_worker_leave_the_others_alone(
@@ -94,7 +95,7 @@ def test_a_failing_and_a_killed_worker_leave_the_others_alone(
         if (description, total) == ("train", 1_000_000):
             started[0].kill()
 
-    results, signum = launcher.run_side_by_side(tasks, slots=2, progress=progress)
+    results, signum = local.run_side_by_side(tasks, slots=2, progress=progress)
     assert signum is None
     assert results[0] == {"error": "the worker died with status -9"}
     assert results[2] == {"error": "scaling=linear with factor 1 changes nothing; give scaling.factor=4, say"}
@@ -127,7 +128,7 @@ def test_a_signal_to_the_parent_has_the_workers_save(
 
     tasks = [task(home, tmp_path, *FOREVER, f"seed={seed}") for seed in range(3)]
     # three tasks on two cores would begin with one on two threads: four do not
-    results, signum = launcher.run_side_by_side([*tasks, tasks[2]], slots=2, progress=progress)
+    results, signum = local.run_side_by_side([*tasks, tasks[2]], slots=2, progress=progress)
     assert signum == signal.SIGTERM
     assert len({os.getpgrp(), *groups}) == 3  # a Ctrl-C in the terminal does not reach the workers a second time
     assert sorted(started) == [0, 1]
@@ -151,16 +152,16 @@ def test_a_signal_while_a_worker_is_started_reaches_it(
     signum: int,
 ) -> None:
     """It is not among the running ones yet when the signal comes; it would train for hours."""
-    start: Callable[..., subprocess.Popen[str]] = launcher._start
+    start: Callable[..., subprocess.Popen[str]] = local._start
 
     def interrupted_start(*arguments: Any) -> subprocess.Popen[str]:
         process = start(*arguments)
         os.kill(os.getpid(), signum)
         return process
 
-    monkeypatch.setattr(launcher, "_start", interrupted_start)
+    monkeypatch.setattr(local, "_start", interrupted_start)
     before = signal.getsignal(signum)
-    results, caught = launcher.run_side_by_side(
+    results, caught = local.run_side_by_side(
         [task(home, tmp_path, *FOREVER)], slots=1, progress=lambda *_, **__: pytest.fail("it went on")
     )
     assert caught == signum
@@ -179,7 +180,7 @@ def test_a_signal_is_forwarded_while_the_workers_are_silent(
     monkeypatch.setattr("sys.executable", str(silent_worker))
     later = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM))
     later.start()
-    results, signum = launcher.run_side_by_side([task(home, tmp_path)], slots=1, progress=silent)
+    results, signum = local.run_side_by_side([task(home, tmp_path)], slots=1, progress=silent)
     later.join()
     assert (results, signum) == ([{"cancelled": "stopped by signal 15"}], signal.SIGTERM)
 
@@ -190,5 +191,5 @@ def test_a_worker_that_cannot_start_is_reported(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("sys.executable", "/bin/false")
-    results, _ = launcher.run_side_by_side([task(home, tmp_path)] * 2, slots=2, progress=silent)
+    results, _ = local.run_side_by_side([task(home, tmp_path)] * 2, slots=2, progress=silent)
     assert results == [{"error": "the worker died with status 1"}] * 2

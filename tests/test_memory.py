@@ -10,21 +10,20 @@ import numpy as np
 import pytest
 import torch
 
-from ropelab import config, experiment, model
-from ropelab.experiment import memory
-from ropelab.experiment.memory import plan
+from ropelab import config, evaluation, model, runs
+from ropelab.config import Method, ModelConfig
+from ropelab.evaluation import memory
+from ropelab.evaluation.memory import plan
 from ropelab.model import GPT, pass_bytes
-from ropelab.positions import ENCODINGS, Geometry, PositionEncoding, build, learned_numbers
-from ropelab.schema import Method, ModelConfig
+from ropelab.positions import ENCODINGS, Geometry, PositionEncoding, learned_numbers
+from ropelab.scalings import build
 from tests.test_positions import method
 
 CPU = torch.device("cpu")
 SHAPE = ModelConfig("test", n_layer=2, d_model=16, n_head=2, qk_norm=False)
 
 
-def encodings(
-    *contexts: int, pos: str = "rope", scaling: Method = experiment.NO_SCALING
-) -> dict[int, PositionEncoding]:
+def encodings(*contexts: int, pos: str = "rope", scaling: Method = runs.NO_SCALING) -> dict[int, PositionEncoding]:
     return {ctx: build(method("pos", pos), scaling, Geometry.of(SHAPE, 64)) for ctx in contexts}
 
 
@@ -61,9 +60,9 @@ def _taken(pos: str, ctx: int) -> tuple[int, int]:
         return 1024 * int(next(line.split()[1] for line in lines if line.startswith(name)))
 
     resolved = config.load([f"pos={pos}", "model.n_layer=1", "model.d_model=256"])
-    net = experiment.build_model(resolved, 257, scaling=experiment.NO_SCALING, original_ctx=128).eval()
+    net = runs.build_model(resolved, 257, scaling=runs.NO_SCALING, original_ctx=128).eval()
     net.progress(1.0)
-    scorer = experiment.scorer_of(net, window=None, dtype=torch.float32)
+    scorer = evaluation.scorer_of(net, window=None, dtype=torch.float32)
     tokens = np.random.default_rng(0).integers(0, 256, (1, ctx + 1))
     scorer(tokens[:, :65], tokens[:, 2:66])  # libraries load their kernels on the first call
     before = field("VmRSS")
@@ -128,7 +127,7 @@ def test_the_limit_of_a_job_counts_as_the_machine(tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize("pos", ENCODINGS)
 def test_what_an_encoding_learns_is_counted_without_making_it(pos: str) -> None:
     shape = ModelConfig("test", n_layer=3, d_model=16, n_head=2, qk_norm=False)
-    built = build(method("pos", pos), experiment.NO_SCALING, Geometry.of(shape, 64))
+    built = build(method("pos", pos), runs.NO_SCALING, Geometry.of(shape, 64))
     counted, pairs = learned_numbers(method("pos", pos), shape, 64)
     assert counted == sum(parameter.numel() for parameter in built.parameters())
     assert (pairs > 0) == (pos == "fire")

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from ropelab import model
+from ropelab.config import Method, ModelConfig
 from ropelab.model import GPT, rotate
-from ropelab.positions import Geometry, build
-from ropelab.schema import Method, ModelConfig
+from ropelab.positions import Geometry
+from ropelab.scalings import build
 from tests.test_positions import method
 
 VOCAB, LENGTH = 97, 24

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ropelab import claims, config, experiment
+from ropelab import claims, config, runs
 
 CHECKOUT = Path(__file__).parent.parent
 
@@ -22,12 +22,7 @@ CHECKOUT = Path(__file__).parent.parent
 def test_every_encoding_composes_and_builds(pos: str, model: str) -> None:
     resolved = config.load([f"pos={pos}", f"model={model}"])
     assert config.from_dict(json.loads(json.dumps(config.to_dict(resolved)))) == resolved
-    assert (
-        experiment.build_model(
-            resolved, 257, scaling=experiment.NO_SCALING, original_ctx=resolved.train.ctx
-        ).n_parameters()
-        > 0
-    )
+    assert runs.build_model(resolved, 257, scaling=runs.NO_SCALING, original_ctx=resolved.train.ctx).n_parameters() > 0
 
 
 @pytest.mark.parametrize("scaling", config.choices("scaling"))

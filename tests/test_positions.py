@@ -17,23 +17,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from ropelab.config import choices, load
-from ropelab.positions import (
-    ENCODINGS,
-    SCALINGS,
-    Far,
-    Geometry,
-    PositionEncoding,
-    Positions,
-    Rotation,
-    applied_parameters,
-    build,
-    resolve_factor,
-)
-from ropelab.positions.rope import Rope
-from ropelab.positions.scaling import ROTARY
-from ropelab.positions.t5 import bucket
-from ropelab.schema import ContextLengthError, Method
+from ropelab.config import Method, choices, load
+from ropelab.errors import ContextLengthError
+from ropelab.positions import ENCODINGS, Far, Geometry, PositionEncoding, Positions, Rope, Rotation, bucket
+from ropelab.scalings import SCALINGS, applied_parameters, build, resolve_factor
+from ropelab.scalings.base import ROTARY
 
 _spec = importlib.util.spec_from_file_location(
     "make_goldens", Path(__file__).parent.parent / "scripts" / "make_goldens.py"

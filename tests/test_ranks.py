@@ -16,13 +16,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ropelab import experiment, runs
+from ropelab import errors, evaluation, runs
 from ropelab.cli.options import status_of
-from ropelab.experiment.devices import device_of_rank
-from ropelab.experiment.session import rank_micro
-from ropelab.ranks import ALONE, Launch, Ranks, first_host, launched, parallel_of
+from ropelab.devices import device_of_rank
+from ropelab.distributed import ALONE, Ranks, launched, parallel_of
+from ropelab.distributed.group import Launch, first_host
 from ropelab.runs import RunDir
-from ropelab.training import Step, build_optimizer, steps, validation_nll
+from ropelab.training import Step, build_optimizer, steps
+from ropelab.training.loop import validation_nll
+from ropelab.training.session import rank_micro
 from tests.ranks_script import CHANGES, ENCODINGS, LONG, OTHER_SEED, SCORED, SHARDED, scored
 from tests.test_runs import (  # noqa: F401 (fixtures)
     ROOT,
@@ -211,7 +213,7 @@ def test_evaluation_over_ranks_gives_the_numbers_of_one_process(
     """Bit by bit: the passes are the same, on one rank or the other."""
     run = the_run(out / "straight")
     config = tiny(home, tmp_path, "eval.ctx='32,64'", "eval.tokens=4096")
-    alone = experiment.evaluate(run, config.eval, cache_dir=config.cache_dir, folder=tmp_path / "alone")
+    alone = evaluation.evaluate(run, config.eval, cache_dir=config.cache_dir, folder=tmp_path / "alone")
     (stored,) = run.results.glob("*.safetensors")
     ours, theirs = load_file(stored), load_file(alone.losses_path)
     assert ours.keys() == theirs.keys() >= {"nll.32", "nll.64"}
@@ -240,9 +242,9 @@ def test_the_passes_of_an_evaluation_are_shared_out_whole(
 def test_a_failure_on_one_rank_ends_all_and_is_told_by_it_alone(out: Path, said: list[dict[str, Any]]) -> None:
     first, second = said
     assert second["pulled"] == ["LookupError", "a cable was pulled", None]
-    assert first["pulled"] == ["Elsewhere", "rank 1 failed: a cable was pulled", 1]
+    assert first["pulled"] == ["RemoteRankError", "rank 1 failed: a cable was pulled", 1]
     run = the_run(out / "pulled")
-    assert (run.status(), run.manifest()["error"]) == ("failed", "Elsewhere: rank 1 failed: a cable was pulled")
+    assert (run.status(), run.manifest()["error"]) == ("failed", "RemoteRankError: rank 1 failed: a cable was pulled")
 
 
 def test_ranks_with_different_commands_are_refused(out: Path, said: list[dict[str, Any]]) -> None:
@@ -250,14 +252,14 @@ def test_ranks_with_different_commands_are_refused(out: Path, said: list[dict[st
     assert OTHER_SEED
     line = "rank 1 has another run than rank 0: all need the same command, code and text"
     assert second["other"] == ["ValueError", line, None]
-    assert first["other"] == ["Elsewhere", f"rank 1 failed: {line}", 2]
+    assert first["other"] == ["RemoteRankError", f"rank 1 failed: {line}", 2]
     assert runs.all_runs(out / "other") == []
 
 
 def test_a_batch_that_the_ranks_do_not_divide_is_refused_once(out: Path, said: list[dict[str, Any]]) -> None:
     line = "train.batch_size=5 cannot be shared by 2 ranks; use 4 or 6"
     kinds = {rank["batch"][0]: rank["batch"][1] for rank in said}
-    assert kinds.keys() == {"ValueError", "Elsewhere"}
+    assert kinds.keys() == {"ValueError", "RemoteRankError"}
     assert kinds["ValueError"] == line
     assert runs.all_runs(out / "batch") == []
 
@@ -322,8 +324,8 @@ def test_a_mistake_is_said_once_and_ends_all_ranks_with_2(home: Path, tmp_path: 
 def test_usr2_stops_a_training_of_one_process_too(home: Path, tmp_path: Path) -> None:  # noqa: F811
     run = interrupted(home, tmp_path, at=3, signum=signal.SIGUSR2)
     assert steps_saved(run)[-1] == "step-00000003"
-    assert status_of(experiment.Interrupted(signal.SIGUSR2, run.name, 3)) == 140
-    assert status_of(experiment.Interrupted(signal.SIGINT, run.name, 3)) == 130
+    assert status_of(errors.Interrupted(signal.SIGUSR2, run.name, 3)) == 140
+    assert status_of(errors.Interrupted(signal.SIGINT, run.name, 3)) == 130
 
 
 # --- how a process learns its place ---------------------------------------------------------------------------------
@@ -460,7 +462,7 @@ def test_one_process_takes_part_in_nothing() -> None:
 def test_a_command_for_one_process_refuses_several(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from ropelab.cli import app
+    from ropelab.cli.options import app
 
     for key, value in TORCHRUN.items():
         monkeypatch.setenv(key, value)

@@ -9,7 +9,7 @@ import pytest
 import typer
 
 from ropelab import config
-from ropelab.cli import app
+from ropelab.cli.options import app
 
 CHECKOUT = Path(__file__).parent.parent
 PAGES = [CHECKOUT / "README.md", *sorted((CHECKOUT / "docs").glob("*.md"))]

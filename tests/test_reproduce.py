@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from ropelab import config, reproduce
-from ropelab.cli import app
+from ropelab.cli.options import app
 
 
 @pytest.fixture(scope="module")

@@ -24,12 +24,12 @@ import torch
 from safetensors.torch import load_file
 
 from ropelab import config as configs
-from ropelab import data, experiment, files, runs
-from ropelab.cli import app
-from ropelab.experiment.session import kept_steps
-from ropelab.runs import RunDir, RunError
-from ropelab.schema import Config, Method
-from ropelab.training import NonFiniteLossError
+from ropelab import data, errors, files, runs, training
+from ropelab.cli.options import app
+from ropelab.config import Config, Method
+from ropelab.errors import NonFiniteLossError, RunError
+from ropelab.runs import RunDir
+from ropelab.training.session import kept_steps
 
 ROOT = Path(__file__).parent.parent
 TINY = (
@@ -84,7 +84,7 @@ def tiny(home: Path, runs_dir: Path, *overrides: str) -> Config:
 
 
 def train(home: Path, runs_dir: Path, *overrides: str) -> RunDir:
-    return RunDir(Path(experiment.train(tiny(home, runs_dir, *overrides))["run_dir"]))
+    return RunDir(Path(training.train(tiny(home, runs_dir, *overrides))["run_dir"]))
 
 
 def at_step(when: int, do: Callable[[], object]) -> Callable[..., None]:
@@ -104,8 +104,8 @@ def send(signum: int) -> None:
 
 def interrupted(home: Path, runs_dir: Path, *overrides: str, at: int, signum: int = signal.SIGTERM) -> RunDir:
     """Train until a real signal comes after step `at`."""
-    with pytest.raises(experiment.Interrupted) as caught:
-        experiment.train(tiny(home, runs_dir, *overrides), progress=at_step(at, lambda: send(signum)))
+    with pytest.raises(errors.Interrupted) as caught:
+        training.train(tiny(home, runs_dir, *overrides), progress=at_step(at, lambda: send(signum)))
     assert caught.value.signum == signum
     (run,) = runs.all_runs(runs_dir)
     assert f"{run.name} saved at step {at};" in str(caught.value)
@@ -176,7 +176,7 @@ def digest(*overrides: str, corpus: str = CORPUS, tokenizer: str = TOKENIZER, pa
     config = load(*overrides)
     if config.scaling.name != "none":
         config = dataclasses.replace(config, scaling=Method(config.scaling.name, {"factor": 4.0}))
-    identity = runs.identity(config, corpus_digest=corpus, tokenizer_digest=tokenizer, parent_digest=parent)
+    identity = runs.identity_of(config, corpus_digest=corpus, tokenizer_digest=tokenizer, parent_digest=parent)
     return files.digest_of(identity)
 
 
@@ -214,7 +214,7 @@ def test_every_method_and_every_parameter_of_one_is_in_the_digest(group: str) ->
         for variant in (method, *(Method(name, {**method.parameters, key: "other"}) for key in method.parameters)):
             pos, scaling = (variant, load().scaling) if group == "pos" else (load().pos, variant)
             config = dataclasses.replace(load(), pos=pos, scaling=scaling)
-            digests.append(files.digest_of(runs.identity(config, corpus_digest=CORPUS, tokenizer_digest=TOKENIZER)))
+            digests.append(files.digest_of(runs.identity_of(config, corpus_digest=CORPUS, tokenizer_digest=TOKENIZER)))
     assert len(digests) > len(configs.choices(group))
     assert len(set(digests)) == len(digests)
 
@@ -276,8 +276,8 @@ def test_a_scheduler_that_sends_several_signals_gets_one_checkpoint(home: Path, 
         send(signal.SIGTERM)
         send(signal.SIGUSR2)
 
-    with pytest.raises(experiment.Interrupted, match="saved at step 3") as stopped:
-        experiment.train(tiny(home, tmp_path), progress=at_step(3, both))
+    with pytest.raises(errors.Interrupted, match="saved at step 3") as stopped:
+        training.train(tiny(home, tmp_path), progress=at_step(3, both))
     assert stopped.value.signum == signal.SIGTERM
     (run,) = runs.all_runs(tmp_path)
     assert steps_saved(run) == ["step-00000003"]
@@ -287,7 +287,7 @@ def test_deterministic_kernels_are_asked_for_while_a_run_trains(home: Path, tmp_
     """An operation without such a kernel is refused; on a CPU this model's numbers are the same with and without."""
     found: list[bool] = []
     config = tiny(home, tmp_path, "train.deterministic=true")
-    experiment.train(config, progress=at_step(1, lambda: found.append(torch.are_deterministic_algorithms_enabled())))
+    training.train(config, progress=at_step(1, lambda: found.append(torch.are_deterministic_algorithms_enabled())))
     assert found == [True]
     assert not torch.are_deterministic_algorithms_enabled()
     (run,) = runs.all_runs(tmp_path)
@@ -295,14 +295,14 @@ def test_deterministic_kernels_are_asked_for_while_a_run_trains(home: Path, tmp_
 
 
 def test_a_stop_at_the_last_step_finishes_the_run(home: Path, tmp_path: Path) -> None:
-    result = experiment.train(tiny(home, tmp_path), progress=at_step(8, lambda: send(signal.SIGTERM)))
+    result = training.train(tiny(home, tmp_path), progress=at_step(8, lambda: send(signal.SIGTERM)))
     assert (result["status"], result["step"]) == ("done", 8)
 
 
 def test_a_finished_run_is_not_trained_again(home: Path, tmp_path: Path) -> None:
     run = train(home, tmp_path)
     before = {path: path.stat().st_mtime_ns for path in run.path.rglob("*")}
-    again = experiment.train(tiny(home, tmp_path), progress=at_step(1, pytest.fail))
+    again = training.train(tiny(home, tmp_path), progress=at_step(1, pytest.fail))
     assert again["skipped"]
     assert {path: path.stat().st_mtime_ns for path in run.path.rglob("*")} == before
 
@@ -484,7 +484,7 @@ def test_a_run_that_failed_and_then_succeeds_forgets_the_failure(home: Path, tmp
         raise RuntimeError("a cable was pulled")
 
     with pytest.raises(RuntimeError, match="cable"):
-        experiment.train(tiny(home, tmp_path, "train.checkpoint_every=2"), progress=at_step(5, fail))
+        training.train(tiny(home, tmp_path, "train.checkpoint_every=2"), progress=at_step(5, fail))
     (run,) = runs.all_runs(tmp_path)
     assert (run.status(), run.manifest()["error"]) == ("failed", "RuntimeError: a cable was pulled")
     run.update_manifest(failed_step=5)

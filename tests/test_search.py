@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ropelab.search import Candidate, Found, SearchConfig, Space, evolve, planned, random_search
+from ropelab.search.evolution import Candidate, Found, SearchConfig, Space, evolve, planned, random_search
 
 CONFIG = SearchConfig(
     population=12, mutations=5, crossovers=5, iterations=4, parents=6, mutation_probability=0.3, step=0.01, bound=1.25,

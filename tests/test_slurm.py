@@ -16,8 +16,10 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from ropelab import cluster, runs, sweeping, sweeps
+from ropelab import runs, sweeps
+from ropelab.errors import SchedulerError
 from ropelab.sweeps import Standing, Sweep
+from ropelab.sweeps.launchers import slurm
 from tests.test_runs import home  # noqa: F401 (fixture)
 from tests.test_sweeps import SMALL, assert_equal, changed, command, waited_for, weights
 
@@ -66,7 +68,7 @@ def ended(sweep: Sweep) -> list[Standing]:
     found: list[Standing] = []
 
     def look() -> bool:
-        found[:] = sweeping.standings(sweep)
+        found[:] = sweeps.standings(sweep)
         return not any(one.state in (sweeps.PENDING, sweeps.RUNNING) for one in found)
 
     waited_for(look, 150)
@@ -130,7 +132,7 @@ def rough(lab: Path, settings: tuple[str, ...], tmp_path_factory: pytest.TempPat
     parent.communicate()
     sweep = sweeps.find_sweep(None, folder / "runs")
     for task, told in ((0, ["--signal=USR2"]), (1, ["--signal=TERM"]), (2, [])):
-        waited_for(lambda task=task: (sweeping.standings(sweep)[task].step or 0) >= 20)  # type: ignore[misc]
+        waited_for(lambda task=task: (sweeps.standings(sweep)[task].step or 0) >= 20)  # type: ignore[misc]
         subprocess.run(["scancel", *told, jobs[task]], check=True)
     stands = ended(sweep)
     ropelab(
@@ -172,7 +174,7 @@ def test_a_cancelled_run_is_cancelled_and_can_go_on(rough: Rough) -> None:
     assert "CANCELLED: " in err
     assert "FAILED: " in err
     ropelab("retry", where, "--launcher", "local", status=1)  # the diverged one fails again
-    stands = sweeping.standings(rough.sweep)
+    stands = sweeps.standings(rough.sweep)
     assert [one.state for one in stands] == ["DONE", "DONE", "DONE", "FAILED"]
     run = rough.sweep.run(2)
     assert_equal({run.name: run.load_weights()}, {run.name: runs.RunDir(rough.straight / run.name).load_weights()})
@@ -193,7 +195,7 @@ def test_a_job_that_nobody_knows_is_lost(lab: Path, rough: Rough, tmp_path: Path
     made = sweeps.create(tmp_path, "sweep", rough.sweep.tasks[:1], settings=["seed=0"], points=["seed=0"])
     sweeps.launched(made, {"name": "slurm"})
     made.add_job(0, "99999_0")
-    (one,) = sweeping.standings(made)
+    (one,) = sweeps.standings(made)
     assert one.state == "LOST"
     assert "no longer knows job 99999_0" in one.note
 
@@ -203,9 +205,9 @@ def test_a_scheduler_that_does_not_answer_is_said(
 ) -> None:
     made = sweeps.create(tmp_path, "sweep", rough.sweep.tasks[:1], settings=["seed=0"], points=["seed=0"])
     made.add_job(0, "1_0")
-    monkeypatch.setattr(cluster, "PATIENCE", 0.001)
-    with pytest.raises(cluster.SchedulerError, match="gave no answer"):
-        sweeping.standings(made)
+    monkeypatch.setattr(slurm, "PATIENCE", 0.001)
+    with pytest.raises(SchedulerError, match="gave no answer"):
+        sweeps.standings(made)
 
 
 def test_cancel_reaches_the_cluster(lab: Path, settings: tuple[str, ...], tmp_path: Path) -> None:
@@ -213,10 +215,10 @@ def test_cancel_reaches_the_cluster(lab: Path, settings: tuple[str, ...], tmp_pa
     where = f"runs_dir={tmp_path}"
     ropelab("sweep", "seed=0,1,2", *ON_SLURM, "launcher.array_parallelism=1", *long, where)
     sweep = sweeps.find_sweep(None, tmp_path)
-    waited_for(lambda: (sweeping.standings(sweep)[0].step or 0) >= 5)
+    waited_for(lambda: (sweeps.standings(sweep)[0].step or 0) >= 5)
     assert "3 jobs cancelled" in ropelab("cancel", where)[1]
-    waited_for(lambda: "saved at step" in sweeping.standings(sweep)[0].note)
-    assert [one.state for one in sweeping.standings(sweep)] == ["CANCELLED"] * 3
+    waited_for(lambda: "saved at step" in sweeps.standings(sweep)[0].note)
+    assert [one.state for one in sweeps.standings(sweep)] == ["CANCELLED"] * 3
     assert {squeue(job, "%T") for job in sweep.jobs().values()} <= {"CANCELLED", "COMPLETING", ""}
 
 
@@ -236,7 +238,7 @@ def test_a_task_that_makes_room_queues_itself_again_and_no_other(
     jobs = sweep.jobs()
 
     def standing(task: int) -> Standing:
-        return sweeping.standings(sweep)[task]
+        return sweeps.standings(sweep)[task]
 
     waited_for(lambda: min(standing(task).step or 0 for task in (1, 2, 3, 4)) >= 5, 120)
     subprocess.run(["scancel", jobs[1]], check=True)
@@ -254,7 +256,7 @@ def test_a_task_that_makes_room_queues_itself_again_and_no_other(
     assert set(seen) <= {"PENDING", "RUNNING"}
     assert [restarts(jobs[task]) for task in range(5)] == [0, 0, 0, 1, 1]
     assert [sweep.answer(task) for task in (0, 1)] == answers
-    assert [one.state for one in sweeping.standings(sweep)[:3]] == ["DONE", "CANCELLED", "RUNNING"]
+    assert [one.state for one in sweeps.standings(sweep)[:3]] == ["DONE", "CANCELLED", "RUNNING"]
     ropelab("cancel", sweep.name, f"runs_dir={tmp_path}")
     assert [one.state for one in ended(sweep)] == ["DONE", *["CANCELLED"] * 4]
 
@@ -277,7 +279,7 @@ def test_the_emitted_script_does_the_same(lab: Path, settings: tuple[str, ...], 
     """Edited and submitted by hand; `status` finds its jobs, since they note themselves."""
     out, _ = ropelab("sweep", "seed=0,1", *ON_SLURM, *settings, f"runs_dir={tmp_path}", "--emit-sbatch")
     sweep = sweeps.find_sweep(None, tmp_path)
-    assert [one.note for one in sweeping.standings(sweep)] == ["not launched"] * 2
+    assert [one.note for one in sweeps.standings(sweep)] == ["not launched"] * 2
     subprocess.run(["sbatch"], input=out.encode(), check=True, capture_output=True, cwd=tmp_path)
     waited_for(lambda: len(sweep.jobs()) == 2)
     assert [one.state for one in ended(sweep)] == ["DONE", "DONE"]

@@ -14,21 +14,17 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
+from ropelab.config import Method, ModelConfig, TrainConfig
+from ropelab.errors import NonFiniteLossError
 from ropelab.model import GPT
-from ropelab.positions import Geometry, Positions, build
-from ropelab.schema import Method, ModelConfig, TrainConfig
-from ropelab.stacking import check_stackable, stack, stacked_steps
-from ropelab.stacking import steps as stack_steps
-from ropelab.stacking.steps import At
-from ropelab.training import (
-    NonFiniteLossError,
-    Step,
-    build_optimizer,
-    load_optimizer_tensors,
-    optimizer_tensors,
-    steps,
-    validation_nll,
-)
+from ropelab.positions import Geometry, Positions
+from ropelab.scalings import build
+from ropelab.training import Step, build_optimizer, load_optimizer_tensors, steps
+from ropelab.training.batched import check_stackable, stack, stacked_steps
+from ropelab.training.batched import steps as stack_steps
+from ropelab.training.batched.steps import At
+from ropelab.training.loop import validation_nll
+from ropelab.training.optimizer import optimizer_tensors
 from tests.test_positions import method
 from tests.test_training import CTX, SEPARATOR, VOCAB, Windows, literal_losses, recipe, windows
 

@@ -12,19 +12,18 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import stats as scipy_stats
 
-from ropelab.stats import (
+from ropelab.claims.statistics import (
     Contrast,
     SeedSpread,
     cluster_means,
     combine,
     decide,
     holm,
-    interval,
     look_share,
     needed_seeds,
-    row_interval,
     two_way,
 )
+from ropelab.evaluation.intervals import interval, row_interval
 from tests.sum_of_t import quantile, tail
 
 tables = arrays(

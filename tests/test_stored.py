@@ -13,12 +13,13 @@ import matplotlib
 import pytest
 from typer.testing import CliRunner
 
-from ropelab import config, experiment, figures, report
-from ropelab.cli import app
-from ropelab.experiment.diagnosing import diagnosis
-from ropelab.experiment.stored import evaluations
+from ropelab import config, evaluation, report, training
+from ropelab.analysis import diagnose_run
+from ropelab.cli.options import app
+from ropelab.config import Method
+from ropelab.evaluation import evaluations
+from ropelab.report import figures
 from ropelab.runs import RunDir
-from ropelab.schema import Method
 from tests.test_experiment import enlarged, settings
 
 matplotlib.use("Agg")
@@ -33,13 +34,13 @@ def run(folder: Path, tmp_path: Path) -> RunDir:
 
 def trained(folder: Path, place: Path, *changes: str) -> RunDir:
     resolved = settings(folder, "train.dtype=fp32", f"runs_dir={place / 'runs'}", *changes)
-    return enlarged(RunDir(Path(experiment.train(resolved)["run_dir"])))
+    return enlarged(RunDir(Path(training.train(resolved)["run_dir"])))
 
 
 def ask(run: RunDir, folder: Path, ctx: str, scaling: tuple[str, ...] = (), *changes: str) -> dict[str, Any]:
     asked = settings(folder, "eval.protocol=last", "eval.last=4", "eval.tokens=200", f"eval.ctx={ctx}", *changes).eval
     method = config.load(list(scaling)).scaling if scaling else Method("none", {})
-    return experiment.evaluate(run, asked, scaling=method, cache_dir=str(folder / "cache")).result
+    return evaluation.evaluate(run, asked, scaling=method, cache_dir=str(folder / "cache")).result
 
 
 def lines(evals: list[dict[str, Any]]) -> dict[str, figures.Line]:
@@ -79,7 +80,7 @@ def test_parameters_tell_evaluations_apart(
             assert drawn[label].points[-1].nll == result["rows"][1]["nll"]
     colours = figures.styles(figures.panels(evals))
     assert len({(style.colour, style.dash) for style in colours.values()}) == 3
-    diagnosed = diagnosis(run.manifest(), evals)
+    diagnosed = diagnose_run(run.manifest(), evals)
     assert sorted(one["losses"][-1][1] for one in diagnosed["evaluated"]) == sorted(
         item["rows"][1]["nll"] for item in (plain, *results)
     )
@@ -148,7 +149,7 @@ def test_seeds_are_averaged_and_recipes_are_not(folder: Path, tmp_path: Path) ->
     drawn = lines(evals)
     assert set(drawn) == {"RoPE", "RoPE (base=500)"}
     assert drawn["RoPE"].runs == (runs[0].name, runs[1].name)
-    experiment.evaluate(
+    evaluation.evaluate(
         runs[3], settings(folder, "eval.protocol=last", "eval.last=4", "eval.tokens=200", "eval.ctx=16,32").eval,
         cache_dir=str(folder / "cache"),
     )  # fmt: skip
@@ -157,7 +158,7 @@ def test_seeds_are_averaged_and_recipes_are_not(folder: Path, tmp_path: Path) ->
     assert any(name.endswith(f"({runs[3].name})") for name in with_steps)
     parents = [config.load([f"parent={run.name}", f"runs_dir={tmp_path / 'runs'}", f"cache_dir={folder / 'cache'}",
                             "train.steps=1"], parent=run.manifest()["config"]) for run in runs[:2]]  # fmt: skip
-    children = [RunDir(Path(experiment.train(resolved)["run_dir"])) for resolved in parents]
+    children = [RunDir(Path(training.train(resolved)["run_dir"])) for resolved in parents]
     for child in children:
         ask(child, folder, "16,32")
     assert len(lines([item for child in children for item in evaluations(child)])) == 1
@@ -165,12 +166,12 @@ def test_seeds_are_averaged_and_recipes_are_not(folder: Path, tmp_path: Path) ->
 
 def test_losses_on_other_targets_are_not_drawn_on_one_axis(run: RunDir, folder: Path) -> None:
     """YaRN on the targets of the plain run is a line of the picture; PI on others is named in the caption."""
-    from ropelab.figures.diagnose import diagnosis_parts
+    from ropelab.report.figures.breakdown import diagnosis_parts
 
     ask(run, folder, "16,64")
     ask(run, folder, "16,64", YARN)
     ask(run, folder, "16,32", ("scaling=linear", "scaling.factor=2"))
-    found = diagnosis(run.manifest(), evaluations(run))
+    found = diagnose_run(run.manifest(), evaluations(run))
     assert len(found["evaluated"]) == 3
     part = diagnosis_parts({"diagnosis": found, "train_ctx": 16})[0]
     axes = matplotlib.figure.Figure().add_subplot()

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from ropelab import files
+from ropelab.errors import DamagedFileError
 from tests.test_faults import Said, _one_thread, nodes, one_line, replaced, ropelab  # noqa: F401 (fixture)
 from tests.test_runs import write_corpus
 from tests.test_sweeps import SMALL
@@ -210,7 +211,7 @@ def mutated(made: Made, draw: random.Random) -> str:
         data = bytearray(path.read_bytes() if path.stat().st_size < 2**24 else b"")
         how = draw.random()
         if path.suffix == ".json" and how < 0.7:
-            with contextlib.suppress(files.DamagedError, ValueError, LookupError):
+            with contextlib.suppress(DamagedFileError, ValueError, LookupError):
                 tree = files.load_json(path)
                 at = draw.choice(list(nodes(tree)))
                 by = draw.choice(STRANGE)

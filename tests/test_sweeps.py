@@ -21,11 +21,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ropelab import cli, cluster, launcher, runs, sweeping, sweeps
+from ropelab import cli, runs, sweeps
 from ropelab import config as configs
-from ropelab.config import points as grammar
-from ropelab.schema import LocalLauncher, SlurmLauncher
+from ropelab.config import LocalLauncher, SlurmLauncher
+from ropelab.config import sweep_grammar as grammar
+from ropelab.errors import RunError, SchedulerError
 from ropelab.sweeps import Sweep
+from ropelab.sweeps.launchers import local
+from ropelab.sweeps.launchers import slurm as slurm_launcher
 from tests.test_runs import _one_thread, home, tiny  # noqa: F401 (fixtures)
 
 Run = Callable[..., tuple[int, str, str]]
@@ -289,7 +292,7 @@ def test_a_sweep_trains_evaluates_and_does_nothing_twice(
     ]  # fmt: skip
     assert {item["protocol"]["name"] for item in told["results"]} == {"last"}
 
-    monkeypatch.setattr(launcher, "_start", pytest.fail)  # whatever starts now is one too many
+    monkeypatch.setattr(local, "_start", pytest.fail)  # whatever starts now is one too many
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.safetensors")}
     status, out, err = ropelab(*asked, "--json")
     assert status == 0
@@ -316,7 +319,7 @@ def test_a_missing_result_is_made_again_and_only_that(ropelab: Run, here: tuple[
     before = weights(tmp_path / "runs")
     for file in sweep.run(1).results.iterdir():
         file.unlink()
-    stands = sweeping.standings(sweep)
+    stands = sweeps.standings(sweep)
     assert [one.state for one in stands] == ["DONE", "LOST"]
     said = sweep.answer(0)
     status, out, _ = ropelab("retry", f"runs_dir={tmp_path / 'runs'}", "--json")
@@ -419,7 +422,7 @@ def test_a_killed_sweep_goes_on_to_the_same_numbers(ropelab: Run, here: tuple[st
 
     def steps() -> list[int]:
         found = sweeps.all_sweeps(runs_dir)
-        return [one.step or 0 for one in sweeping.standings(Sweep(found[-1]))] if found else [0]
+        return [one.step or 0 for one in sweeps.standings(Sweep(found[-1]))] if found else [0]
 
     waited_for(lambda: min(steps()) > random.Random(3).randint(20, 250))
     workers = [int(child) for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
@@ -428,7 +431,7 @@ def test_a_killed_sweep_goes_on_to_the_same_numbers(ropelab: Run, here: tuple[st
         os.kill(worker, signal.SIGSTOP)  # the time that they take to save and end
     process.kill()
     process.wait()
-    alive = sweeping.standings(sweeps.find_sweep(None, runs_dir))
+    alive = sweeps.standings(sweeps.find_sweep(None, runs_dir))
     said = ropelab("cancel", f"runs_dir={runs_dir}")[2]
     for worker in workers:
         os.kill(worker, signal.SIGCONT)
@@ -436,7 +439,7 @@ def test_a_killed_sweep_goes_on_to_the_same_numbers(ropelab: Run, here: tuple[st
     assert [one.state for one in alive] == ["RUNNING", "RUNNING"]
     assert "its process is gone, and 2 of its runs save themselves and end" in said
     waited_for(lambda: all(run.status() == "interrupted" for run in runs.all_runs(runs_dir)))
-    stands = sweeping.standings(sweeps.find_sweep(None, runs_dir))
+    stands = sweeps.standings(sweeps.find_sweep(None, runs_dir))
     assert [one.state for one in stands] == ["LOST", "LOST"]
     saved = [max(run.path.glob("checkpoints/step-*")).name for run in runs.all_runs(runs_dir)]
     assert any(not name.endswith("00") for name in saved)  # saved when left alone, not at the 100th step before
@@ -527,9 +530,9 @@ class Recorded:
         self.given: list[tuple[int, int, str | None]] = []
         self.most = 0
         self._running = 0
-        monkeypatch.setattr(launcher, "_start", self._start)
+        monkeypatch.setattr(local, "_start", self._start)
 
-    def _start(self, task: dict[str, Any], index: int, lines: launcher.Lines, gpu: str | None = None) -> Any:
+    def _start(self, task: dict[str, Any], index: int, lines: local.Lines, gpu: str | None = None) -> Any:
         self.given.append((index, task["threads"], gpu))
         self._running += 1
         self.most = max(self.most, self._running)
@@ -550,7 +553,7 @@ class Recorded:
 def test_each_gpu_gets_one_run_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     recorded = Recorded(monkeypatch)
     ended: list[int] = []
-    answers, stopped = launcher.run_side_by_side(
+    answers, stopped = local.run_side_by_side(
         [{}] * 5, slots=8, gpus=["0", "3"], progress=lambda *_, **__: None, ended=lambda index, _: ended.append(index)
     )
     assert (stopped, [answer["train"] for answer in answers], sorted(ended)) == (None, [0, 1, 2, 3, 4], [0, 1, 2, 3, 4])
@@ -562,7 +565,7 @@ def test_each_gpu_gets_one_run_at_a_time(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(("jobs", "slots", "most", "threads"), [(1, 8, 1, 8), (3, 8, 3, 2), (4, 2, 4, 1)])
 def test_the_cap_holds(monkeypatch: pytest.MonkeyPatch, jobs: int, slots: int, most: int, threads: int) -> None:
     recorded = Recorded(monkeypatch)
-    launcher.run_side_by_side([{}] * 6, slots=slots, jobs=jobs, progress=lambda *_, **__: None)
+    local.run_side_by_side([{}] * 6, slots=slots, jobs=jobs, progress=lambda *_, **__: None)
     assert recorded.most == most
     assert {given for _, given, _ in recorded.given} == {threads}
 
@@ -616,12 +619,12 @@ def test_a_sweep_of_another_machine_is_cancelled_there(
 ) -> None:  # fmt: skip
     """Where folders are shared, the process of a lock may be one of another machine: here it is somebody else."""
     sweep = made(tmp_path, home)
-    monkeypatch.setattr(sweeping.os, "kill", lambda *_: pytest.fail("a stranger was told to stop"))
+    monkeypatch.setattr(sweeps.os, "kill", lambda *_: pytest.fail("a stranger was told to stop"))
     with sweep.locked():
         assert sweep.holder() == (os.getpid(), socket.gethostname())
-        monkeypatch.setattr(sweeping.socket, "gethostname", lambda: "elsewhere")
+        monkeypatch.setattr(sweeps.socket, "gethostname", lambda: "elsewhere")
         with pytest.raises(ValueError, match="cancel it there"):
-            sweeping.stop(sweep)
+            sweeps.stop(sweep)
     assert sweep.holder() is None
 
 
@@ -646,25 +649,25 @@ def test_an_altered_sweep_cannot_lead_out_of_the_folder_of_runs(tmp_path: Path, 
     content = json.loads(file.read_text(encoding="utf-8"))
     content["tasks"][1]["run"] = run
     file.write_text(json.dumps(content), encoding="utf-8")
-    with pytest.raises(runs.RunError, match="altered"):
+    with pytest.raises(RunError, match="altered"):
         Sweep(sweep.path)
 
 
 def test_sweeps_are_found_by_the_beginning_of_their_names(tmp_path: Path, home: Path) -> None:  # noqa: F811
-    with pytest.raises(runs.RunError, match="there is no sweep in"):
+    with pytest.raises(RunError, match="there is no sweep in"):
         sweeps.find_sweep(None, tmp_path)
     one, other = made(tmp_path, home, 2), made(tmp_path, home, 3)
     assert sweeps.find_sweep(None, tmp_path).name == other.name
     assert sweeps.find_sweep(one.name[:9], tmp_path).name == one.name
     assert sweeps.find_sweep(str(one.path), tmp_path).name == one.name
-    with pytest.raises(runs.RunError, match="no sweep ''"):
+    with pytest.raises(RunError, match="no sweep ''"):
         sweeps.find_sweep("", tmp_path)
-    with pytest.raises(runs.RunError, match="names 2 sweeps"):
+    with pytest.raises(RunError, match="names 2 sweeps"):
         sweeps.find_sweep("sweep", tmp_path)
-    with pytest.raises(runs.RunError, match="did you mean"):
+    with pytest.raises(RunError, match="did you mean"):
         sweeps.find_sweep(one.name.replace("sweep-", "swep-"), tmp_path)
     (one.path / "manifest.json").write_text("{", encoding="utf-8")
-    with pytest.raises(runs.RunError, match="truncated or altered"):
+    with pytest.raises(RunError, match="truncated or altered"):
         sweeps.find_sweep(one.name, tmp_path)
 
 
@@ -675,7 +678,7 @@ def test_a_worker_left_alone_saves_and_ends(home: Path, tmp_path: Path) -> None:
         "evaluations": [], "threads": 1,
     }  # fmt: skip
     process = subprocess.Popen(
-        [sys.executable, "-m", "ropelab.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "ropelab.sweeps.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert process.stdin is not None
     process.stdin.write(json.dumps(task) + "\n")
@@ -734,7 +737,7 @@ def test_a_submission_that_stops_half_way_says_so(
     assert err.count("AssocMaxSubmitJobLimit") == 1
     assert "AssocMaxSubmitJobLimit; 2 of 3 runs were submitted; when there is room, " in err
     assert f"ropelab retry {sweep.name} submits the other 1" in err
-    assert [(one.state, one.note[:12]) for one in sweeping.standings(sweep)] == [
+    assert [(one.state, one.note[:12]) for one in sweeps.standings(sweep)] == [
         ("PENDING", ""), ("PENDING", ""), ("PENDING", "not launched"),
     ]  # fmt: skip
     (slurm / "squeue").write_text("#!/bin/bash\n")  # the two are over and forgotten: waiting for the third is no use
@@ -869,9 +872,9 @@ def test_only_jobs_reach_the_programs_of_slurm(
 ) -> None:
     sweep, where = launched(ropelab, here, tmp_path, {})
     sweep.add_job(0, job)
-    assert sweeping.standings(sweep)[0].state == "PENDING"  # as without a job
+    assert sweeps.standings(sweep)[0].state == "PENDING"  # as without a job
     with pytest.raises(ValueError, match="was altered"):
-        cluster.cancel(sweep, [job])
+        slurm_launcher.cancel(sweep, [job])
     ropelab("cancel", sweep.name, where)
     assert not (slurm / "cancelled").exists()
 
@@ -896,16 +899,16 @@ def test_a_job_that_is_queued_already_is_no_failure(
     def ask(program: str, *rest: str) -> str:
         if program == "scontrol":
             requeues.append(rest[-1])
-            raise cluster.SchedulerError("scontrol: Job is pending execution for job 7_3")
+            raise SchedulerError("scontrol: Job is pending execution for job 7_3")
         return f"7|FAILED\n7_2|FAILED\n7_3|{states[len(requeues) - 1]}\n"
 
-    monkeypatch.setattr(cluster, "_ask", ask)
-    monkeypatch.setattr(cluster.time, "sleep", lambda _: None)
+    monkeypatch.setattr(slurm, "_ask", ask)
+    monkeypatch.setattr(slurm_launcher.time, "sleep", lambda _: None)
     if states[-1] == "RUNNING":
-        with pytest.raises(cluster.SchedulerError, match="pending execution"):
-            cluster._queue_again("7_3")
+        with pytest.raises(SchedulerError, match="pending execution"):
+            slurm_launcher._queue_again("7_3")
     else:
-        cluster._queue_again("7_3")
+        slurm_launcher._queue_again("7_3")
     assert requeues == ["7_3"] * asked
 
 
@@ -915,7 +918,7 @@ def test_a_task_is_at_work_for_as_long_as_its_worker_lives(tmp_path: Path, home:
     sweeps.launched(sweep, {"name": "local"})
     sweep.run(1).path.mkdir()
     sweep.run(1).update_manifest(status="done")
-    program = "import sys, pathlib, ropelab.worker as w; w._lock(pathlib.Path(sys.argv[1])); input(print(1))"
+    program = "import sys, pathlib, ropelab.sweeps.worker as w; w._lock(pathlib.Path(sys.argv[1])); input(print(1))"
     holder = subprocess.Popen(
         [sys.executable, "-c", program, str(sweep.work_path(1))], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from ropelab import experiment
+from ropelab import errors, training
+from ropelab.config import Config
+from ropelab.errors import NonFiniteLossError
 from ropelab.model import GPT
 from ropelab.runs import RunDir, all_runs
-from ropelab.schema import Config
-from ropelab.training import NonFiniteLossError
 from tests.test_experiment import settings
 
 
@@ -28,10 +28,10 @@ def several(folder: Path, *more: str, methods: tuple[str, ...] = ("rope", "alibi
 
 def test_runs_trained_together_are_those_trained_alone(folder: Path) -> None:
     """Other methods, seeds and batches in one step: the same runs by name, with the same losses; none is made twice."""
-    together = experiment.train_together(several(folder, f"runs_dir={folder / 'together'}"))
+    together = training.train_together(several(folder, f"runs_dir={folder / 'together'}"))
     for config_, one in zip(several(folder, f"runs_dir={folder / 'alone'}"), together, strict=True):
         assert isinstance(one, dict)
-        alone = experiment.train(config_)
+        alone = training.train(config_)
         assert one["run"] == alone["run"]
         mine, its = RunDir(Path(one["run_dir"])), RunDir(Path(alone["run_dir"]))
         losses = [line["loss"] for line in its.metrics()]
@@ -39,7 +39,7 @@ def test_runs_trained_together_are_those_trained_alone(folder: Path) -> None:
         assert one["val_nll"] == pytest.approx(alone["val_nll"], rel=1e-5)
         assert (mine.manifest()["stacked"], its.manifest()["stacked"]) == (3, 1)
         assert mine.manifest()["digest"] == its.manifest()["digest"]
-    again = experiment.train_together(several(folder, f"runs_dir={folder / 'together'}"))
+    again = training.train_together(several(folder, f"runs_dir={folder / 'together'}"))
     assert [one["skipped"] for one in again if isinstance(one, dict)] == [True] * 3
 
 
@@ -50,12 +50,12 @@ def test_a_stack_is_stopped_and_each_run_goes_on_alone(folder: Path) -> None:
         if description == "train" and done == 3 and "rope" in facts["run"]:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.raises(experiment.Interrupted, match="saved at step 3"):
-        experiment.train_together(several(folder, *shape), progress=stop)
-    whole = experiment.train_together(several(folder, f"runs_dir={folder / 'whole'}"))
+    with pytest.raises(errors.Interrupted, match="saved at step 3"):
+        training.train_together(several(folder, *shape), progress=stop)
+    whole = training.train_together(several(folder, f"runs_dir={folder / 'whole'}"))
     for config_, one in zip(several(folder, *shape), whole, strict=True):
         assert isinstance(one, dict)
-        done = experiment.train(config_)
+        done = training.train(config_)
         assert done["val_nll"] == pytest.approx(one["val_nll"], rel=1e-5)
         lines = RunDir(Path(done["run_dir"])).metrics()
         assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
@@ -69,9 +69,9 @@ def test_runs_at_different_steps_go_on_in_stacks_of_their_own(folder: Path) -> N
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        experiment.train(several(folder, *shape)[0], progress=stop)
+        training.train(several(folder, *shape)[0], progress=stop)
     stacked = []
-    for one in experiment.train_together(several(folder, *shape)):
+    for one in training.train_together(several(folder, *shape)):
         assert isinstance(one, dict)
         run = RunDir(Path(one["run_dir"]))
         assert [line["step"] for line in run.metrics()] == [1, 2, 3, 4, 5, 6]
@@ -81,7 +81,7 @@ def test_runs_at_different_steps_go_on_in_stacks_of_their_own(folder: Path) -> N
 
 def test_a_run_that_breaks_leaves_its_stack(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its weights are inf from the start; the others are as without it."""
-    healthy = experiment.train_together(several(folder, f"runs_dir={folder / 'healthy'}"))
+    healthy = training.train_together(several(folder, f"runs_dir={folder / 'healthy'}"))
     init = GPT.init_weights
 
     def poisoned(self: GPT, seed: int) -> None:
@@ -91,7 +91,7 @@ def test_a_run_that_breaks_leaves_its_stack(folder: Path, monkeypatch: pytest.Mo
                 self.norm_out.weight[0] = math.inf
 
     monkeypatch.setattr(GPT, "init_weights", poisoned)
-    first, broken, third = experiment.train_together(several(folder, f"runs_dir={folder / 'broken'}"))
+    first, broken, third = training.train_together(several(folder, f"runs_dir={folder / 'broken'}"))
     assert isinstance(broken, NonFiniteLossError)
     assert broken.step == 1
     for one, other in zip((first, third), (healthy[0], healthy[2]), strict=True):
@@ -117,5 +117,5 @@ def test_what_cannot_be_stacked_is_refused_before_anything_is_written(
     where = f"runs_dir={folder / 'refused'}"
     odd = settings(folder, "train.dtype=fp32", "train.steps=6", where, *changes)
     with pytest.raises(ValueError, match=says):
-        experiment.train_together([*several(folder, where, methods=("rope",)), odd])
+        training.train_together([*several(folder, where, methods=("rope",)), odd])
     assert not (folder / "refused").exists()

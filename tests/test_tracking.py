@@ -14,10 +14,10 @@ import pytest
 import wandb
 from wandb.proto import wandb_internal_pb2
 
-from ropelab import experiment, runs
+from ropelab import runs, training
+from ropelab.config import TrackConfig
 from ropelab.runs import RunDir
-from ropelab.schema import TrackConfig
-from ropelab.tracking import Tracker
+from ropelab.training.tracking import Tracker
 from tests.test_runs import _one_thread, home, interrupted, tiny, train  # noqa: F401 (fixtures)
 
 OFFLINE = ("track.wandb=offline", "track.project=trial")
@@ -147,7 +147,7 @@ def test_online_without_a_key_is_the_users_mistake(
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     with pytest.raises(ValueError, match=r"track\.wandb=online: .*use track\.wandb=offline"):
-        experiment.train(tiny(home, tmp_path / "runs", "track.wandb=online"))
+        training.train(tiny(home, tmp_path / "runs", "track.wandb=online"))
     (run,) = runs.all_runs(tmp_path / "runs")
     assert run.status() == "interrupted"
 

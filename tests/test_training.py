@@ -15,22 +15,16 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor
 
-from ropelab import experiment
-from ropelab.experiment.session import compiles
+from ropelab import training
+from ropelab.config import Method, ModelConfig, TrainConfig
+from ropelab.devices import matmul_precision, resolve_dtype
+from ropelab.errors import NonFiniteLossError
 from ropelab.model import GPT
-from ropelab.positions import Geometry, build
-from ropelab.schema import Method, ModelConfig, TrainConfig
-from ropelab.training import (
-    NonFiniteLossError,
-    Step,
-    build_optimizer,
-    lr_at,
-    matmul_precision,
-    optimizer_tensors,
-    resolve_dtype,
-    steps,
-    validation_nll,
-)
+from ropelab.positions import Geometry
+from ropelab.scalings import build
+from ropelab.training import Step, build_optimizer, compiles, steps
+from ropelab.training.loop import validation_nll
+from ropelab.training.optimizer import lr_at, optimizer_tensors
 from tests.test_positions import method
 from tests.test_runs import _one_thread, home, tiny  # noqa: F401 (fixtures)
 
@@ -380,7 +374,7 @@ def test_compiled_blocks_train_the_same_model(home: Path, tmp_path: Path) -> Non
     found = []
     for compiled in ("false", "true"):
         folder = tmp_path / compiled
-        result = experiment.train(tiny(home, folder, f"train.compile={compiled}", "train.eval_every=8"))
+        result = training.train(tiny(home, folder, f"train.compile={compiled}", "train.eval_every=8"))
         run = Path(result["run_dir"])
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         names = []

@@ -28,9 +28,10 @@ if importlib.util.find_spec("triton") is None:
 
 from ropelab.attention import attend, bands, triton_kernels
 from ropelab.attention.triton_kernels import Launch, Launches, attend_by_distance, attend_by_query, attend_with_decays
+from ropelab.config import Method, ModelConfig
 from ropelab.model import GPT
-from ropelab.positions import Geometry, build
-from ropelab.schema import Method, ModelConfig
+from ropelab.positions import Geometry
+from ropelab.scalings import build
 from tests.test_positions import method
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -19,8 +19,8 @@ import torch
 
 from ropelab import config as configs
 from ropelab import training
-from ropelab.experiment import session, verifying
 from ropelab.model import GPT
+from ropelab.training import session, verify
 from tests.test_faults import ROOT, one_line, ropelab
 from tests.test_runs import write_corpus
 
@@ -63,11 +63,11 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
             raise Killed
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(verifying, "_tell", told.update)
-            patch.setattr(verifying.os, "kill", kill)
+            patch.setattr(verify, "_tell", told.update)
+            patch.setattr(verify.os, "kill", kill)
             patch.setattr(session.Session, "crashed", lambda self, error: None)  # a dead process writes nothing
             try:
-                verifying._work(task)
+                verify._work(task)
                 assert task["kill_at"] is None
             except Killed:
                 assert told["done"] == task["kill_at"]
@@ -75,13 +75,13 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
                 torch.use_deterministic_algorithms(False)
         return told
 
-    monkeypatch.setattr(verifying, "_in_a_process", in_this_process)
+    monkeypatch.setattr(verify, "_in_a_process", in_this_process)
 
 
 def verified(places: tuple[str, ...], *overrides: str, steps: int = 6, at: int | None = None) -> dict[str, Any]:
     pairs = dict(item.split("=", 1) for item in (*TINY, *overrides))
     resolved = configs.load([*(f"{key}={value}" for key, value in pairs.items()), *places])
-    return verifying.verify(resolved, steps=steps, at=at)
+    return verify.verify(resolved, steps=steps, at=at)
 
 
 @pytest.mark.parametrize(("ranks", "dtype"), [(1, "bf16"), (2, "fp32")])
@@ -181,13 +181,13 @@ def test_a_training_that_begins_again_instead_of_going_on_is_no_proof(
     places: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It would end in equal numbers, too."""
-    monkeypatch.setattr("ropelab.experiment.session.latest_checkpoint", lambda *_: None)
+    monkeypatch.setattr("ropelab.training.session.latest_checkpoint", lambda *_: None)
     with pytest.raises(RuntimeError, match="went on at step 1, not at step 4"):
         verified(places)
 
 
 def test_mistakes_are_said_before_anything_is_trained(places: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verifying, "_in_a_process", lambda *_: pytest.fail("something was trained"))
+    monkeypatch.setattr(verify, "_in_a_process", lambda *_: pytest.fail("something was trained"))
     for options, words in (
         (("--steps", "1"), "--steps must be at least 2"),
         (("--steps", "4", "--at", "4"), "--at must be a step before the last, 1 to 3"),
@@ -207,7 +207,7 @@ def test_mistakes_are_said_before_anything_is_trained(places: tuple[str, ...], m
 
 
 def test_a_training_that_dies_is_said_with_its_words(places: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verifying.sys, "executable", shutil.which("false"))
+    monkeypatch.setattr(verify.sys, "executable", shutil.which("false"))
     said = ropelab("verify-resume", "--steps", "2", *TINY, *places)
     assert said.status == 1
     one_line(said, "the straight training ended with status 1, not 0")
@@ -225,7 +225,7 @@ def test_an_interrupted_proof_leaves_nothing_behind(
         time.sleep(5)
         raise AssertionError("the signal did not come")
 
-    monkeypatch.setattr(verifying, "_in_a_process", interrupting)
+    monkeypatch.setattr(verify, "_in_a_process", interrupting)
     said = ropelab("verify-resume", "--steps", "2", *TINY, *places)
     assert said.status == 130
     one_line(said, "interrupted")

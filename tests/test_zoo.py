@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from ropelab import config, experiment
+from ropelab import config, evaluation, runs, training
 from ropelab.config import choices
-from ropelab.positions import SCALINGS
 from ropelab.runs import RunDir
+from ropelab.scalings import SCALINGS
 from tests.test_experiment import enlarged, evaluate, settings
 
 L = 16
@@ -27,7 +27,7 @@ def zoo(folder: Path) -> dict[str, RunDir]:
 
     class Runs(dict[str, RunDir]):
         def __missing__(self, pos: str) -> RunDir:
-            result = experiment.train(settings(folder, f"pos={pos}", "train.dtype=fp32", "seed=3"))
+            result = training.train(settings(folder, f"pos={pos}", "train.dtype=fp32", "seed=3"))
             self[pos] = enlarged(RunDir(Path(result["run_dir"])))
             return self[pos]
 
@@ -38,7 +38,7 @@ def zoo(folder: Path) -> dict[str, RunDir]:
 def test_every_encoding_resumes_bit_by_bit(folder: Path, pos: str) -> None:
     """Stopped after step 3 of 4 and gone on from the checkpoint of step 2: the tensors of a training in one go."""
     shape = (f"pos={pos}", "train.dtype=fp32", "train.steps=4", "train.checkpoint_every=2", "seed=3")
-    straight = RunDir(Path(experiment.train(settings(folder, *shape))["run_dir"]))
+    straight = RunDir(Path(training.train(settings(folder, *shape))["run_dir"]))
     resolved = dataclasses.replace(settings(folder, *shape), runs_dir=str(folder / "stopped"))
 
     def stop(description: str, done: int, total: int, **facts: Any) -> None:
@@ -46,15 +46,15 @@ def test_every_encoding_resumes_bit_by_bit(folder: Path, pos: str) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        experiment.train(resolved, progress=stop)
-    again = RunDir(Path(experiment.train(resolved)["run_dir"]))
+        training.train(resolved, progress=stop)
+    again = RunDir(Path(training.train(resolved)["run_dir"]))
     weights = straight.load_weights()
     resumed = again.load_weights()
     assert resumed.keys() == weights.keys()
     assert all(torch.equal(resumed[name], weights[name]) for name in weights)
     assert [line["loss"] for line in again.metrics()] == [line["loss"] for line in straight.metrics()]
     trained = [name for name in weights if name.startswith("encoding.")]
-    start = experiment.build_model(settings(folder, *shape), 257, scaling=experiment.NO_SCALING, original_ctx=L)
+    start = runs.build_model(settings(folder, *shape), 257, scaling=runs.NO_SCALING, original_ctx=L)
     for name in trained:
         assert not torch.equal(weights[name], start.state_dict()[name]), f"{name} is not trained"
 
@@ -94,7 +94,7 @@ def test_every_scaling_changes_what_it_should(zoo: dict[str, RunDir], folder: Pa
         chosen += ["scaling.factor=4"]
     resolved = settings(folder, "eval.last=4", "eval.tokens=200", "eval.protocol=last", "eval.ctx=16,64").eval
     method = config.load(chosen).scaling
-    scaled = experiment.evaluate(zoo[pos], resolved, scaling=method, cache_dir=str(folder / "cache")).result
+    scaled = evaluation.evaluate(zoo[pos], resolved, scaling=method, cache_dir=str(folder / "cache")).result
     plain = evaluate(zoo[pos], folder, "eval.protocol=last", "eval.ctx=16,64")
     assert scaled["scaling"] == scaling
     at_l, far = scaled["rows"]
@@ -117,9 +117,9 @@ def test_a_run_trains_with_a_scaling_or_says_why_not(folder: Path, name: str) ->
         chosen += ["scaling.factor=2"]
     if SCALINGS[name].evaluation_only:
         with pytest.raises(ValueError, match="for evaluation"):
-            experiment.train(settings(folder, *chosen))
+            training.train(settings(folder, *chosen))
     else:
-        run = RunDir(Path(experiment.train(settings(folder, *chosen))["run_dir"]))
+        run = RunDir(Path(training.train(settings(folder, *chosen))["run_dir"]))
         assert run.name.startswith(f"{pos}-{name}-text")
 
 
@@ -145,4 +145,4 @@ def test_bad_factor_files_are_refused(zoo: dict[str, RunDir], folder: Path, cont
     with pytest.raises(ValueError, match=says):
         method = config.load(["scaling=longrope", f"scaling.factors={file}", "scaling.original_ctx=16"]).scaling
         resolved = settings(folder, "eval.tokens=200", "eval.ctx=64").eval
-        experiment.evaluate(zoo["rope"], resolved, scaling=method, cache_dir=str(folder / "cache"))
+        evaluation.evaluate(zoo["rope"], resolved, scaling=method, cache_dir=str(folder / "cache"))

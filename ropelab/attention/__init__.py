@@ -2,5 +2,12 @@
 
 from ropelab.attention.attend import KERNELS, Attend, choose_kernel
 from ropelab.attention.bias import Bias
+from ropelab.attention.digits import augment
 
-__all__ = ["KERNELS", "Attend", "Bias", "choose_kernel"]
+__all__ = [
+    "KERNELS",
+    "Attend",
+    "Bias",
+    "augment",
+    "choose_kernel",
+]

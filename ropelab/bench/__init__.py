@@ -5,9 +5,19 @@ worth reporting. Texts are random tokens; nothing is kept.
 """
 
 from ropelab.bench.attention import attention
-from ropelab.bench.evaluation import evaluation
+from ropelab.bench.evaluation import evaluation, undefined
 from ropelab.bench.many import many
+from ropelab.bench.peers import missing
 from ropelab.bench.start import start
-from ropelab.bench.train import train
+from ropelab.bench.train import SHAPE, train
 
-__all__ = ["attention", "evaluation", "many", "start", "train"]
+__all__ = [
+    "SHAPE",
+    "attention",
+    "evaluation",
+    "many",
+    "missing",
+    "start",
+    "train",
+    "undefined",
+]

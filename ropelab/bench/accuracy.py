@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ropelab import experiment
+from ropelab import devices
 from ropelab.attention import Attend, Bias
-from ropelab.positions.alibi import slopes
+from ropelab.positions import slopes
 
 N_HEAD, D_HEAD = 12, 64  # the 124M shape, whose slopes are no powers of two
 ROWS = 64  # the last queries, which see the largest positions
@@ -54,7 +54,7 @@ def errors(length: int, dtype: torch.dtype, slope: Tensor, device: torch.device)
     found = []
     for kernel, out in outputs.items():
         error = float((out - wanted).abs().max())
-        name = experiment.DTYPE_NAMES[dtype]
+        name = devices.DTYPE_NAMES[dtype]
         found.append({"ctx": length, "dtype": name, "kernel": kernel, "max_error": error, "tv_at_least": error / 2})
     return found
 

@@ -12,15 +12,14 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ropelab import config as configs
-from ropelab import experiment
-from ropelab.attention import Attend, Bias, choose_kernel
-from ropelab.attention.digits import augment
+from ropelab import devices, runs
+from ropelab.attention import Attend, Bias, augment, choose_kernel
 from ropelab.bench.accuracy import accuracy
 from ropelab.bench.timing import best, machine, synchroniser
-from ropelab.positions import Geometry, build
-from ropelab.positions.alibi import slopes
-from ropelab.schema import Config
-from ropelab.training import resolve_dtype
+from ropelab.config import Config
+from ropelab.devices import resolve_dtype
+from ropelab.positions import Geometry, slopes
+from ropelab.scalings import build
 
 IN_FULL = 2048  # longest ctx at which scores or masks in full are timed
 BACKWARD, BACKWARD_CPU = 16384, 4096  # longest ctx at which gradients are timed
@@ -56,11 +55,11 @@ def attention(config: Config, *, contexts: Sequence[int], rounds: int) -> dict[s
     products, and 2.5 times as much backward. A kernel that fails has its `error`. `accuracy`: how far ALiBi's attention
     is from fp64 in each kernel.
     """
-    device = experiment.resolve_device(config.device)
+    device = devices.resolve_device(config.device)
     dtype = resolve_dtype(config.train.dtype, device)
     return {
         **machine(device),
-        "dtype": experiment.DTYPE_NAMES[dtype],
+        "dtype": devices.DTYPE_NAMES[dtype],
         "n_head": config.model.n_head,
         "d_head": config.model.d_head,
         "rows": [row for ctx in contexts for row in _at(config, ctx, device, dtype, rounds)],
@@ -115,7 +114,7 @@ def _biases(config: Config, ctx: int, device: torch.device) -> Iterator[tuple[st
     slope = slopes(heads).to(device)  # (H,)
     fixed = -slope[:, None] * torch.arange(ctx, device=device)  # (H, T)
     learned = fixed.clone().requires_grad_()
-    fire = build(configs.load(["pos=fire"]).pos, experiment.NO_SCALING, Geometry(heads * d_head, heads, ctx)).to(device)
+    fire = build(configs.load(["pos=fire"]).pos, runs.NO_SCALING, Geometry(heads * d_head, heads, ctx)).to(device)
     yield "none", Bias(), ()
     yield "fixed", Bias(fixed, slopes=slope), ()
     yield "learned", Bias(learned), (learned,)

@@ -13,13 +13,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ropelab import experiment
+from ropelab import devices, runs
 from ropelab.bench.ours import VOCAB, model_of, with_encodings
 from ropelab.bench.timing import best, machine, peak_mb, reset_peak, synchroniser
+from ropelab.config import Config
+from ropelab.devices import matmul_precision, resolve_dtype
+from ropelab.evaluation import scorer_of
 from ropelab.model import GPT
-from ropelab.positions import Geometry, build
-from ropelab.schema import Config
-from ropelab.training import matmul_precision, resolve_dtype
+from ropelab.positions import Geometry
+from ropelab.scalings import build
 
 SHORTEST = 512  # the first length of the prefix curve
 
@@ -29,7 +31,7 @@ def undefined(config: Config, names: Sequence[str], ctx: int) -> dict[str, str]:
     found = {}
     for other in with_encodings(config, names):
         try:
-            encoding = build(other.pos, experiment.NO_SCALING, Geometry.of(config.model, config.train.ctx))
+            encoding = build(other.pos, runs.NO_SCALING, Geometry.of(config.model, config.train.ctx))
             with torch.no_grad():
                 encoding(torch.arange(ctx), ctx=ctx)
         except ValueError as error:
@@ -45,7 +47,7 @@ def evaluation(config: Config, *, contexts: Sequence[int], methods: Sequence[str
     """
     for reason in undefined(config, methods, max(contexts)).values():
         raise ValueError(f"{reason}; leave it out of --methods")
-    device = experiment.resolve_device(config.device)
+    device = devices.resolve_device(config.device)
     rows: list[dict[str, Any]] = []
     for ctx in contexts:
         of_ctx: list[dict[str, Any]] = []
@@ -60,7 +62,7 @@ def evaluation(config: Config, *, contexts: Sequence[int], methods: Sequence[str
         rows += of_ctx
     return {
         **machine(device),
-        "dtype": experiment.DTYPE_NAMES[resolve_dtype(config.eval.dtype, device)],
+        "dtype": devices.DTYPE_NAMES[resolve_dtype(config.eval.dtype, device)],
         "params": model_of(with_encodings(config, methods)[0]).n_parameters(),
         "peak_of": "the device's" if device.type == "cuda" else "this process's",
         "rows": rows,
@@ -70,11 +72,11 @@ def evaluation(config: Config, *, contexts: Sequence[int], methods: Sequence[str
 
 def _scorer(config: Config) -> tuple[GPT, Callable[..., NDArray[np.float32]]]:
     """A model and what scores with it: (inputs (B, ctx), targets (B, ctx)) -> losses (B, ctx)."""
-    device = experiment.resolve_device(config.device)
+    device = devices.resolve_device(config.device)
     torch.set_float32_matmul_precision(matmul_precision(device, config.model.d_model))
     model = model_of(config).eval()
     model.progress(1.0)
-    return model, experiment.scorer_of(model, window=None, dtype=resolve_dtype(config.eval.dtype, device))
+    return model, scorer_of(model, window=None, dtype=resolve_dtype(config.eval.dtype, device))
 
 
 def _text(ctx: int) -> NDArray[np.int64]:
@@ -126,7 +128,7 @@ def _seconds(config: Config, ctx: int, rounds: int, threads: int) -> float:
 def _extra_mb(config: Config, ctx: int, threads: int) -> float:
     """MB above the model at rest that a forward pass at ctx takes."""
     scorer, tokens = _warmed(config, threads), _text(ctx)
-    device = experiment.resolve_device(config.device)
+    device = devices.resolve_device(config.device)
     at_rest = reset_peak(device)
     scorer(tokens[:, :-1], tokens[:, 1:])
     return peak_mb(device) - at_rest
@@ -158,7 +160,7 @@ def _prefix(configs: Sequence[Config], longest: int, rounds: int) -> dict[str, A
         for ctx in contexts:
             each[ctx] = float(scorer(tokens[:, :ctx], tokens[:, 1 : ctx + 1])[0].astype(np.float64).mean())
 
-    device = experiment.resolve_device(config.device)
+    device = devices.resolve_device(config.device)
     scorer(tokens[:, :SHORTEST], tokens[:, 1 : SHORTEST + 1])
     contestants = {"one": one_pass, "each": pass_for_each}
     # on a CPU a first round would cost as much as one that counts, and change little

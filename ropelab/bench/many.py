@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
-from ropelab import experiment
-from ropelab.bench.ours import compile_many, endless, model_of, same_batch, training, turn_of
+from ropelab import devices, training
+from ropelab.bench.ours import compile_many, endless, model_of, same_batch, training_steps, turn_of
 from ropelab.bench.timing import best, machine, synchroniser
-from ropelab.schema import Config
-from ropelab.stacking import stacked_steps
-from ropelab.training import build_optimizer, matmul_precision, resolve_dtype
+from ropelab.config import Config
+from ropelab.devices import matmul_precision, resolve_dtype
+from ropelab.training import build_optimizer
+from ropelab.training.batched import stacked_steps
 
 TURNS = {"cuda": 1}  # of each model in a round; on a CPU 4 steps, so that what starts and ends a round counts little
 
@@ -29,19 +30,19 @@ def many(config: Config, *, models: int, rounds: int) -> dict[str, Any]:
     CPU: as many processes as threads, one thread each, which share the models; their start is not in it, but in
     `start_s`. `ValueError` for models that cannot be stacked.
     """
-    device = experiment.resolve_device(config.device)
+    device = devices.resolve_device(config.device)
     dtype = resolve_dtype(config.train.dtype, device)
     torch.set_float32_matmul_precision(matmul_precision(device, config.model.d_model))
     seeded = [dataclasses.replace(config, seed=config.seed + n) for n in range(models)]
     stacked = [model_of(one) for one in seeded]
-    compiled = experiment.compiles(config.train, device)
+    compiled = training.compiles(config.train, device)
     if compiled:
         compile_many()
     together = stacked_steps(
         stacked, [build_optimizer(model, config.train) for model in stacked], [same_batch(one) for one in seeded],
         endless(config), start=0, dtype=dtype, unread=turn_of(device), compiled=compiled,
     )  # fmt: skip
-    alone = [training(one, dtype) for one in seeded]
+    alone = [training_steps(one, dtype) for one in seeded]
     turns = TURNS.get(device.type, 4)
     taken = turns * turn_of(device)  # steps of each model in a round
 
@@ -67,7 +68,7 @@ def many(config: Config, *, models: int, rounds: int) -> dict[str, Any]:
     speed = {name: tokens / value for name, value in seconds.items()}
     return {
         **machine(device),
-        "dtype": experiment.DTYPE_NAMES[dtype],
+        "dtype": devices.DTYPE_NAMES[dtype],
         "compiled": compiled,
         "models": models,
         "params": stacked[0].n_parameters(),
@@ -120,7 +121,7 @@ def _work(end: Connection, configs: Sequence[Config], dtype: torch.dtype, turns:
     """Hold models, say so, and train each for some turns whenever told to."""
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision(matmul_precision(torch.device("cpu"), configs[0].model.d_model))
-    mine = [training(config, dtype) for config in configs]
+    mine = [training_steps(config, dtype) for config in configs]
     with suppress(EOFError, BrokenPipeError, KeyboardInterrupt):
         while True:
             end.send("ready")

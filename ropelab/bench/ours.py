@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 
 from ropelab import config as configs
-from ropelab import experiment
+from ropelab import devices, runs, training
+from ropelab.config import Config, TrainConfig
 from ropelab.model import GPT
-from ropelab.schema import Config, TrainConfig
 from ropelab.training import Step, build_optimizer, steps
 
 VOCAB = 257  # bytes and the separator
@@ -54,21 +54,21 @@ def model_of(config: Config, vocab: int = VOCAB) -> GPT:
     """A model with freshly drawn weights on the device of the configuration."""
     if config.positions.name != "contiguous":
         raise ValueError(f"bench times contiguous positions; leave out positions={config.positions.name}")
-    scaling = experiment.training_scaling(config, config.train.ctx)
-    model = experiment.build_model(config, vocab, scaling=scaling, original_ctx=config.train.ctx)
-    return model.to(experiment.resolve_device(config.device))
+    scaling = training.training_scaling(config, config.train.ctx)
+    model = runs.build_model(config, vocab, scaling=scaling, original_ctx=config.train.ctx)
+    return model.to(devices.resolve_device(config.device))
 
 
-def training(config: Config, dtype: torch.dtype, vocab: int = VOCAB, *, unread: int | None = None) -> Training:
+def training_steps(config: Config, dtype: torch.dtype, vocab: int = VOCAB, *, unread: int | None = None) -> Training:
     """Training steps as `ropelab train` takes them, compiled where it compiles.
 
     The losses of `unread` steps are read at once, those of a turn by default.
     """
     model = model_of(config, vocab)
     device = model.tokens.weight.device
-    if experiment.compiles(config.train, device):
+    if training.compiles(config.train, device):
         compile_many()
-        experiment.compile_blocks(model)
+        training.compile_blocks(model)
     optimizer = build_optimizer(model, config.train)
     batch = same_batch(config, vocab)
     going = steps(model, optimizer, batch, endless(config), start=0, dtype=dtype, unread=unread or turn_of(device))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ropelab.bench.ours import turn_of
-from ropelab.schema import Config
+from ropelab.config import Config
 
 PEERS = {  # name -> the module that it needs
     "transformers GPT-2": "transformers",  # learned positions, dropout 0.1, SDPA

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from ropelab import config as configs
-from ropelab import experiment
-from ropelab.bench.ours import VOCAB, model_of, training
+from ropelab import devices, training
+from ropelab.bench.ours import VOCAB, model_of, training_steps
 from ropelab.bench.timing import machine
-from ropelab.schema import Config
-from ropelab.training import matmul_precision, resolve_dtype
+from ropelab.config import Config
+from ropelab.devices import matmul_precision, resolve_dtype
 
 CODE = "from ropelab.bench.start import first_step; first_step()"
 
@@ -41,11 +41,11 @@ def start(config: Config, *, vocab: int = VOCAB) -> dict[str, Any]:
             if done.returncode:
                 raise OSError(f"the process with a {cache} cache ended with status {done.returncode}")
             rows.append({"cache": cache, **json.loads(done.stdout.splitlines()[-1])})
-    device = experiment.resolve_device(config.device)
+    device = devices.resolve_device(config.device)
     return {
         **machine(device),
-        "dtype": experiment.DTYPE_NAMES[resolve_dtype(config.train.dtype, device)],
-        "compiled": experiment.compiles(config.train, device),
+        "dtype": devices.DTYPE_NAMES[resolve_dtype(config.train.dtype, device)],
+        "compiled": training.compiles(config.train, device),
         "pos": config.pos.name,
         "cold_s": rows[0]["seconds"],
         "warm_s": rows[1]["seconds"],
@@ -58,9 +58,9 @@ def first_step() -> None:
     loaded = time.time()
     task = json.load(sys.stdin)
     config = configs.from_dict(task["config"])
-    device = experiment.resolve_device(config.device)
+    device = devices.resolve_device(config.device)
     torch.set_float32_matmul_precision(matmul_precision(device, config.model.d_model))
-    ours = training(config, resolve_dtype(config.train.dtype, device), task["vocab"], unread=1)
+    ours = training_steps(config, resolve_dtype(config.train.dtype, device), task["vocab"], unread=1)
     built = time.time()
     next(ours.going)
     ended = time.time()

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ropelab import experiment
+from ropelab import devices
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16, NVIDIA's data sheets
 MB = 2**20
@@ -51,7 +51,7 @@ def square_product(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[
 
 def peak_of(device: torch.device) -> float | None:
     """Dense bf16 FLOP/s of the device by its data sheet, where it is known."""
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in experiment.device_name(device)), None)
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in devices.device_name(device)), None)
 
 
 def reset_peak(device: torch.device) -> float:
@@ -79,7 +79,7 @@ def peak_mb(device: torch.device) -> float:
 def machine(device: torch.device) -> dict[str, Any]:
     """What the numbers were measured on."""
     facts: dict[str, Any] = {
-        "device": experiment.device_name(device),
+        "device": devices.device_name(device),
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
     }

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from ropelab import experiment
-from ropelab.bench.ours import VOCAB, Training, same_batch, training, turn_of, with_encodings
+from ropelab import devices, training
+from ropelab.bench.ours import VOCAB, Training, same_batch, training_steps, turn_of, with_encodings
 from ropelab.bench.peers import PEERS, missing, peer
 from ropelab.bench.timing import MB, best, machine, peak_mb, peak_of, reset_peak, square_product, synchroniser
-from ropelab.schema import Config
-from ropelab.training import matmul_precision, resolve_dtype
+from ropelab.config import Config
+from ropelab.devices import matmul_precision, resolve_dtype
 
 # the shape that is compared with peers unless the command line says otherwise
 SHAPE = ("model.n_layer=4", "model.d_model=256", "model.n_head=4", "train.ctx=256", "train.batch_size=8")
@@ -40,7 +40,7 @@ def train(config: Config, *, methods: Sequence[str], peers: bool, rounds: int, v
     precision of products) and, where ropelab is not so, in its dtype and precision; ropelab then also in fp32. Peers
     that are not installed are left out. `ValueError` for an encoding that does not exist or cannot be trained so.
     """
-    device = experiment.resolve_device(config.device)
+    device = devices.resolve_device(config.device)
     dtype = resolve_dtype(config.train.dtype, device)
     precision = matmul_precision(device, config.model.d_model)
     synchronise, at_rest = synchroniser(device), reset_peak(device)
@@ -48,12 +48,12 @@ def train(config: Config, *, methods: Sequence[str], peers: bool, rounds: int, v
     contestants: dict[str, Callable[[], object]] = {}
     for other in with_encodings(config, methods):
         name = other.pos.name
-        ours[name] = training(other, dtype, vocab)
+        ours[name] = training_steps(other, dtype, vocab)
         contestants[name] = _under(precision, ours[name].turn)
     first = ours[methods[0]]
     if peers and dtype != torch.float32:
         own = with_encodings(config, methods[:1])[0]
-        contestants["fp32"] = _under(precision, training(own, torch.float32, vocab).turn)
+        contestants["fp32"] = _under(precision, training_steps(own, torch.float32, vocab).turn)
     windows = torch.from_numpy(same_batch(config, vocab)(1)).to(device)
     names = [name for name, module in PEERS.items() if peers and module not in missing()]
     alike = dtype == torch.float32 and precision == DEFAULT
@@ -75,7 +75,7 @@ def train(config: Config, *, methods: Sequence[str], peers: bool, rounds: int, v
     counted = params - sum(p.numel() for p in first.model.encoding.parameters())
     flops, causal, peak = flops_per_token(config, counted), causal_flops_per_token(config, counted), peak_of(device)
     memory = {name: _memory_mb(one, device) for name, one in ours.items()}
-    kernels = {name: experiment.training_kernel(one.model, config.train.ctx, dtype) for name, one in ours.items()}
+    kernels = {name: training.training_kernel(one.model, config.train.ctx, dtype) for name, one in ours.items()}
     on_cuda = device.type == "cuda"
     return {
         "tokens_per_s": mine,
@@ -89,9 +89,9 @@ def train(config: Config, *, methods: Sequence[str], peers: bool, rounds: int, v
         "peak_mb": memory[methods[0]] if on_cuda else peak_mb(device) - at_rest,
         "peak_of": "weights, moments and one step" if on_cuda else "growth of this process, all contestants together",
         **machine(device),
-        "dtype": experiment.DTYPE_NAMES[dtype],
+        "dtype": devices.DTYPE_NAMES[dtype],
         "matmul_precision": precision,
-        "compiled": experiment.compiles(config.train, device),
+        "compiled": training.compiles(config.train, device),
         "attention_backend": kernels[methods[0]],
         "pos": methods[0],
         "shape": {

@@ -19,18 +19,11 @@ from ropelab.claims.files import (
     united,
 )
 from ropelab.claims.looks import History, Look, Looks, claim_key
-from ropelab.claims.verdicts import (
-    CheckResult,
-    Measurement,
-    Row,
-    Training,
-    Verdict,
-    calibration,
-    cell_digest,
-    judge,
-)
+from ropelab.claims.statistics import ALPHA, FloatArray
+from ropelab.claims.verdicts import CheckResult, Measurement, Row, Training, Verdict, calibration, cell_digest, judge
 
 __all__ = [
+    "ALPHA",
     "Cell",
     "Check",
     "CheckResult",
@@ -39,6 +32,7 @@ __all__ = [
     "ContrastCheck",
     "Evaluation",
     "ExactCheck",
+    "FloatArray",
     "History",
     "Look",
     "Looks",

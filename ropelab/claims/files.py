@@ -31,7 +31,8 @@ from typing import Any
 import yaml  # type: ignore[import-untyped, unused-ignore]
 
 from ropelab import files
-from ropelab.schema import PROTOCOLS
+from ropelab.config import PROTOCOLS
+from ropelab.errors import DamagedFileError
 
 TIERS = ("cpu", "gpu")
 CONTROLS = ("window", "unigram")
@@ -296,7 +297,7 @@ def _read(path: Path) -> object:
         value, node = files.load_yaml(path)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error}") from None
-    except files.DamagedError as error:
+    except DamagedFileError as error:
         raise ValueError(f"{path.name}: cannot be read: {error}") from None
     _refuse_duplicates(path.name, node)
     return value

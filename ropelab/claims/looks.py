@@ -21,7 +21,7 @@ from typing import Any
 
 from ropelab import files
 from ropelab.claims.files import Claim, ContrastCheck
-from ropelab.stats import look_share
+from ropelab.claims.statistics import look_share
 
 FOLDER = "looks"  # among the runs
 

@@ -28,7 +28,7 @@ from ropelab.claims.files import (
     terms_of,
 )
 from ropelab.claims.looks import History, Look, claim_key
-from ropelab.stats import (
+from ropelab.claims.statistics import (
     ALPHA,
     FOREIGN_SD,
     POWER,

@@ -13,8 +13,8 @@ import typer
 
 # each of these adds its commands to the application, in the order of the help page
 # isort: off
-from ropelab.cli import training, evaluating, sweeping, judging, searching, showing, keeping, verifying  # noqa: F401
-from ropelab.cli import exchanging, timing  # noqa: F401
+from ropelab.cli import train, eval, sweep, reproduce, search, show, runs, verify_resume  # noqa: F401
+from ropelab.cli import export, bench  # noqa: F401
 
 # isort: on
 from ropelab.cli.options import app, drop_output, one_line, open_streams, say

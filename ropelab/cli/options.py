@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from ropelab.distributed import launched
+from ropelab.errors import Interrupted, NonFiniteLossError, RemoteRankError
 from ropelab.progress import plain
-from ropelab.ranks import Elsewhere, launched
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -124,11 +125,11 @@ def reported(*, over_ranks: bool = False) -> Iterator[None]:
         fail(status_of(error), str(error))
     except KeyboardInterrupt as error:
         fail(status_of(error), "interrupted")
-    except Elsewhere as error:  # the rank that failed has said why
+    except RemoteRankError as error:  # the rank that failed has said why
         raise typer.Exit(error.status) from None
+    except (Interrupted, NonFiniteLossError) as error:
+        fail(status_of(error), str(error))
     except Exception as error:
-        if type(error).__name__ in ("Interrupted", "NonFiniteLossError"):
-            fail(status_of(error), str(error))
         if out_of_memory(error):
             reason = " ".join(str(error).split())[:200] or "no more is given"
             fail(

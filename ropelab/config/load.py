@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ropelab import files
-from ropelab.schema import (
+from ropelab.config.schema import (
     FIRST_ENDINGS,
     Config,
     DataConfig,

@@ -3,19 +3,20 @@
 from ropelab.data.batches import Batches
 from ropelab.data.corpora import CorpusInfo, describe
 from ropelab.data.documents import Progress
-from ropelab.data.fast import check_ends, from_json, keeps_bytes, prefix, to_json, token_id
+from ropelab.data.fast import check_ends, from_json, keeps_bytes, load_tokenizer, prefix, to_json, token_id
 from ropelab.data.overlap import Shingles
-from ropelab.data.prepare import CacheError, check_overlap, prepare
-from ropelab.data.tokenizers import Bpe, Bytes, Tokenizer, load_tokenizer
+from ropelab.data.prepare import check_overlap, prepare
+from ropelab.data.tokenizers import Bpe, Bytes, Tokenizer
 from ropelab.data.tokens import Corpus, Split
+from ropelab.data.window_positions import Draw, drawn_positions
 
 __all__ = [
     "Batches",
     "Bpe",
     "Bytes",
-    "CacheError",
     "Corpus",
     "CorpusInfo",
+    "Draw",
     "Progress",
     "Shingles",
     "Split",
@@ -23,6 +24,7 @@ __all__ = [
     "check_ends",
     "check_overlap",
     "describe",
+    "drawn_positions",
     "from_json",
     "keeps_bytes",
     "load_tokenizer",

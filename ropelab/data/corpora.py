@@ -12,11 +12,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ropelab.config import FIRST_ENDINGS, DataConfig, SplitNames
 from ropelab.data import hub, overlap, reading, stdlib
 from ropelab.data.documents import SPLITS, Document, Progress, Texts, document
 from ropelab.data.heads import without_repeated_heads
 from ropelab.data.splits import make_splits, official_split, take
-from ropelab.schema import FIRST_ENDINGS, DataConfig, SplitNames
 
 EVALUATE_ONLY = ("nonfiction", "wikitext")  # they have a test split alone
 MOST_NAMES = 100  # of files or documents that a manifest lists

@@ -11,12 +11,14 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ropelab.data.tokenizers import Bpe, Bytes, Tokenizer, Tokens, alphabet, merge_pair
+from ropelab.files import load_json
 
 if TYPE_CHECKING:
     import tokenizers
@@ -249,3 +251,18 @@ def _ours(source: Mapping[str, Any]) -> Tokenizer | None:
     if before.get("use_regex", True):
         return Bpe("gpt2" if len(vocabulary) == 50256 else "bpe", vocabulary, merges)
     return Bytes() if model["vocab"] == alphabet() and not merges else None
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Read what `Tokenizer.save` wrote. ValueError: the file is no tokeniser."""
+    try:
+        value = load_json(Path(path))
+        if value["name"] == Bytes.name:
+            return Bytes()
+        if value["name"] == "fast":
+            return Fast(value["source"], value["rows"])
+        return Bpe(value["name"], value["vocabulary"], [merge_pair(pair) for pair in value["merges"]])
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist: the run's tokeniser is missing") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no tokeniser ({error!r}): it is damaged or another file") from None

@@ -11,6 +11,7 @@ from typing import Any, overload
 from ropelab import files
 from ropelab.data.documents import Document, Progress, author_of, document, offer_fields, title_of
 from ropelab.data.reading import check_ends, check_json_lines, is_json, is_packed, leads_outside
+from ropelab.errors import DamagedFileError
 
 CARD_LIMIT = 2**22  # bytes of a dataset's card
 _ROWS = 1000  # read at a time
@@ -105,7 +106,7 @@ def _check_card(folder: Path) -> None:
             text = files.read(card, limit=CARD_LIMIT, follow=True).decode("utf-8", "replace")
             if found := re.match(pattern, text, re.S):
                 names += _names(files.parse_yaml(found[1])[0])
-        except files.DamagedError as error:
+        except DamagedFileError as error:
             raise Refused(f"{card} holds a dataset card that cannot be read ({error}); remove it") from None
     for name in names:
         if "://" in name or "::" in name or Path(name).is_absolute() or ".." in Path(name).parts:

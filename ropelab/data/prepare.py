@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from ropelab import files
+from ropelab.config import DataConfig
 from ropelab.data import overlap
 from ropelab.data.corpora import Source, find_source, overlapping
 from ropelab.data.documents import Document, Progress, Texts, TextsOf
+from ropelab.data.fast import load_tokenizer
 from ropelab.data.stdlib import module_of
-from ropelab.data.tokenizers import Bytes, Tokenizer, load_tokenizer, read_gpt2, train_bpe
+from ropelab.data.tokenizers import Bytes, Tokenizer, read_gpt2, train_bpe
 from ropelab.data.tokens import Corpus, Split, load_or_build
-from ropelab.schema import DataConfig
+from ropelab.errors import CacheError
 
 _log = logging.getLogger(__name__)
 
@@ -31,10 +33,6 @@ class Facts:
     digest: str
     train_digest: str
     details: dict[str, Any]
-
-
-class CacheError(ValueError):
-    """The cache cannot be written: a fault of the place, and of no configuration."""
 
 
 def prepare(

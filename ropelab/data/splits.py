@@ -7,9 +7,9 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 
+from ropelab.config import SplitNames
 from ropelab.data.documents import SPLITS, Document, document
 from ropelab.data.hub import HubDocuments
-from ropelab.schema import SplitNames
 
 FEWEST_DOCUMENTS = 10  # with fewer, every document is split
 

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ropelab.data.documents import Progress
-from ropelab.files import digest_of, load_json, write_sealed
+from ropelab.files import digest_of, write_sealed
 
 if TYPE_CHECKING:
     import tokenizers
@@ -208,23 +208,6 @@ def _read(path: Path | None) -> str:
     assert path is not None
     data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     return data.decode()
-
-
-def load_tokenizer(path: Path) -> Tokenizer:
-    """Read what `Tokenizer.save` wrote. ValueError: the file is no tokeniser."""
-    try:
-        value = load_json(Path(path))
-        if value["name"] == Bytes.name:
-            return Bytes()
-        if value["name"] == "fast":
-            from ropelab.data.fast import Fast
-
-            return Fast(value["source"], value["rows"])
-        return Bpe(value["name"], value["vocabulary"], [merge_pair(pair) for pair in value["merges"]])
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist: the run's tokeniser is missing") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no tokeniser ({error!r}): it is damaged or another file") from None
 
 
 def _pieces() -> Any:

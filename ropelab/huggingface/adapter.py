@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ropelab import files, runs
+from ropelab.errors import DamagedFileError, RunError
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -46,7 +47,7 @@ def read(folder: Path) -> Adapter:
             raise ValueError(f"{path} is a link, which is not followed; put the file itself there")
     try:
         said = files.load_json(folder / CONFIG, follow=True)
-    except (OSError, files.DamagedError) as error:
+    except (OSError, DamagedFileError) as error:
         raise ValueError(f"{folder / CONFIG} cannot be read: {error}") from None
     if not isinstance(said, dict):
         raise ValueError(f"{folder / CONFIG} is no JSON object")
@@ -63,7 +64,7 @@ def read(folder: Path) -> Adapter:
     scale = float(alpha) / (math.sqrt(rank) if said.get("use_rslora") is True else rank)
     try:
         tensors = runs.load_tensors(folder / WEIGHTS)
-    except (runs.RunError, OSError, ValueError):
+    except (RunError, OSError, ValueError):
         raise ValueError(f"{folder / WEIGHTS} is damaged: fetch it again") from None
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     for name in tensors:

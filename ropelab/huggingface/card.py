@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ropelab.schema import Method
+from ropelab.config import Method
 
 
 def model_card(

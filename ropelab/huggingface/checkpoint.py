@@ -22,7 +22,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ropelab import data, files
-from ropelab.experiment.devices import DTYPE_NAMES
+from ropelab.devices import DTYPE_NAMES
+from ropelab.errors import DamagedFileError
 from ropelab.huggingface import adapter, rotary
 from ropelab.runs import is_run
 
@@ -267,7 +268,7 @@ def read_config(folder: Path) -> Any:
     path = folder / "config.json"
     try:
         raw = files.load_json(path, limit=JSON_LIMIT, follow=True, finite=False)
-    except (OSError, files.DamagedError) as error:
+    except (OSError, DamagedFileError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
         raise ValueError(f"{path} is no configuration of transformers: it names no model_type")

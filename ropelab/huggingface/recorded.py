@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ropelab import config as configs
 from ropelab import files, runs
-from ropelab.positions import Geometry, Rope, build
-from ropelab.schema import Config, Method
+from ropelab.config import Config, Method
+from ropelab.positions import Geometry, Rope
+from ropelab.scalings import build
 
 FOLDER = "ropelab"
 RUN = f"{FOLDER}/run.json"

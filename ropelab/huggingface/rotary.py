@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from ropelab import config as configs
-from ropelab.positions import SCALINGS, Rope
-from ropelab.positions.scaling import Spectrum
-from ropelab.schema import Method
+from ropelab.config import Method
+from ropelab.positions import Rope, Spectrum
+from ropelab.scalings import SCALINGS
 
 OTHER_MODALITIES = ("vision", "visual", "audio", "speech")
 LOCAL = ("sliding", "local", "chunked")  # layers that see a window only: a scaling leaves them as they were trained

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ropelab.schema import ModelConfig
+from ropelab.config import ModelConfig
 
 State = dict[str, Tensor]
 

@@ -13,7 +13,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ropelab.schema import ModelConfig
+from ropelab.config import ModelConfig
 
 STD = 0.02  # GPT-2's initial standard deviation
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ropelab.errors import ContextLengthError
 from ropelab.positions.base import Geometry, PositionEncoding, Positions
-from ropelab.schema import ContextLengthError
 
 
 class Learned(PositionEncoding):

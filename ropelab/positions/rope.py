@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ropelab.positions.base import Geometry, PositionEncoding, Positions, Rotation
-from ropelab.positions.scaling import Spectrum
+
+
+class Spectrum(NamedTuple):
+    """What a scaling makes of a rotary spectrum."""
+
+    inv_freq: Tensor  # (R/2,) fp64, radians per token
+    attention_factor: float = 1.0  # multiplies cosines and sines, so scores get its square
+    start_tokens: int = 0  # positions below keep the angles of the unscaled spectrum
 
 
 class Rope(PositionEncoding):

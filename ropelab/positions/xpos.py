@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from ropelab.errors import ContextLengthError
 from ropelab.positions.base import Geometry, Positions, Rotation
 from ropelab.positions.rope import Rope
-from ropelab.schema import ContextLengthError
 
 # What the size of a query's pair times that of a key's may come to. With the growth of the factors below the largest
 # fp32 number divided by this, no score overflows, not even of a key in the masked future, where the factors grow.

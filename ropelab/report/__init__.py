@@ -7,4 +7,9 @@ from ropelab.report.page import headline
 from ropelab.report.terminal import terminal_table, verdict_table
 from ropelab.report.write import write_report
 
-__all__ = ["headline", "terminal_table", "verdict_table", "write_report"]
+__all__ = [
+    "headline",
+    "terminal_table",
+    "verdict_table",
+    "write_report",
+]

@@ -15,9 +15,9 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ropelab.figures import WITHOUT_FACTOR, Line, Panel, Point, around, number, panels, protocol_words, styles
 from ropelab.report.assets import STYLE
-from ropelab.report.bends import bend_section
+from ropelab.report.breakdown import bend_section
+from ropelab.report.figures import WITHOUT_FACTOR, Line, Panel, Point, around, number, panels, protocol_words, styles
 from ropelab.report.markup import esc, section
 from ropelab.report.plot import curve_section, plot_scripts
 from ropelab.report.results import finite

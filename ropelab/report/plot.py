@@ -9,7 +9,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ropelab.figures import (
+from ropelab.report.assets import SCRIPT
+from ropelab.report.figures import (
     CAP,
     Line,
     Panel,
@@ -23,7 +24,6 @@ from ropelab.figures import (
     protocol_facts,
     protocol_words,
 )
-from ropelab.report.assets import SCRIPT
 from ropelab.report.markup import esc, section
 from ropelab.report.results import finite
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ropelab.figures import CAP, Point, number, panels, protocol_facts, protocol_words
+from ropelab.report.figures import CAP, Point, number, panels, protocol_facts, protocol_words
 from ropelab.report.verdicts import SIGN, check_numbers
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ropelab.figures import number
+from ropelab.report.figures import number
 from ropelab.report.markup import esc, section
 
 SIGN = {"PASS": "✓", "FAIL": "✗", "INCONCLUSIVE": "?"}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ropelab import files
-from ropelab.figures import curves, png
+from ropelab.report.figures import curves, png
 from ropelab.report.page import html_page
 from ropelab.report.results import csv_text, finite
 

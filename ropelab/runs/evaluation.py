@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ropelab.config import PROTOCOLS
 from ropelab.files import Types, is_of, mistyped
-from ropelab.schema import PROTOCOLS
 
 _TEXT, _LENGTH, _NUMBER = (str,), (int,), (int, float)
 _NOTHING = (type(None),)

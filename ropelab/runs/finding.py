@@ -7,7 +7,8 @@ import difflib
 import tempfile
 from pathlib import Path
 
-from ropelab.runs.folder import RunDir, RunError
+from ropelab.errors import RunError
+from ropelab.runs.folder import RunDir
 
 SWEEPS = "sweeps"  # the folder among the runs that holds sweeps
 

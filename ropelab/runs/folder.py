@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ropelab import __version__, files
+from ropelab.errors import OutsideError, RunBusyError, RunError
 from ropelab.progress import tell
 from ropelab.runs.identity import NUMERICS_VERSION
 
@@ -59,14 +60,6 @@ HEADER = 2**27  # bytes of a safetensors header; the library takes 100 MB
 LINE = 2**16  # bytes of a line of metrics; ours have some hundred
 
 
-class RunError(ValueError):
-    """A run that cannot be used: missing, unfinished, locked, or altered."""
-
-
-class RunBusyError(RunError):
-    """Another process writes the run."""
-
-
 class RunDir:
     """The folder of one run."""
 
@@ -81,7 +74,7 @@ class RunDir:
         """A file or folder of the run. `RunError` where it is a link: it may lead out of a stranger's run."""
         try:
             return files.own(self.path / name, self.path)
-        except files.OutsideError as error:
+        except OutsideError as error:
             raise RunError(str(error)) from None
 
     @property

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from ropelab import files
-from ropelab.schema import Config
+from ropelab.config import Config
 
 NUMERICS_VERSION = 1  # raised when a change of the code changes the numbers of an unchanged configuration
 
 
-def identity(
+def identity_of(
     config: Config, *, corpus_digest: str, tokenizer_digest: str, parent_digest: str | None = None
 ) -> dict[str, Any]:
     """What changes the numbers of a run, and nothing else: no paths, device, micro-batch, evaluation or tracking."""

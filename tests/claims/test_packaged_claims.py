@@ -9,16 +9,7 @@ import pytest
 import yaml
 
 from ropelab import reproduce
-from ropelab.claims import (
-    Claim,
-    ContrastCheck,
-    claim_path,
-    judge,
-    load_claim,
-    load_set,
-    packaged_claims,
-    required,
-)
+from ropelab.claims import Claim, ContrastCheck, claim_path, judge, load_claim, load_set, packaged_claims, required
 from tests.claims.synthetic import CONFIGS, SEEDS, measure, noise, pos_of, train
 
 PACKAGED = packaged_claims(CONFIGS)

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ropelab.claims import Claim, Measurement, Training, Verdict, calibration, cell_digest, judge
-from ropelab.stats import Contrast, needed_seeds, two_way
+from ropelab.claims.statistics import Contrast, needed_seeds, two_way
 from tests.claims.synthetic import (
     CELL,
     CHECK,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ropelab.schema import DataConfig
+from ropelab.config import DataConfig
 
 MakeConfig = Callable[..., DataConfig]
 

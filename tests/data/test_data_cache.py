@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 import ropelab.data.reading as reading_module
+from ropelab.config import DataConfig
 from ropelab.data import Corpus, prepare
-from ropelab.schema import DataConfig
 
 MakeConfig = Callable[..., DataConfig]
 BODY = "".join(f"{i} {i * i} {i**3}\n" for i in range(1000))
@@ -189,7 +189,7 @@ def test_damaged_facts_are_made_again(kind: str, file: Path, tmp_path: Path, con
 
 def command(file: Path, cache: Path) -> list[str]:
     program = (
-        "import sys, pathlib; from ropelab.data import prepare; from ropelab.schema import DataConfig\n"
+        "import sys, pathlib; from ropelab.data import prepare; from ropelab.config import DataConfig\n"
         "values = DataConfig('text', sys.argv[1], None, 'bpe', 300, None, 'text')\n"
         "corpus = prepare(values, cache_dir=pathlib.Path(sys.argv[2]))\n"
         "print(corpus.digest, corpus.tokenizer.digest, int(corpus.train.tokens.astype(int).sum()))"

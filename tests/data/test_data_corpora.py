@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ropelab.config import DataConfig
 from ropelab.data import Corpus, Split, check_overlap, describe, prepare
 from ropelab.data.corpora import wikitext_articles
 from ropelab.data.splits import official_split, split_by_digest, split_contiguously
-from ropelab.schema import DataConfig
 
 MakeConfig = Callable[..., DataConfig]
 

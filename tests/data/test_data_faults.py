@@ -18,6 +18,7 @@ import pytest
 from test_data_corpora import jsonl, prose, texts, write
 
 from ropelab import config as configs
+from ropelab.config import FIRST_ENDINGS, DataConfig, SplitNames
 from ropelab.data import Corpus, check_overlap, prepare
 from ropelab.data import corpora as corpora_module
 from ropelab.data import tokenizers as tokenizers_module
@@ -25,7 +26,6 @@ from ropelab.data.documents import document
 from ropelab.data.heads import without_repeated_heads
 from ropelab.data.hub import load_hub
 from ropelab.data.tokenizers import train_bpe
-from ropelab.schema import FIRST_ENDINGS, DataConfig, SplitNames
 
 MakeConfig = Callable[..., DataConfig]
 
@@ -434,7 +434,7 @@ def test_a_dataset_that_is_nested_too_deeply_does_not_end_the_process(tmp_path: 
     """`datasets` parses JSON in C and dies of it: in a process of its own."""
     write(tmp_path / "in" / "train.jsonl", DEEP)
     program = (
-        "import sys, pathlib; from ropelab.data import prepare; from ropelab.schema import DataConfig\n"
+        "import sys, pathlib; from ropelab.data import prepare; from ropelab.config import DataConfig\n"
         "settings = DataConfig('hf', sys.argv[1], None, 'bytes', 300, None, 'text')\n"
         "try: prepare(settings, cache_dir=pathlib.Path(sys.argv[2]))\n"
         "except ValueError as error: print(error)"
@@ -449,12 +449,12 @@ def test_a_dataset_that_is_nested_too_deeply_does_not_end_the_process(tmp_path: 
 
 @pytest.mark.parametrize("content", ["[" * 5000 + "]" * 5000, "pos: " + "{a: " * 5000 + "1" + "}" * 5000])
 def test_yaml_that_is_nested_too_deeply(content: str, tmp_path: Path) -> None:
-    from ropelab.claims.files import load_claim
-    from ropelab.config import points
+    from ropelab.claims import load_claim
+    from ropelab.config import sweep_grammar
 
     file = write(tmp_path / "deep.yaml", content)
     with pytest.raises(ValueError, match="nested too deeply"):
-        points.named(str(file))
+        sweep_grammar.named_sweep(str(file))
     with pytest.raises(ValueError, match="nested too deeply"):
         load_claim(file, configs.config_dir())
 

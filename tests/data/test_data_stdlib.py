@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from ropelab.config import DataConfig
 from ropelab.data import prepare
 from ropelab.data.stdlib import read_stdlib, stdlib_folder
-from ropelab.schema import DataConfig
 
 
 def source(seed: int, n_bytes: int) -> str:

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ropelab.positions import Decay, Geometry, PositionEncoding, build
-from ropelab.positions.alibi import slopes
+from ropelab.positions import Decay, Geometry, PositionEncoding, slopes
 from ropelab.positions.cable import VARIANTS, Cable
 from ropelab.positions.content import running_total
 from ropelab.positions.fox import Fox
+from ropelab.scalings import build
 from tests.test_positions import NONE, method
 
 GEOMETRY = Geometry(16, 4, 32, n_layer=3)

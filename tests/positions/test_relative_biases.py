@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ropelab.config import choices
-from ropelab.positions import Geometry, PositionEncoding, build
+from ropelab.positions import T5, Geometry, PositionEncoding, bucket
 from ropelab.positions.alibi import Alibi
 from ropelab.positions.fire import CHUNK, Fire
 from ropelab.positions.kerple import KerpleLog, KerplePower
-from ropelab.positions.t5 import T5, bucket
+from ropelab.scalings import build
 from tests.test_positions import NONE, method
 
 LONG = 131072

@@ -11,11 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ropelab.positions import Geometry, PositionEncoding, Rotation, build
+from ropelab.errors import ContextLengthError
+from ropelab.positions import Geometry, PositionEncoding, Rope, Rotation, Xpos
 from ropelab.positions.p_rope import PRope
-from ropelab.positions.rope import Rope
-from ropelab.positions.xpos import Xpos
-from ropelab.schema import ContextLengthError
+from ropelab.scalings import build
 from tests.test_positions import NONE, method, rope
 
 # --- p-RoPE ---------------------------------------------------------------------------------------------------------

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from ropelab.positions import Geometry, build
-from ropelab.positions.sinusoidal import Sinusoidal, SinusoidalQK, SinusoidalScaled
+from ropelab.positions import Geometry, Sinusoidal, SinusoidalQK
+from ropelab.positions.sinusoidal import SinusoidalScaled
+from ropelab.scalings import build
 from tests.test_positions import NONE, method
 
 GEOMETRY = Geometry(48, 4, 16)

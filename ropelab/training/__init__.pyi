@@ -1,0 +1,14 @@
+from .compiling import compile_blocks as compile_blocks
+from .compiling import compiles as compiles
+from .compiling import training_kernel as training_kernel
+from .loop import Step as Step
+from .loop import steps as steps
+from .optimizer import build_optimizer as build_optimizer
+from .optimizer import load_optimizer_tensors as load_optimizer_tensors
+from .session import Session as Session
+from .session import found_from_anywhere as found_from_anywhere
+from .session import training_scaling as training_scaling
+from .trainer import interrupts as interrupts
+from .trainer import train as train
+from .trainer import train_together as train_together
+from .verify import verify_resume as verify_resume
