@@ -134,10 +134,11 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """Tokens to hidden states; the head is the token table, and `nll` its loss.
 
-    n_vocab counts the separator, whose id is the last: it has a row in the table but is never predicted.
+    n_vocab counts the separator, whose id is the last: it has a row in the table but is never predicted. seed: of the
+    start; None leaves the tensors as torch makes them, for weights that are loaded.
     """
 
-    def __init__(self, config: ModelConfig, n_vocab: int, encoding: PositionEncoding, *, seed: int) -> None:
+    def __init__(self, config: ModelConfig, n_vocab: int, encoding: PositionEncoding, *, seed: int | None) -> None:
         super().__init__()
         self.config = config
         self.tokens = nn.Embedding(n_vocab, config.d_model)
@@ -146,7 +147,8 @@ class GPT(nn.Module):
         self.norm_out = nn.LayerNorm(config.d_model, eps=NORM_EPS, bias=False)
         self.activation_checkpointing = False  # keep each block's input alone for the backward pass
         self._prepared: tuple[object, Prepared] | None = None
-        self.init_weights(seed)
+        if seed is not None:
+            self.init_weights(seed)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

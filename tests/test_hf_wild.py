@@ -19,7 +19,7 @@ from tokenizers import AddedToken, Tokenizer, processors
 
 from ropelab import config, data
 from ropelab.data import fast
-from ropelab.evaluation import no_beginning
+from ropelab.evaluation import check_no_bos
 from ropelab.huggingface import checkpoint, rotary
 from ropelab.huggingface.model import layer_words
 from ropelab.sweeps.plan import questions
@@ -672,8 +672,8 @@ def test_without_such_a_token_it_is_refused(llama: Path, base: Path) -> None:
 
 def test_a_run_of_ours_has_no_such_token_and_a_sweep_says_nothing_of_it() -> None:
     with pytest.raises(ValueError, match=r"eval\.bos=true: a run of ours was trained without"):
-        no_beginning("true")
-    no_beginning("auto")
+        check_no_bos("true")
+    check_no_bos("auto")
     (question,) = questions(config.load([]))
     assert "bos" not in question["eval"]  # the digest of a sweep is what it was
     (question,) = questions(config.load(["eval.bos=auto"]))

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from ropelab.config import Method
 from ropelab.devices import resolve_device
-from ropelab.evaluation import evaluation_split
 from ropelab.model import GPT
 from ropelab.progress import Progress, silent
-from ropelab.runs import RunDir, encoding_of, load_model, run_tokenizer, set_encoding, trained_config
+from ropelab.runs import OpenRun, set_encoding
 
 QUERIES = 64  # the last so many positions of a window are asked
 DOCUMENTS = 4
@@ -57,7 +56,7 @@ def by_distance(weights: Tensor, edges: list[int]) -> Tensor:
 
 
 def attention_by_distance(
-    run: RunDir,
+    run: OpenRun,
     scaling: Method,
     *,
     ctx: int,
@@ -75,21 +74,19 @@ def attention_by_distance(
     encoding is undefined.
     """
     target = resolve_device(device)
-    weights = run.load_weights()
-    manifest = run.manifest()
-    trained = trained_config(run)
-    encoding = encoding_of(trained, scaling, manifest["original_ctx"])
+    run.weights  # noqa: B018 - refused before any text is read
+    encoding = run.encoding(scaling)
     with torch.no_grad():
         encoding(torch.arange(1), ctx=ctx)  # before any text is read
-    tokenizer = run_tokenizer(run)
-    *_, split, _, text = evaluation_split(manifest, trained, None, "test", tokenizer, cache_dir, progress)
+    corpus = run.corpus(cache_dir, progress)
+    split = corpus.test
     lengths = [len(split.document(i)) for i in range(len(split))]
     chosen = [i for i, length in enumerate(lengths) if length >= ctx][:DOCUMENTS]
     if not chosen:
         raise ValueError(f"no test document holds {ctx} tokens; use --ctx {max(lengths, default=0)} or less")
-    model = load_model(run, weights, device=target)
+    model = run.model(target)
     set_encoding(model, encoding)
-    queries, train_ctx = min(QUERIES, ctx), trained.train.ctx
+    queries, train_ctx = min(QUERIES, ctx), run.config.train.ctx
     edges = bucket_edges(ctx)
     back = distances(queries, ctx).clamp(min=0).to(target)  # (Q, T)
     mass, beyond, mean_distance = [], [], []  # by document and layer
@@ -106,7 +103,7 @@ def attention_by_distance(
         "ctx": ctx,
         "scaling": scaling.name,
         "factor": scaling.parameters.get("factor"),
-        "text": text,
+        "text": corpus.name,
         "split": "test",
         "documents": len(chosen),
         "queries": queries * len(chosen),

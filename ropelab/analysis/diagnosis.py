@@ -12,24 +12,23 @@ from ropelab.analysis.breakdown import At, Trained
 from ropelab.config import Config, Method
 from ropelab.errors import ContextLengthError
 from ropelab.positions import PositionEncoding, Rope
-from ropelab.runs import RunDir, encoding_of, recipe, trained_config
+from ropelab.runs import OpenRun, encoding_of, recipe
 from ropelab.scalings import resolve_factor
 
 
-def trained_encoding(run: RunDir, scaling: Method, *, longest: int) -> tuple[Method, PositionEncoding | None]:
+def trained_encoding(run: OpenRun, scaling: Method, *, longest: int) -> tuple[Method, PositionEncoding | None]:
     """A scaling with its factor as a number, as for a ladder up to `longest`, and the encoding of a run under it.
 
     The encoding has its trained tensors; None where the run has none yet.
     """
-    manifest = run.manifest()
-    method = resolve_factor(scaling, longest=longest, original_ctx=manifest["original_ctx"])
-    encoding = encoding_of(trained_config(run), method, manifest["original_ctx"])
+    method = resolve_factor(scaling, longest=longest, original_ctx=run.original_ctx)
+    encoding = run.encoding(method)
     if next(encoding.parameters(), None) is None:
         return method, encoding
-    if manifest["status"] != "done":
+    if run.manifest["status"] != "done":
         return method, None
     prefix = "encoding."
-    weights = {name.removeprefix(prefix): w for name, w in run.load_weights().items() if name.startswith(prefix)}
+    weights = {name.removeprefix(prefix): w for name, w in run.weights.items() if name.startswith(prefix)}
     encoding.load_state_dict(weights, strict=True)
     return method, encoding
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -82,41 +82,41 @@ def evaluate(
         if output is not None:
             check_output(output, picture=True)
         runs_dir = Path(base.runs_dir).expanduser()
-        found = [runs.find_run(name, runs_dir) for name in named]
+        opened = [runs.open_run(runs.find_run(name, runs_dir)) for name in named]
         if not named and not hf:
-            found = [runs.latest_finished(runs_dir)]
-            say(f"evaluating the latest finished run, {found[0].name}")
-        for run in found:
-            if "checkpoint" in run.manifest():
-                raise ValueError(f"{run.name} is a checkpoint; evaluate it with --hf {run.manifest()['source']}")
+            opened = [runs.latest_finished(runs_dir)]
+            say(f"evaluating the latest finished run, {opened[0].name}")
         from ropelab import evaluation
-        from ropelab.progress import Bar, silent
-        from ropelab.runs import trained_config
+        from ropelab.progress import Bar, Progress, silent
 
-        questions: list[Callable[..., Any]] = []
-        for run in found:  # before any work: every run is usable and every scaling applies
-            run.load_weights()
-            for scaled, text in questions_of(config.to_dict(trained_config(run)), settings, base.eval.scalings):
-                evaluation.resolve_ladder(run, base.eval, scaling=scaled)
-                questions.append(partial(evaluation.evaluate, run, scaling=scaled, other_text=text))
-        folders = [run.path for run in found]
-        if hf:
-            from ropelab import huggingface
+        with ExitStack() as held:
+            progress: Progress = held.enter_context(Bar()) if ranks.is_first else silent
+            resources = evaluation.Resources(base.cache_dir, base.device, progress, say, ranks)
+            plans = []
+            for one in opened:  # before any work: every run is usable and every scaling applies
+                if ranks.is_first:  # until its numbers are kept, it is neither removed nor trained again
+                    held.enter_context(one.folder.in_use())
+                model = evaluation.RunModel(one)
+                for scaled, text in questions_of(config.to_dict(one.config), settings, base.eval.scalings):
+                    plans.append(evaluation.resolve(model, base.eval, resources, scaling=scaled, other_text=text))
+            folders = [run.folder.path for run in opened]
+            asked: list[Callable[[], evaluation.Evaluated]] = [
+                partial(evaluation.execute, plan, resources) for plan in plans
+            ]
+            if hf:
+                from ropelab import huggingface
 
-            for name in hf:
-                source = huggingface.Checkpoint(name, base, text_of(config.to_dict(base)["data"], settings), adapter)
-                folders.append(source.results.parent)
-                for scaled in scalings_of(source.manifest["config"]["scaling"], settings, base.eval.scalings):
-                    source.check(base.eval, scaled)
-                    questions.append(partial(huggingface.evaluate, source, scaling=scaled))
-        results = []
-        with Bar() if ranks.is_first else nullcontext(silent) as bar:
-            for question in questions:
-                done = question(
-                    config=base.eval, device=base.device, cache_dir=base.cache_dir, progress=bar, notice=say,
-                    ranks=ranks,
-                )  # fmt: skip
-                results.append(done.result)
+                for name in hf:
+                    source = huggingface.Checkpoint(
+                        name, base, text_of(config.to_dict(base)["data"], settings), adapter
+                    )
+                    folders.append(source.results.parent)
+                    for scaled in scalings_of(source.manifest["config"]["scaling"], settings, base.eval.scalings):
+                        source.check(base.eval, scaled)
+                        asked.append(
+                            partial(huggingface.evaluate, source, base.eval, scaling=scaled, resources=resources)
+                        )
+            results = [question().result for question in asked]
         if not ranks.is_first:
             return
         for line in dict.fromkeys(line for result in results for line in said_of(result)):

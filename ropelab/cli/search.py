@@ -78,7 +78,7 @@ def search(
         if output is not None:
             check_writable(f"-o {output}", output.absolute().parent)
         runs_dir = Path(base.runs_dir).expanduser()
-        run = runs.find_run(named[0], runs_dir) if named else runs.latest_finished(runs_dir)
+        run = runs.open_run(runs.find_run(named[0], runs_dir) if named else runs.latest_finished(runs_dir))
         if not named:
             say(f"searching for the latest finished run, {run.name}")
         from ropelab import files
@@ -86,7 +86,7 @@ def search(
         from ropelab.progress import Bar
 
         wanted = searching.settings(mine)
-        run.load_weights()
+        run.weights  # noqa: B018 - refused before anything is searched
         question = searching.ask(run, ctx=int(length or 0), factor=stretch)
         with Bar() as bar:
             result = searching.search_longrope(run, question, wanted, base, short=short, progress=bar)

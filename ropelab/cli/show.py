@@ -185,16 +185,13 @@ def _show_run(
         if item.partition("=")[0].partition(".")[0] not in RUN_KEYS:
             raise ValueError(f"a run has its own configuration: show RUN takes {', '.join(RUN_KEYS)}, not {item}")
     base = config.load([item for item in settings if not item.startswith("scaling")])
-    run = runs.find_run(name, Path(base.runs_dir).expanduser())
-    manifest = run.whole_manifest()
-    from ropelab.runs import trained_config
-
-    trained = trained_config(run)
+    run = runs.open_run(runs.find_run(name, Path(base.runs_dir).expanduser()), finished=False)
+    manifest, trained = run.manifest, run.config
     ((scaling, _),) = questions_of(config.to_dict(trained), settings, ())
     from ropelab.analysis import diagnose_run, trained_encoding
     from ropelab.evaluation import evaluations
 
-    diagnosed = diagnose_run(manifest, evaluations(run))
+    diagnosed = diagnose_run(manifest, evaluations(run.folder))
     scaling = scaling or trained.scaling
     length = _one_length(ctx) or _evaluated_length(diagnosed, scaling.name)
     method, encoding = trained_encoding(run, scaling, longest=length)
@@ -205,7 +202,7 @@ def _show_run(
         ctx=length,
         method=method,
         encoding=encoding,
-        original_ctx=manifest["original_ctx"],
+        original_ctx=run.original_ctx,
     )
     numbers |= _changed(trained.pos, method)
     numbers |= {"run": run.name, "diagnosis": diagnosed, "attention": None}

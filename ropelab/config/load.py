@@ -282,7 +282,7 @@ def changed(group: str, method: Method) -> dict[str, Any]:
 def parse_scaling(text: str) -> Method:
     """`yarn`, `yarn:8`, `yarn:auto`: an item of eval.scalings as a method with the defaults of its YAML."""
     name, colon, factor = text.partition(":")
-    scaling = load([f"scaling={name}"]).scaling
+    scaling = _method("scaling", {"name": name})
     if not colon:
         return scaling
     if "factor" not in scaling.parameters:

@@ -17,8 +17,8 @@ from ropelab.positions import PositionEncoding
 from ropelab.progress import Progress
 
 
-def no_beginning(asked: str) -> None:
-    """`ValueError` where `eval.bos` asks for a token that a run of ours has not."""
+def check_no_bos(asked: str) -> None:
+    """`ValueError` where `eval.bos` asks for a token that a run of ours does not have."""
     if asked == "true":
         raise ValueError("eval.bos=true: a run of ours was trained without a beginning-of-text token; leave it out")
 
@@ -31,9 +31,10 @@ class Text(NamedTuple):
     name: str
     training: data.Split | None = None  # what the model was trained on, where that is known
     bytes_known: bool = True  # do the tokeniser's byte lengths add up to the text's?
+    config: DataConfig | None = None  # what names it; None: as the model's own text
 
 
-class At(NamedTuple):
+class ModelAtCtx(NamedTuple):
     """A loaded model at one length."""
 
     spectrum: str  # sha256 of what it is told about positions
@@ -44,26 +45,26 @@ class At(NamedTuple):
     warnings: tuple[str, ...] = ()  # what a reader of the number has to know
 
 
-class Loaded(ABC):
+class LoadedModel(ABC):
     """A model on its device, with weights."""
 
     precision: str  # of matrix products: torch's name
 
     @abstractmethod
-    def at(self, ctx: int, method: Method, encoding: PositionEncoding) -> At:
+    def at(self, ctx: int, method: Method, encoding: PositionEncoding) -> ModelAtCtx:
         """The model under a scaling whose factor is a number, and the encoding that this comes to.
 
         `ContextLengthError` where it is undefined; `ValueError` where the scaling did not change what it should.
         """
 
 
-class Subject(ABC):
+class EvaluatedModel(ABC):
     """A trained model, before its weights are read.
 
     name: of its folder. results: where its evaluations are kept. manifest: as of a run. trained: its configuration.
     original_ctx: the length that scalings refer to. facts: further fields of the result. weights: their digest, as it
-    was recorded and has been checked; None where there is no record. asked: what is part of every question about it.
-    own_scaling: the scaling that it is kept under, where that is none of ours.
+    was recorded and has been checked; None where there is no record. identity: further fields of the question's digest.
+    own_scaling: the scaling that it is kept under, where that is not one of ours.
     """
 
     name: str
@@ -74,15 +75,15 @@ class Subject(ABC):
     tokenizer: data.Tokenizer
     facts: Mapping[str, Any] = {}
     weights: str | None = None
-    asked: Mapping[str, Any] = {}
+    identity: Mapping[str, Any] = {}
     own_scaling: Method | None = None
 
-    def beginning(self, asked: str) -> int | None:
+    def bos_token(self, asked: str) -> int | None:
         """The token that begins every window under `eval.bos`; None: none does. `ValueError` where there is none."""
-        no_beginning(asked)
+        check_no_bos(asked)
         return None
 
-    def keep(self) -> None:  # noqa: B027 - a run has its folder
+    def make_folder(self) -> None:  # noqa: B027 - a run has its folder
         """Make its folder, just before the first result is written."""
 
     @abstractmethod
@@ -101,5 +102,5 @@ class Subject(ABC):
         """The passes of an evaluation at these lengths; `ValueError` where one does not fit."""
 
     @abstractmethod
-    def load(self, device: torch.device, dtype: torch.dtype, *, window: int | None, kept: bool) -> Loaded:
+    def load(self, device: torch.device, dtype: torch.dtype, *, window: int | None, kept: bool) -> LoadedModel:
         """The model on its device. `kept`: it is evaluated under the scaling that it was trained with."""

@@ -9,7 +9,7 @@ import math
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,22 +17,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ropelab import files, runs
-from ropelab.config import Config, DataConfig, EvalConfig, Method
-from ropelab.devices import DTYPE_NAMES, device_name, device_of_rank, resolve_dtype
+from ropelab.config import DataConfig, EvalConfig, Method
+from ropelab.devices import DTYPE_NAMES, device_name
 from ropelab.distributed import ALONE, Ranks
 from ropelab.errors import ContextLengthError, RunError
 from ropelab.evaluation.grounds import lacking
 from ropelab.evaluation.intervals import row_interval
-from ropelab.evaluation.memory import GB, free_bytes
-from ropelab.evaluation.model import Subject
-from ropelab.evaluation.protocols import Scorer, Windows, ladder, lay_out
-from ropelab.evaluation.results import intact_evaluation, labels, write_evaluation
-from ropelab.evaluation.run_model import TrainedRun
+from ropelab.evaluation.memory import Plan
+from ropelab.evaluation.model import LoadedModel, ModelAtCtx
+from ropelab.evaluation.plan import EvalPlan, Resources, bytes_of, finite, resolve
+from ropelab.evaluation.protocols import Scorer, Windows
+from ropelab.evaluation.results import write_evaluation
+from ropelab.evaluation.run_model import RunModel
 from ropelab.evaluation.scoring import position_curve, score, target_documents, target_tokens
-from ropelab.positions import PositionEncoding
-from ropelab.progress import Progress, silent, tell
-from ropelab.runs import RunDir, encoding_of, trained_config
-from ropelab.scalings import resolve_factor
+from ropelab.progress import Progress, silent
+from ropelab.runs import OpenRun, RunDir, open_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,37 +51,8 @@ class Evaluated:
         return dict(zip(self.result["protocol"]["document_digests"], (sums / counts).tolist(), strict=True))
 
 
-class Ladder(NamedTuple):
-    """What an evaluation comes to, known before any text is read."""
-
-    scaling: Method  # its factor as it was given
-    methods: dict[int, Method]  # the scaling with its factor as a number, by ctx, shortest first
-    encodings: dict[int, PositionEncoding]
-
-
-def resolve_ladder(run: RunDir, config: EvalConfig, *, scaling: Method | None) -> Ladder:
-    """`ladder_of` a finished run."""
-    return ladder_of(trained_config(run), run.finished_manifest()["original_ctx"], config, scaling=scaling)
-
-
-def ladder_of(trained: Config, original_ctx: int, config: EvalConfig, *, scaling: Method | None) -> Ladder:
-    """The contexts of an evaluation, and scaling and encoding at each; None keeps the trained scaling.
-
-    `ValueError` for lengths that are none, and for a scaling that the trained encoding cannot have.
-    """
-    scaling = trained.scaling if scaling is None else scaling
-    contexts = ladder(config.ctx, trained.train.ctx)
-    per_row = scaling.parameters.get("factor") == "auto-row"
-    methods = {
-        ctx: resolve_factor(scaling, longest=ctx if per_row else max(contexts), original_ctx=original_ctx)
-        for ctx in contexts
-    }
-    encodings = {ctx: encoding_of(trained, method, original_ctx) for ctx, method in methods.items()}
-    return Ladder(scaling, methods, encodings)
-
-
 def evaluate(
-    run: RunDir,
+    run: OpenRun | RunDir | Path,
     config: EvalConfig,
     *,
     scaling: Method | None = None,
@@ -102,222 +72,193 @@ def evaluate(
     what it will take, before it starts. With `ranks` all of them call it and share the windows; the first writes.
     `ValueError` for what cannot be evaluated; a length at which the encoding is undefined is a row that says so.
     """
+    resources = Resources(cache_dir, device, progress, notice, ranks)
+    opened = open_run(run)
     # until its numbers are kept, the run is neither removed nor trained again
-    with run.in_use() if ranks.is_first else contextlib.nullcontext():
-        return evaluate_subject(
-            TrainedRun(run), config, scaling=scaling, other_text=other_text, device=device, cache_dir=cache_dir,
-            progress=progress, folder=folder, notice=notice, ranks=ranks,
-        )  # fmt: skip
+    with opened.folder.in_use() if ranks.is_first else contextlib.nullcontext():
+        plan = resolve(RunModel(opened), config, resources, scaling=scaling, other_text=other_text, folder=folder)
+        return execute(plan, resources)
 
 
-def evaluate_subject(
-    subject: Subject,
-    config: EvalConfig,
-    *,
-    scaling: Method | None = None,
-    other_text: DataConfig | None = None,
-    device: str = "auto",
-    cache_dir: str,
-    progress: Progress = silent,
-    folder: Path | None = None,
-    notice: Callable[[str], None] = lambda line: None,
-    ranks: Ranks = ALONE,
-) -> Evaluated:
-    """`evaluate`, of whatever can be evaluated."""
-    target = device_of_rank(device, ranks)
-    progress = progress if ranks.is_first else silent
-    manifest, trained, tokenizer = subject.manifest, subject.trained, subject.tokenizer
-    kept = scaling is None
-    bos = subject.beginning(config.bos)
-    scaling, methods, encodings = ladder_of(trained, subject.original_ctx, config, scaling=scaling)
-    if kept and subject.own_scaling is not None:
-        scaling, methods = subject.own_scaling, dict.fromkeys(methods, subject.own_scaling)
-    contexts = tuple(methods)
-    per_row = scaling.parameters.get("factor") == "auto-row"
-    with ranks.first_then_others():
-        text = subject.text(other_text, config.split, cache_dir, progress)
-    split, corpus_digest, corpus_name = text.split, text.digest, text.name
-    if config.baseline is not None and (scaling.name != "none" or config.window is not None):
-        raise ValueError("eval.baseline=unigram knows no positions: leave out --scaling and eval.window")
-    if config.baseline is not None and text.training is None:
-        raise ValueError("eval.baseline=unigram counts a run's training text; that of a checkpoint is not known")
-    lengths = [len(split.document(i)) for i in range(len(split))]
-    layout = lay_out(lengths, contexts, config)
-    documents = [split.document(i) for i in layout.documents]
-    authors = [split.authors[i] for i in layout.documents]
-    dtype = resolve_dtype(config.dtype, target)
-    question = {
-        "numerics": runs.NUMERICS_VERSION,
-        "scaling": {str(ctx): {"name": m.name, **m.parameters} for ctx, m in methods.items()},
-        "window": config.window,
-        "protocol": [layout.protocol, layout.contexts, layout.span, layout.scored, layout.documents, layout.units],
-        "text": [corpus_digest, config.split],
-        "tokenizer": tokenizer.digest,
-        "dtype": DTYPE_NAMES[dtype],
-        **({} if config.baseline is None else {"baseline": config.baseline}),
-        **({} if bos is None else {"bos": bos}),
-        **subject.asked,
-    }
-    name = files.digest_of(question)[:16]
-    kept_in = folder or subject.results
-    result_path, losses_path = kept_in / f"{name}.json", kept_in / f"{name}.safetensors"
-    described = {"scaling_parameters": dict(scaling.parameters), **labels(manifest, scaling)}
-
-    def kept_already() -> dict[str, Any] | None:
-        try:
-            return intact_evaluation(result_path, losses_path, subject.weights)
-        except RunError as error:
-            tell(f"{str(error).partition('; ')[0]}; it is evaluated again")
-            return None
-
-    stored = ranks.told(kept_already)
+def execute(plan: EvalPlan, resources: Resources) -> Evaluated:
+    """Score what a plan says, or read it where it is kept already; results are kept in the plan's folder."""
+    ranks = resources.ranks
+    stored = ranks.told(plan.stored)
     if stored is not None:
         # made by an earlier version; the file's name says that they are these
         if "recipe" not in stored and ranks.is_first:
-            stored = {**stored, **described}
-            write_evaluation(result_path, stored, losses_path)
-        return _with_authors(Evaluated(stored, losses_path), authors, split.unit)
-
-    passes = None
-    if config.baseline is None:
-        passes = subject.plan(encodings, target, dtype, limit_gb=_limit_gb(config.memory_gb, target, ranks))
+            stored = {**stored, **plan.labels}
+            write_evaluation(plan.result_path, stored, plan.losses_path)
+        return _with_authors(Evaluated(stored, plan.losses_path), plan.authors, plan.text.split.unit)
+    passes = plan.passes(ranks)
     if ranks.is_first:
-        if kept_in.parent.is_dir():  # a checkpoint gets its folder when there is something to put there
-            _make_results_folder(kept_in)
+        if plan.folder.parent.is_dir():  # a checkpoint gets its folder when there is something to put there
+            _make_results_folder(plan.folder)
         if passes is not None:
-            notice(str(passes))
-    lacks = lacking(split, layout.documents, layout.span, other_text or trained.data) if ranks.is_first else None
-    model = subject.load(target, dtype, window=config.window, kept=kept)
-    ranks.check_alike("text or scaling", name)
-    ranks.connect(target)
+            resources.notice(str(passes))
+    model = plan.model.load(plan.device, plan.dtype, window=plan.config.window, kept=plan.kept)
+    ranks.check_alike("text or scaling", plan.name)
+    ranks.connect(plan.device)
     torch.set_float32_matmul_precision(model.precision)
-    baseline = None  # (V,)
-    if config.baseline is not None:
-        assert text.training is not None
-        baseline = unigram_nll(text.training.tokens, tokenizer.n_vocab)
-    digests = [split.digests[i] for i in layout.documents]
-    # the same text in other tokens is other targets: perplexities per token of two tokenisers are not comparable
-    texts = [f"{digest} {tokenizer.digest}" for digest in split.digests]
-    rows: list[dict[str, Any]] = []
-    tensors: dict[str, Tensor] = {}
-    warnings: dict[str, None] = {}  # each once
-    curve = None
-    total = sum(len(layout.windows(ctx).start) * ctx for ctx in contexts)
-    done = 0
+    scored = _Scored(plan, model, passes, resources)
+    scored.score_all()
+    result = _result(plan, scored, passes, model.precision)
+    if scored.tensors and ranks.is_first:
+        plan.model.make_folder()
+        _make_results_folder(plan.folder)
+        from safetensors.torch import save
 
-    def advance(tokens: int) -> None:
-        nonlocal done
-        done += tokens
-        progress("evaluate", done, total, run=subject.name)
+        files.write(plan.losses_path, save({key: value.contiguous() for key, value in scored.tensors.items()}))
+        write_evaluation(plan.result_path, result, plan.losses_path)
+    return Evaluated(result, plan.losses_path)
 
-    shared: NDArray[np.float32] | None = None
-    for ctx in reversed(contexts):
-        factor = methods[ctx].parameters.get("factor")
-        windows = layout.windows(ctx)
-        try:
-            here = model.at(ctx, methods[ctx], encodings[ctx])
-        except ContextLengthError as error:
-            rows.append(_undefined(ctx, factor, str(error)))
-            continue
-        warnings |= dict.fromkeys(here.warnings)
-        if lacks is not None:  # before anything is scored, and only where nothing is refused
-            notice(lacks)
-            lacks = None
+
+class _Scored:
+    """The rows of an evaluation while they are made: longest ctx first, since it refuses what memory cannot hold.
+
+    rows: shortest first when all are there. tensors: what is stored beside them. curve: loss by position in a window
+    of the longest ctx. warnings: what a reader has to know, each once, in their order.
+    """
+
+    def __init__(self, plan: EvalPlan, model: LoadedModel, passes: Plan | None, resources: Resources) -> None:
+        self.plan, self.model, self.passes, self.resources = plan, model, passes, resources
+        self.rows: list[dict[str, Any]] = []
+        self.tensors: dict[str, Tensor] = {}
+        self.curve: dict[str, Any] | None = None
+        self.warnings: dict[str, None] = {}
+        self._longest: NDArray[np.float32] | None = None  # losses of the first pass
+        self._baseline: NDArray[np.float32] | None = None  # (V,)
+        self._done = 0  # tokens
+
+    def score_all(self) -> None:
+        plan = self.plan
+        if plan.config.baseline is not None:
+            assert plan.text.training is not None
+            self._baseline = unigram_nll(plan.text.training.tokens, plan.model.tokenizer.n_vocab)
+        lacks = None
+        if self.resources.ranks.is_first:
+            text = plan.text.config or plan.model.trained.data
+            lacks = lacking(plan.text.split, plan.targets.documents, plan.targets.span, text)
+        for ctx in reversed(plan.contexts):
+            method = plan.ladder.methods[ctx]
+            try:
+                here = self.model.at(ctx, method, plan.ladder.encodings[ctx])
+            except ContextLengthError as error:
+                self.rows.append(_undefined(ctx, method.parameters.get("factor"), str(error)))
+                continue
+            if lacks is not None:  # before anything is scored, and only where nothing is refused
+                self.resources.notice(lacks)
+                lacks = None
+            self._score_ctx(ctx, here)
+        self.rows.reverse()
+        if plan.targets.protocol == "last":
+            at_train = next(
+                (row for row in self.rows if row["ctx"] == plan.model.trained.train.ctx and row["status"] == "ok"), None
+            )
+            for row in self.rows:
+                if at_train is not None and row["status"] == "ok":
+                    row["context_gain"] = at_train["nll"] - row["nll"]
+
+    def _score_ctx(self, ctx: int, here: ModelAtCtx) -> None:
+        plan, documents = self.plan, self.plan.documents
+        windows = plan.targets.windows(ctx)
+        self.warnings |= dict.fromkeys(here.warnings)
         tokens = target_tokens(windows, documents)
-        if baseline is not None:
-            losses = baseline[tokens]
-        elif layout.protocol == "prefix" and shared is not None and not here.length_dependent and not per_row:
-            # scores at a position do not depend on what follows, so the longest pass holds every shorter one
-            losses = shared.reshape(len(windows.start), -1)[:, :ctx].reshape(-1)
-            advance(len(windows.start) * ctx)
-        else:
-            assert passes is not None
-            losses = _score(windows, documents, here.scorer, passes.windows[ctx], advance, ranks, bos)
-            shared = losses if shared is None else shared
+        losses = self._losses(windows, tokens, here)
         owner = target_documents(windows)
-        n_bytes = int(tokenizer.byte_lengths[tokens].sum()) if text.bytes_known else None
-        rows.append(
+        # the same text in other tokens is other targets: perplexities per token of two tokenisers are not comparable
+        texts = [f"{digest} {plan.model.tokenizer.digest}" for digest in plan.text.split.digests]
+        self.rows.append(
             {
                 "ctx": ctx,
-                "factor": factor,
+                "factor": plan.ladder.methods[ctx].parameters.get("factor"),
                 "idle": here.idle,
                 **({} if here.layers is None else {"layers": here.layers}),
-                **_figures(losses, n_bytes, owner, authors, split.unit, max(contexts)),
+                **_figures(
+                    losses, bytes_of(plan, tokens), owner, plan.authors, plan.text.split.unit, max(plan.contexts)
+                ),
                 "documents": len(documents),
                 "context_min": ctx - windows.scored + 1,
                 "context_mean": ctx - (windows.scored - 1) / 2,
                 "spectrum_digest": here.spectrum[:16],
-                "targets_digest": layout.targets_digest(texts, ctx)[:16],
+                "targets_digest": plan.targets.targets_digest(texts, ctx)[:16],
             }
         )
-        tensors[f"nll.{ctx}"] = torch.from_numpy(losses)
-        tensors[f"document.{ctx}"] = torch.from_numpy(owner)
-        if curve is None:
+        self.tensors[f"nll.{ctx}"] = torch.from_numpy(losses)
+        self.tensors[f"document.{ctx}"] = torch.from_numpy(owner)
+        if self.curve is None:
             by_position = position_curve(losses, windows)
-            curve = {"ctx": ctx, "edges": by_position["edges"], "nll": [_finite(x) for x in by_position["nll"]]}
-    rows.reverse()
-    if layout.protocol == "last":
-        at_train = next((row for row in rows if row["ctx"] == trained.train.ctx and row["status"] == "ok"), None)
-        for row in rows:
-            if at_train is not None and row["status"] == "ok":
-                row["context_gain"] = at_train["nll"] - row["nll"]
-    result = {
-        "run": subject.name,
-        "pos": config.baseline or trained.pos.name,
+            self.curve = {"ctx": ctx, "edges": by_position["edges"], "nll": [finite(x) for x in by_position["nll"]]}
+
+    def _losses(self, windows: Windows, tokens: NDArray[np.int64], here: ModelAtCtx) -> NDArray[np.float32]:
+        """Losses of the targets of one ctx, nats, in their order."""
+        plan = self.plan
+        if self._baseline is not None:
+            return self._baseline[tokens]
+        shares = plan.targets.protocol == "prefix" and not here.length_dependent and not plan.per_row
+        if shares and self._longest is not None:
+            # scores at a position do not depend on what follows, so the longest pass holds every shorter one
+            self._advance(len(windows.start) * windows.ctx)
+            return self._longest.reshape(len(windows.start), -1)[:, : windows.ctx].reshape(-1)
+        assert self.passes is not None
+        rows = self.passes.windows[windows.ctx]
+        losses = _score(windows, plan.documents, here.scorer, rows, self._advance, self.resources.ranks, plan.bos)
+        self._longest = losses if self._longest is None else self._longest
+        return losses
+
+    def _advance(self, tokens: int) -> None:
+        self._done += tokens
+        if self.resources.ranks.is_first:
+            plan = self.plan
+            total = sum(len(plan.targets.windows(ctx).start) * ctx for ctx in plan.contexts)
+            self.resources.progress("evaluate", self._done, total, run=plan.model.name)
+
+
+def _result(plan: EvalPlan, scored: _Scored, passes: Plan | None, precision: str) -> dict[str, Any]:
+    """The `eval` object of the JSON contract."""
+    config, model, targets = plan.config, plan.model, plan.targets
+    scaling, methods = plan.ladder.scaling, plan.ladder.methods
+    digests = [row["targets_digest"] for row in reversed(scored.rows) if row["status"] == "ok"]
+    return {
+        "run": model.name,
+        "pos": config.baseline or model.trained.pos.name,
         "baseline": config.baseline,
         "scaling": scaling.name,
-        "factor": None if per_row else methods[max(contexts)].parameters.get("factor"),
-        **described,
-        "kept_scaling": kept and scaling.name != "none",
-        "train_ctx": trained.train.ctx,
-        "seed": trained.seed,
-        "data": corpus_name,
+        "factor": None if plan.per_row else methods[max(plan.contexts)].parameters.get("factor"),
+        **plan.labels,
+        "kept_scaling": plan.kept and scaling.name != "none",
+        "train_ctx": model.trained.train.ctx,
+        "seed": model.trained.seed,
+        "data": plan.text.name,
         "window": config.window,
-        "device": device_name(target),
-        "matmul_precision": model.precision,
+        "device": device_name(plan.device),
+        "matmul_precision": precision,
         "memory_planned_mb": None if passes is None else round(passes.needed / 10**6),
-        **subject.facts,
-        **({} if subject.weights is None else {"weights": subject.weights}),
+        **model.facts,
+        **({} if model.weights is None else {"weights": model.weights}),
         "protocol": {
-            "name": layout.protocol,
-            "stride": config.stride if layout.protocol == "sliding" else None,
-            "last": config.last if layout.protocol == "last" else None,
-            "span": layout.span,
+            "name": targets.protocol,
+            "stride": config.stride if targets.protocol == "sliding" else None,
+            "last": config.last if targets.protocol == "last" else None,
+            "span": targets.span,
             "tokens": config.tokens,
             "max_ctx": config.max_ctx,
             "split": config.split,
-            "documents": len(documents),
-            "left_out": layout.left_out,
-            "unused": layout.unused,
-            "bos": bos,
-            "targets_digest": next((row["targets_digest"] for row in reversed(rows) if row["status"] == "ok"), None)
-            if layout.protocol != "prefix"
-            else None,
-            "document_digests": digests,
-            "authors": authors,
-            "data_digest": corpus_digest[:16],
-            "tokenizer": tokenizer.name,
-            "dtype": DTYPE_NAMES[dtype],
+            "documents": len(targets.documents),
+            "left_out": targets.left_out,
+            "unused": targets.unused,
+            "bos": plan.bos,
+            "targets_digest": next(iter(digests), None) if targets.protocol != "prefix" else None,
+            "document_digests": [plan.text.split.digests[i] for i in targets.documents],
+            "authors": plan.authors,
+            "data_digest": plan.text.digest[:16],
+            "tokenizer": model.tokenizer.name,
+            "dtype": DTYPE_NAMES[plan.dtype],
         },
-        "rows": rows,
-        "position_curve": curve,
-        **({"warnings": [*warnings]} if warnings else {}),
+        "rows": scored.rows,
+        "position_curve": scored.curve,
+        **({"warnings": [*scored.warnings]} if scored.warnings else {}),
     }
-    if tensors and ranks.is_first:
-        subject.keep()
-        _make_results_folder(kept_in)
-        from safetensors.torch import save
-
-        files.write(losses_path, save({key: value.contiguous() for key, value in tensors.items()}))
-        write_evaluation(result_path, result, losses_path)
-    return Evaluated(result, losses_path)
-
-
-def _limit_gb(asked: float | None, device: torch.device, ranks: Ranks) -> float | None:
-    """The memory of one rank: those of a machine without a GPU share what is free."""
-    free = free_bytes(device) if ranks.local_world > 1 and device.type == "cpu" else None
-    shared = [] if free is None else [free / GB / ranks.local_world]
-    return min([*shared, *([] if asked is None else [asked])], default=None)
 
 
 def _score(
@@ -388,14 +329,14 @@ def _figures(
     """Perplexity and its kin from the losses of one row: sums in fp64, one division. `n_bytes`: of the targets."""
     exact = losses.astype(np.float64)
     nll = float(exact.sum() / len(exact))
-    finite = math.isfinite(nll)
+    is_finite = math.isfinite(nll)
     return {
-        "ppl": math.exp(nll) if finite and nll < 700 else None,
-        "nll": _finite(nll),
-        "bits_per_byte": float(exact.sum() / (math.log(2) * n_bytes)) if finite and n_bytes else None,
+        "ppl": math.exp(nll) if is_finite and nll < 700 else None,
+        "nll": finite(nll),
+        "bits_per_byte": float(exact.sum() / (math.log(2) * n_bytes)) if is_finite and n_bytes else None,
         "tokens": len(exact),
         **_interval(exact, owner, authors, unit, ctx),
-        "status": "ok" if finite else "non-finite",
+        "status": "ok" if is_finite else "non-finite",
     }
 
 
@@ -406,7 +347,7 @@ def _interval(
     interval = row_interval(by_document, max_ctx=ctx, authors=authors, unit=unit)
     if interval is None:
         return {"ci95": None, "unit": None}
-    return {"ci95": [_finite(interval.lo), _finite(interval.hi)], "unit": interval.unit}
+    return {"ci95": [finite(interval.lo), finite(interval.hi)], "unit": interval.unit}
 
 
 def _with_authors(evaluated: Evaluated, authors: list[str | None], unit: str) -> Evaluated:
@@ -423,11 +364,6 @@ def _with_authors(evaluated: Evaluated, authors: list[str | None], unit: str) ->
             row |= _interval(losses, owner, authors, unit, longest)
     protocol = {**result["protocol"], "authors": authors}
     return Evaluated({**result, "protocol": protocol, "rows": rows}, evaluated.losses_path)
-
-
-def _finite(value: float) -> float | None:
-    """JSON has no word for infinity and for what is no number."""
-    return value if math.isfinite(value) else None
 
 
 def _undefined(ctx: int, factor: float | None, reason: str) -> dict[str, Any]:

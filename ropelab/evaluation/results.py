@@ -13,7 +13,7 @@ from ropelab import config as configs
 from ropelab import files, runs
 from ropelab.config import Method
 from ropelab.errors import RunError
-from ropelab.runs import RunDir, trained_config
+from ropelab.runs import RunDir, config_of
 
 BUDGET = ("tokens", "max_ctx")  # of a protocol: they decide which targets are scored, and the digest says which were
 
@@ -97,8 +97,8 @@ def evaluations(run: RunDir, only: Container[str] | None = None, *, hashing: boo
     if not paths:
         return []
     manifest = run.whole_manifest()
-    trained_config(run)  # or `RunError`: what follows goes by it
-    weights = manifest["digest"] if "checkpoint" in manifest else run.weights_digest()
+    config_of(manifest, run)  # or `RunError`: what follows goes by it
+    weights = manifest["digest"] if "checkpoint" in manifest else run.weights_digest(manifest)
     checked = False
     joined: dict[str, dict[str, Any]] = {}
     for path in paths:
@@ -109,7 +109,7 @@ def evaluations(run: RunDir, only: Container[str] | None = None, *, hashing: boo
                 "or remove it"
             )
         if "weights" not in item and weights is not None and hashing and "checkpoint" not in manifest:
-            if not checked and not run.has_weights():
+            if not checked and not run.has_weights(manifest):
                 raise RunError(f"{run.name}: its weights are truncated, altered or missing; train the run again")
             checked = True
             item = _bound_later(path, item, weights, item.get(LOSSES))

@@ -4,41 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from ropelab import data
-from ropelab.config import Config, DataConfig, Method, SplitNames
+from ropelab.config import DataConfig, Method, SplitNames
 from ropelab.devices import matmul_precision
-from ropelab.errors import RunError
 from ropelab.evaluation.memory import Plan, plan
-from ropelab.evaluation.model import At, Loaded, Subject, Text
+from ropelab.evaluation.model import EvaluatedModel, LoadedModel, ModelAtCtx, Text
 from ropelab.model import GPT
 from ropelab.positions import PositionEncoding
 from ropelab.progress import Progress
-from ropelab.runs import RunDir, check_applied, load_model, run_tokenizer, set_encoding, spectrum_digest, trained_config
+from ropelab.runs import OpenRun, check_applied, set_encoding, spectrum_digest
 
 
-class TrainedRun(Subject):
-    """A finished run of ours. `RunError` where it is not finished, or its weights are damaged."""
+class RunModel(EvaluatedModel):
+    """A finished run of ours. `RunError` where its weights are damaged."""
 
-    def __init__(self, run: RunDir) -> None:
-        self._run = run
-        self._weights, self.weights = run.load_weights(), run.weights_digest()
-        self.name, self.results = run.name, run.results
-        self.manifest = run.finished_manifest()
-        self.trained = trained_config(run)
-        self.original_ctx = self.manifest["original_ctx"]
-        self.tokenizer = run_tokenizer(run)
+    def __init__(self, run: OpenRun) -> None:
+        run.weights  # noqa: B018 - refused before any text is read
+        self.run, self.weights = run, run.weights_digest
+        self.name, self.results = run.name, run.folder.results
+        self.manifest, self.trained = run.manifest, run.config
+        self.original_ctx, self.tokenizer = run.original_ctx, run.tokenizer
 
     def text(self, other: DataConfig | None, which: str, cache_dir: str, progress: Progress) -> Text:
-        own, split, digest, name = evaluation_split(
-            self.manifest, self.trained, other, which, self.tokenizer, cache_dir, progress
-        )
-        return Text(split, digest, name, own.train)
+        own = self.run.corpus(cache_dir, progress)
+        if other is None or same_text(other, self.trained.data):
+            return Text(own.test if which == "test" else own.validation, own.digest, own.name, own.train, config=other)
+        if which != "test":
+            raise ValueError(f"eval.split={which} belongs to the run's own text; other text is all test")
+        cache = Path(cache_dir).expanduser()
+        found = data.prepare(other, cache_dir=cache, evaluate_only=True, tokenizer=self.tokenizer, progress=progress)
+        found = data.check_overlap(own, found, other.overlap)
+        return Text(found.test, found.digest, found.name, own.train, config=other)
 
     def plan(
         self,
@@ -50,52 +51,22 @@ class TrainedRun(Subject):
     ) -> Plan:
         return plan(self.trained.model, self.tokenizer.n_vocab, encodings, device, limit_gb=limit_gb)
 
-    def load(self, device: torch.device, dtype: torch.dtype, *, window: int | None, kept: bool) -> Loaded:
-        precision = matmul_precision(device, self.trained.model.d_model)
-        return _LoadedRun(
-            load_model(self._run, self._weights, device=device), self.original_ctx, window, dtype, precision
-        )
+    def load(self, device: torch.device, dtype: torch.dtype, *, window: int | None, kept: bool) -> LoadedModel:
+        return _LoadedRun(self.run, device, dtype, window)
 
 
-class _LoadedRun(Loaded):
-    def __init__(self, model: GPT, original_ctx: int, window: int | None, dtype: torch.dtype, precision: str) -> None:
-        self._model, self._plain, self._original_ctx = model, model.encoding, original_ctx
-        self._scorer = scorer_of(model, window=window, dtype=dtype)
-        self.precision = precision
+class _LoadedRun(LoadedModel):
+    def __init__(self, run: OpenRun, device: torch.device, dtype: torch.dtype, window: int | None) -> None:
+        self._model, self._original_ctx = run.model(device), run.original_ctx
+        self._plain = self._model.encoding
+        self._scorer = scorer_of(self._model, window=window, dtype=dtype)
+        self.precision = matmul_precision(device, run.config.model.d_model)
 
-    def at(self, ctx: int, method: Method, encoding: PositionEncoding) -> At:
+    def at(self, ctx: int, method: Method, encoding: PositionEncoding) -> ModelAtCtx:
         set_encoding(self._model, encoding)
         spectrum = spectrum_digest(encoding, ctx)
         idle = check_applied(method, self._plain, self._original_ctx, ctx, spectrum)
-        return At(spectrum, idle, encoding.length_dependent, self._scorer)
-
-
-def evaluation_split(
-    manifest: dict[str, Any],
-    trained: Config,
-    other_text: DataConfig | None,
-    which: str,
-    tokenizer: data.Tokenizer,
-    cache_dir: str,
-    progress: Progress,
-) -> tuple[data.Corpus, data.Split, str, str]:
-    """The run's own text, the documents to score, the digest of their corpus and its name.
-
-    `RunError` when the run's own text changed.
-    """
-    cache = Path(cache_dir).expanduser()
-    own = data.prepare(trained.data, cache_dir=cache, tokenizer=tokenizer, progress=progress)
-    if own.digest != manifest["corpus"]["digest"]:
-        raise RunError(
-            f"the text of data={trained.data.name} is not the one that {manifest['run']} was trained on; restore it"
-        )
-    if other_text is None or same_text(other_text, trained.data):
-        return own, (own.test if which == "test" else own.validation), own.digest, own.name
-    if which != "test":
-        raise ValueError(f"eval.split={which} belongs to the run's own text; other text is all test")
-    other = data.prepare(other_text, cache_dir=cache, evaluate_only=True, tokenizer=tokenizer, progress=progress)
-    other = data.check_overlap(own, other, other_text.overlap)
-    return own, other.test, other.digest, other.name
+        return ModelAtCtx(spectrum, idle, encoding.length_dependent, self._scorer)
 
 
 def same_text(one: DataConfig, other: DataConfig) -> bool:

@@ -20,12 +20,12 @@ from ropelab import data, files
 from ropelab.config import DataConfig, Method
 from ropelab.devices import resolve_device
 from ropelab.errors import ContextLengthError
-from ropelab.evaluation import TrainedRun, evaluations
+from ropelab.evaluation import RunModel, evaluations
 from ropelab.huggingface import card, checkpoint, recorded, rotary, weights
 from ropelab.model import GPT, logits_held
 from ropelab.positions import PositionEncoding, Positions, Rope
 from ropelab.progress import Progress, silent
-from ropelab.runs import RunDir, encoding_of, load_model, save_tensors, set_encoding
+from ropelab.runs import RunDir, open_run, save_tensors, set_encoding
 from ropelab.scalings import resolve_factor
 
 TOLERANCE = 1e-3  # of the parity report: nats, and of logits the share of the largest
@@ -67,7 +67,8 @@ def export(
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"-o {folder} is there already; give a new folder")
-    subject = TrainedRun(run)
+    opened = open_run(run)
+    subject = RunModel(opened)
     trained, original_ctx = subject.trained, subject.original_ctx
     train_ctx = trained.train.ctx
     wanted = trained.scaling if scaling is None else scaling
@@ -78,8 +79,8 @@ def export(
             f"--max-ctx {max_ctx} is below the {train_ctx} tokens that {run.name} was trained at; give more"
         )
     method = resolve_factor(wanted, longest=max_ctx or 4 * train_ctx, original_ctx=original_ctx)
-    model = load_model(run, run.load_weights(), device=torch.device("cpu"))
-    encoding = encoding_of(trained, method, original_ctx)
+    model = opened.model(torch.device("cpu"))
+    encoding = opened.encoding(method)
     set_encoding(model, encoding)
     target = _target(model, trained.pos, method, original_ctx, train_ctx, max_ctx)
     text = subject.text(other_text, "test", cache_dir, progress)

@@ -20,13 +20,25 @@ from ropelab import config as configs
 from ropelab import data, files
 from ropelab.config import Config, DataConfig, EvalConfig, Method
 from ropelab.devices import environment, matmul_precision
-from ropelab.distributed import ALONE, Ranks
-from ropelab.evaluation import At, Evaluated, Loaded, Plan, Subject, Text, evaluate_subject, fit, ladder_of, same_text
+from ropelab.evaluation import (
+    Evaluated,
+    EvaluatedModel,
+    LoadedModel,
+    ModelAtCtx,
+    Plan,
+    Resources,
+    Text,
+    execute,
+    fit,
+    ladder_of,
+    resolve,
+    same_text,
+)
 from ropelab.huggingface import adapter as adapters
 from ropelab.huggingface import attention, checkpoint, recorded, rotary
 from ropelab.model import logits_held
 from ropelab.positions import Geometry, PositionEncoding, Positions, Rope
-from ropelab.progress import Progress, silent
+from ropelab.progress import Progress
 from ropelab.runs import NO_SCALING, check_applied, encoding_of, is_run, spectrum_digest
 from ropelab.scalings import SCALINGS, applied_parameters, build
 
@@ -34,7 +46,7 @@ VERSION = 2  # of the evaluation of checkpoints: raised when its numbers change
 OF_SCORES = ("rerope", "self_extend", "temperature", "block_causal")  # scalings of scores and masks, no bias added
 
 
-class Checkpoint(Subject):
+class Checkpoint(EvaluatedModel):
     """A checkpoint of transformers, before its weights are read.
 
     name: folder or name on the hub. text: what to score; None: of a folder that was exported, the text that its run
@@ -105,7 +117,7 @@ class Checkpoint(Subject):
         if self.adapter is not None:
             self.digest = hashlib.sha256(f"{self.digest} adapter {self.adapter.digest}".encode()).hexdigest()
         self.weights = self.digest
-        self.asked = {"checkpoints": VERSION}
+        self.identity = {"checkpoints": VERSION}
         self.name = f"hf-{checkpoint.slug(name)}-{self.digest[:8]}"
         self.results = Path(config.runs_dir).expanduser() / self.name / "results"
         self.facts = {
@@ -165,7 +177,7 @@ class Checkpoint(Subject):
         self.trained = dataclasses.replace(self.trained, scaling=NO_SCALING)
         self.manifest = {**self.manifest, "config": configs.to_dict(self.trained)}
 
-    def beginning(self, asked: str) -> int | None:
+    def bos_token(self, asked: str) -> int | None:
         if asked == "false":
             return None
         found = checkpoint.beginning(self.folder, self.tokenizer)
@@ -187,7 +199,7 @@ class Checkpoint(Subject):
                 f"{asked} changes attention, which {type(self._skeleton).__name__} does not let be replaced; leave it "
                 "out"
             )
-        self.beginning(config.bos)
+        self.bos_token(config.bos)
         if config.baseline is not None:
             raise ValueError("eval.baseline=unigram counts a run's training text; that of a checkpoint is not known")
         if scaling is not None and scaling.name != "none" and not scores:
@@ -282,7 +294,7 @@ class Checkpoint(Subject):
 
         return needed
 
-    def load(self, device: torch.device, dtype: torch.dtype, *, window: int | None, kept: bool) -> Loaded:
+    def load(self, device: torch.device, dtype: torch.dtype, *, window: int | None, kept: bool) -> LoadedModel:
         plain = kept or not self.rotary
         config = self.config if plain else rotary.without_scaling(self.config)
         if self.config.model_type == "mpt":  # its biases are as long as this says
@@ -293,13 +305,13 @@ class Checkpoint(Subject):
         model = model.to(device)
         return _LoadedCheckpoint(self, model, device, kept, window)
 
-    def keep(self) -> None:
+    def make_folder(self) -> None:
         folder = self.results.parent
         folder.mkdir(parents=True, exist_ok=True)
         files.write_json(folder / "manifest.json", self.manifest)
 
 
-class _LoadedCheckpoint(Loaded):
+class _LoadedCheckpoint(LoadedModel):
     def __init__(self, source: Checkpoint, model: Any, device: torch.device, kept: bool, window: int | None) -> None:
         self._source, self._device, self._kept, self._window = source, device, kept, window
         self._model = model
@@ -323,7 +335,7 @@ class _LoadedCheckpoint(Loaded):
                 lines.append("it declares a rotation, which reaches no layer: it has no positions by rotation")
         return tuple(lines)
 
-    def at(self, ctx: int, method: Method, encoding: PositionEncoding) -> At:
+    def at(self, ctx: int, method: Method, encoding: PositionEncoding) -> ModelAtCtx:
         if self._rotary is None:
             self._set_scores(ctx, method, encoding)
             idle = method.name in OF_SCORES and SCALINGS[method.name].idle(
@@ -333,7 +345,7 @@ class _LoadedCheckpoint(Loaded):
             if method.name in OF_SCORES and not idle:
                 says += f" {method}"
             spectrum = hashlib.sha256(says.encode()).hexdigest()
-            return At(spectrum, idle, False, self._scorer(ctx), warnings=self._warnings)
+            return ModelAtCtx(spectrum, idle, False, self._scorer(ctx), warnings=self._warnings)
         assert isinstance(encoding, Rope)
         if method.name in ("none", "own") or self._kept:
             self._rotary.reset()
@@ -347,7 +359,7 @@ class _LoadedCheckpoint(Loaded):
         self._set_scores(ctx, method, encoding)
         spectrum = spectrum_digest(encoding, ctx)
         idle = check_applied(method, self._plain, self._source.original_ctx, ctx, spectrum)
-        return At(
+        return ModelAtCtx(
             spectrum, idle, encoding.length_dependent, self._scorer(ctx), self._scaled_layers(method), self._warnings
         )
 
@@ -361,7 +373,7 @@ class _LoadedCheckpoint(Loaded):
         except (ValueError, TypeError) as error:  # modules that disagree, or are called in another way
             return str(error)
 
-    def _as_transformers_turns(self, ctx: int, method: Method, encoding: Rope, found: str | None) -> At:
+    def _as_transformers_turns(self, ctx: int, method: Method, encoding: Rope, found: str | None) -> ModelAtCtx:
         """The model as transformers loads it, where that is no encoding of ours."""
         assert self._rotary is not None
         hasher = hashlib.sha256(f"{self._source.digest} {method} {ctx}".encode())
@@ -372,7 +384,7 @@ class _LoadedCheckpoint(Loaded):
         if found is not None:
             line += f" (without a scaling: {found})"
         self._set_scores(ctx, method, encoding)
-        return At(
+        return ModelAtCtx(
             hasher.hexdigest(), False, True, self._scorer(ctx), self._scaled_layers(method), (line, *self._warnings)
         )
 
@@ -458,13 +470,9 @@ def evaluate(
     config: EvalConfig,
     *,
     scaling: Method | None = None,
-    device: str = "auto",
-    cache_dir: str,
-    progress: Progress = silent,
-    notice: Callable[[str], None] = lambda line: None,
-    ranks: Ranks = ALONE,
+    resources: Resources,
 ) -> Evaluated:
-    """Perplexity of a checkpoint over a ladder of contexts, as `experiment.evaluate` of a run.
+    """Perplexity of a checkpoint over a ladder of contexts, as `evaluation.evaluate` of a run.
 
     `scaling` replaces the checkpoint's own (`none` removes it; None keeps it as transformers applies it, whether or not
     it is a formula of ours). What the loaded model turns by is read back at every length. `ValueError` as
@@ -473,10 +481,7 @@ def evaluate(
 
     def asked() -> Evaluated:
         source.check(config, scaling)
-        return evaluate_subject(
-            source, config, scaling=scaling, device=device, cache_dir=cache_dir, progress=progress, notice=notice,
-            ranks=ranks,
-        )  # fmt: skip
+        return execute(resolve(source, config, resources, scaling=scaling), resources)
 
     try:
         return asked()

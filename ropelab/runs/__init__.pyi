@@ -5,8 +5,6 @@ from .finding import check_runs_dir as check_runs_dir
 from .finding import find_run as find_run
 from .finding import is_run as is_run
 from .finding import latest_finished as latest_finished
-from .finished import run_tokenizer as run_tokenizer
-from .finished import trained_config as trained_config
 from .folder import RunDir as RunDir
 from .folder import checkpoint_state as checkpoint_state
 from .folder import load_tensors as load_tensors
@@ -19,6 +17,11 @@ from .models import NO_SCALING as NO_SCALING
 from .models import build_model as build_model
 from .models import check_applied as check_applied
 from .models import encoding_of as encoding_of
-from .models import load_model as load_model
+from .models import restored_model as restored_model
 from .models import set_encoding as set_encoding
 from .models import spectrum_digest as spectrum_digest
+from .open import OpenRun as OpenRun
+from .open import config_of as config_of
+from .open import open_run as open_run
+from .open import run_tokenizer as run_tokenizer
+from .open import trained_config as trained_config

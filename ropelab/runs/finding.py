@@ -6,9 +6,11 @@ import contextlib
 import difflib
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from ropelab.errors import RunError
 from ropelab.runs.folder import RunDir
+from ropelab.runs.open import OpenRun
 
 SWEEPS = "sweeps"  # the folder among the runs that holds sweeps
 
@@ -76,10 +78,12 @@ def find_run(name: str, runs_dir: Path) -> RunDir:
     raise RunError(f"there is no run '{name}'; {hint}")
 
 
-def latest_finished(runs_dir: Path) -> RunDir:
-    """`RunError` when there is none."""
+def latest_finished(runs_dir: Path) -> OpenRun:
+    """The run that was finished last, opened. `RunError` when there is none, or it cannot be used."""
     for run in reversed(all_runs(runs_dir)):
+        manifest: dict[str, Any] = {}
         with contextlib.suppress(RunError):
-            if run.manifest().get("status") == "done":
-                return run
+            manifest = run.manifest()
+        if manifest.get("status") == "done":
+            return OpenRun(run, run.checked(manifest))
     raise RunError(f"there is no finished run in {runs_dir}; train one first: ropelab train --pos rope")

@@ -129,16 +129,22 @@ class RunDir:
 
     def finished_manifest(self) -> dict[str, Any]:
         """The manifest of a run whose weights can be used. `RunError` for an unfinished one; as `whole_manifest`."""
-        if self.manifest().get("status") != "done":
+        manifest = self.manifest()
+        if "checkpoint" in manifest:
+            raise RunError(f"{self.name} is a checkpoint; evaluate it with --hf {manifest.get('source', 'FOLDER')}")
+        if manifest.get("status") != "done":
             raise RunError(f"{self.name} is {self.status()}, not done; finish it with `ropelab train` first")
-        return self.whole_manifest()
+        return self.checked(manifest)
 
     def whole_manifest(self) -> dict[str, Any]:
         """The manifest, with all that a manifest says from the first step on.
 
         `RunError` where it lacks some of it, or where its numbers are those of another NUMERICS_VERSION.
         """
-        manifest = self.manifest()
+        return self.checked(self.manifest())
+
+    def checked(self, manifest: dict[str, Any]) -> dict[str, Any]:
+        """A manifest of this run that was read already, as `whole_manifest`."""
         ours = "checkpoint" not in manifest
         lacking = [key for key in (*NEEDED, *(OF_RUNS if ours else ())) if key not in manifest]
         for key, inner in (INSIDE_OF_RUNS if ours else INSIDE).items():
@@ -365,7 +371,8 @@ class RunDir:
         return sorted(self.checkpoints.glob("step-*"))
 
     @staticmethod
-    def _intact(checkpoint: Path) -> bool:
+    def _intact(checkpoint: Path, only: str | None = None) -> bool:
+        """Are the files of a checkpoint, or the one that is named, those that it recorded?"""
         state = _state(checkpoint)
         if state is None:
             return False
@@ -373,6 +380,7 @@ class RunDir:
             return all(
                 _is_whole(checkpoint / name) and files.sha256_of(checkpoint / name) == digest
                 for name, digest in state["sha256"].items()
+                if only in (None, name)
             )
         except OSError:
             return False
@@ -441,25 +449,25 @@ class RunDir:
         except (KeyError, TypeError, ValueError, AttributeError):
             raise RunError(f"{self.manifest_path} is no manifest: its config has no train.steps") from None
 
-    def weights_digest(self) -> str | None:
+    def weights_digest(self, manifest: Mapping[str, Any] | None = None) -> str | None:
         """sha256 of the finished run's weights as its checkpoint recorded it; None where there is no such record.
 
-        Nothing is hashed here: `load_weights` compares the file with it.
+        Nothing is hashed here: `load_weights` compares the file with it. `manifest`: the run's, where it was read.
         """
         try:
-            state = _state(self._last_checkpoint(self.manifest()))
+            state = _state(self._last_checkpoint(manifest or self.manifest()))
         except RunError:
             return None
         return None if state is None else str(state["sha256"]["model.safetensors"])
 
-    def has_weights(self) -> bool:
+    def has_weights(self, manifest: Mapping[str, Any] | None = None) -> bool:
         """Are the finished run's weights those that its checkpoint recorded? They are read through for it."""
-        return self._intact(self._last_checkpoint(self.manifest()))
+        return self._intact(self._last_checkpoint(manifest or self.manifest()), only="model.safetensors")
 
-    def load_weights(self) -> dict[str, Tensor]:
-        """The finished run's weights. `RunError` when the run is unfinished or its checkpoint is damaged."""
-        checkpoint = self._last_checkpoint(self.finished_manifest())
-        if not self._intact(checkpoint):
+    def load_weights(self, manifest: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
+        """The finished run's weights. `RunError` when the run is unfinished or its weights are damaged."""
+        checkpoint = self._last_checkpoint(manifest or self.finished_manifest())
+        if not self._intact(checkpoint, only="model.safetensors"):
             raise RunError(f"{checkpoint} is truncated, altered or missing; train the run again")
         return load_tensors(checkpoint / "model.safetensors")
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from ropelab.config import Config, Method
-from ropelab.errors import ContextLengthError, RunError
+from ropelab.errors import ContextLengthError
 from ropelab.model import GPT
 from ropelab.positions import Geometry, PositionEncoding
-from ropelab.runs.finished import trained_config
-from ropelab.runs.folder import RunDir
 from ropelab.scalings import SCALINGS, applied_parameters, build
 
 NO_SCALING = Method("none", {})
@@ -31,26 +30,27 @@ def encoding_of(trained: Config, scaling: Method, original_ctx: int) -> Position
     return encoding
 
 
-def load_model(run: RunDir, weights: dict[str, Tensor], *, device: torch.device) -> GPT:
-    """The model of a finished run with these weights of it, without a scaling, ready to be evaluated."""
-    manifest = run.finished_manifest()
-    trained = trained_config(run)
+def restored_model(
+    config: Config, n_vocab: int, weights: Mapping[str, Tensor], *, original_ctx: int, device: torch.device
+) -> GPT:
+    """The GPT of a configuration with these weights, without a scaling, ready to be evaluated.
+
+    `ValueError` where they are not a model's of this configuration.
+    """
     table = weights.get("tokens.weight", torch.empty(0))
-    shape = (manifest["tokenizer"]["n_vocab"], trained.model.d_model)
-    if tuple(table.shape) != shape or trained.model.n_layer > len(weights):  # before anything of these sizes is made
-        raise RunError(f"{run.manifest_path} tells of another model than the weights of {run.name}; restore it")
-    model = build_model(
-        trained, manifest["tokenizer"]["n_vocab"], scaling=NO_SCALING, original_ctx=manifest["original_ctx"]
-    )
+    # before anything of these sizes is made
+    if tuple(table.shape) != (n_vocab, config.model.d_model) or config.model.n_layer > len(weights):
+        raise ValueError("the token table or the number of layers is another")
+    encoding = build(config.pos, NO_SCALING, Geometry.of(config.model, original_ctx))
+    with torch.device("meta"):  # no tensor is drawn that is then overwritten
+        model = GPT(config.model, n_vocab, encoding, seed=None)
+    model.to_empty(device=device)
     try:
         model.load_state_dict(weights, strict=True)
     except RuntimeError as error:  # other names or shapes
-        raise RunError(
-            f"the weights of {run.name} are not those of the model in {run.manifest_path} "
-            f"({str(error).splitlines()[-1].strip()}); restore the run, or train it again"
-        ) from None
+        raise ValueError(str(error).splitlines()[-1].strip()) from None
     model.progress(1.0)
-    return model.to(device).eval()
+    return model.eval()
 
 
 def set_encoding(model: GPT, encoding: PositionEncoding) -> None:

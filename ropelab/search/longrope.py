@@ -35,7 +35,7 @@ from ropelab.errors import Interrupted, RunError
 from ropelab.evaluation import Layout, evaluate, lay_out
 from ropelab.positions import Rope
 from ropelab.progress import Progress, silent
-from ropelab.runs import NO_SCALING, RunDir, load_model, run_tokenizer, trained_config
+from ropelab.runs import NO_SCALING, OpenRun, RunDir
 from ropelab.scalings import SCALINGS, resolve_factor
 from ropelab.search.evolution import Candidate, Found, SearchConfig, Space, evolve, planned, random_search
 from ropelab.search.scores import Question, Scores, SearchSet, finite
@@ -77,13 +77,12 @@ def _typed(key: str, text: str, default: Any) -> Any:
         raise ValueError(f"{key} takes {word}, not '{text}'") from None
 
 
-def ask(run: RunDir, *, ctx: int, factor: float | None) -> Question:
+def ask(run: OpenRun, *, ctx: int, factor: float | None) -> Question:
     """The question of a search, checked before any text is read.
 
     `ValueError` for a run without a rotary spectrum, a ctx that is none longer, or a factor that is no extension.
     """
-    trained = trained_config(run)
-    original_ctx: int = run.finished_manifest()["original_ctx"]
+    trained, original_ctx = run.config, run.original_ctx
     if ctx <= original_ctx:
         raise ValueError(
             f"--ctx {ctx} is no extension: {run.name} goes back to training at {original_ctx}; "
@@ -102,7 +101,7 @@ def ask(run: RunDir, *, ctx: int, factor: float | None) -> Question:
 
 
 def search_longrope(
-    run: RunDir,
+    run: OpenRun,
     question: Question,
     search: SearchConfig,
     config: Config,
@@ -118,13 +117,8 @@ def search_longrope(
     """
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.eval.dtype, device)
-    weights = run.load_weights()
-    manifest = run.manifest()
-    tokenizer = run_tokenizer(run)
-    cache = Path(config.cache_dir).expanduser()
-    corpus = data.prepare(question.trained.data, cache_dir=cache, tokenizer=tokenizer, progress=progress)
-    if corpus.digest != manifest["corpus"]["digest"]:
-        raise RunError(f"the text of {run.name} is not the one that it was trained on; restore it")
+    weights, manifest, tokenizer = run.weights, run.manifest, run.tokenizer
+    corpus = run.corpus(config.cache_dir, progress)
     contexts = (question.ctx, question.original_ctx) if short else (question.ctx,)
     asked = {ctx: _last(config.eval, ctx, search.targets) for ctx in contexts}
     # as much text at original_ctx as at ctx; a document that holds the long windows holds the short ones
@@ -134,7 +128,7 @@ def search_longrope(
         _check_length(corpus.test, ctx)  # known before the search, not after it
         lay_out(_lengths(corpus.test), (ctx,), asked[ctx])
 
-    model = load_model(run, weights, device=device)
+    model = run.model(device)
     sets = {
         ctx: SearchSet(model, corpus.validation, layouts[ctx], samples=samples[ctx], dtype=dtype) for ctx in contexts
     }
@@ -153,11 +147,11 @@ def search_longrope(
         "device": device.type,  # its rounding decides between close candidates
     }
     digest = files.digest_of(identity)
-    folder = run.searches / f"longrope-{digest[:16]}"
+    folder = run.folder.searches / f"longrope-{digest[:16]}"
     seeds = _seeds(question)
     _make_folder(folder)
     # the run stays as it is, and nobody else makes the same search
-    with run.in_use(), RunDir(folder).locked(), interrupts() as caught:
+    with run.folder.in_use(), RunDir(folder).locked(), interrupts() as caught:
         searching = _Searching(
             question, search, config.seed, Scores(folder / "state.json"), sets, caught, run.name, progress
         )

@@ -12,7 +12,7 @@ from typing import Any
 from ropelab import config as configs
 from ropelab.config import Config, EvalConfig
 from ropelab.errors import CacheError
-from ropelab.evaluation import MIN_DOCUMENTS, ladder_of, lay_out, no_beginning
+from ropelab.evaluation import MIN_DOCUMENTS, check_no_bos, ladder_of, lay_out
 from ropelab.progress import Progress
 from ropelab.training import Session, found_from_anywhere
 
@@ -56,7 +56,7 @@ def plan_tasks(points: Sequence[tuple[str, Config]], progress: Progress) -> Task
             asks = _within(config, lengths)
             question["eval"] = {**question["eval"], "ctx": asks.ctx}
             try:
-                no_beginning(config.eval.bos)
+                check_no_bos(config.eval.bos)
                 ladder = ladder_of(resolved, session.original_ctx, asks, scaling=scaling)
                 lay_out(lengths, tuple(ladder.methods), asks)
             except ValueError as error:

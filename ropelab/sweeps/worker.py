@@ -123,7 +123,7 @@ def _evaluated(
     from ropelab import config, evaluation, runs
 
     resolved = _configuration(task)
-    run = runs.RunDir(Path(trained["run_dir"]))
+    run = runs.open_run(Path(trained["run_dir"]))
     evaluations = []
     for question in task["evaluations"]:
         tree = {**task["config"], "eval": question["eval"]}
@@ -138,7 +138,7 @@ def _evaluated(
             ranks=ranks,
         )
         evaluations.append({"result": done.result, "losses": str(done.losses_path)})
-    return {"train": trained, "evaluations": evaluations, "manifest": run.manifest()}
+    return {"train": trained, "evaluations": evaluations, "manifest": run.manifest}
 
 
 def _save_when_left_alone() -> None:
