@@ -10,6 +10,7 @@ from typing import Any
 from ropelab import claims, config, runs, sweeps
 from ropelab.claims import Claim, Evaluation, Measurement, Row, Training, Verdict
 from ropelab.config import Config
+from ropelab.evaluation import EvalResult, Evaluated
 
 Progress = Callable[..., None]
 
@@ -25,10 +26,10 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """Verdicts, the `eval` objects behind them, and the runs that failed as (name, message)."""
+    """Verdicts, the evaluations behind them, and the runs that failed as (name, message)."""
 
     verdicts: list[Verdict]
-    evals: list[dict[str, Any]]
+    evals: list[EvalResult]
     manifests: list[dict[str, Any]]
     measurements: list[Measurement]
     trainings: list[Training]
@@ -103,6 +104,7 @@ def run_plan(
         questions = [{"eval": _eval_tree(item, split), "scaling": _scaling_text(item)} for item in items]
         tasks.append({"config": config.to_dict(resolved), "evaluations": questions})
     from ropelab.devices import side_by_side
+    from ropelab.evaluation import EvalResult, Evaluated
 
     sharing = side_by_side(config.load(list(overrides)).device)
     results, interrupted = sweeps.run_in_batches(tasks, stack=stack, slots=sweeps.cores(), progress=progress, **sharing)
@@ -116,13 +118,14 @@ def run_plan(
         manifests.append(result["manifest"])
         trainings.append(_training(run, seed, result["manifest"]))
         for item, done in zip(items, result["evaluations"], strict=True):
-            evals.append(done["result"])
-            measurements.append(_measurement(item, seed, done))
+            evaluated = Evaluated(EvalResult.from_json(done["result"]), Path(done["losses"]))
+            evals.append(evaluated.result)
+            measurements.append(_measurement(item, seed, evaluated))
     verdicts: list[Verdict] = []
     if split == "test" and not failures and not interrupted:
         runs_dir = Path(config.load(list(overrides)).runs_dir).expanduser()
         verdicts = _judged(plan.claims, measurements, trainings, seeds, claims.Looks(runs_dir), last_look)
-    evals.sort(key=lambda item: (item["seed"], item["protocol"]["name"]))
+    evals.sort(key=lambda item: (item.seed, item.protocol.name))
     return Outcome(verdicts, evals, manifests, measurements, trainings, failures, interrupted, trained)
 
 
@@ -158,25 +161,20 @@ def _scaling_text(item: Evaluation) -> str | None:
     return f"{item.scaling}:{item.factor:g}"
 
 
-def _measurement(item: Evaluation, seed: int, done: dict[str, Any]) -> Measurement:
-    from ropelab.evaluation import Evaluated
-
-    result = done["result"]
-    evaluated = Evaluated(result, Path(done["losses"]))
+def _measurement(item: Evaluation, seed: int, evaluated: Evaluated) -> Measurement:
     rows = {}
-    for row in result["rows"]:
-        ok = row["status"] == "ok"
-        rows[row["ctx"]] = Row(
-            status=row["status"],
-            reason=row.get("reason"),
-            nll=evaluated.document_means(row["ctx"]) if ok else {},
-            targets=row.get("targets_digest"),
-            spectrum=row.get("spectrum_digest"),
+    for row in evaluated.result.rows:
+        rows[row.ctx] = Row(
+            status=row.status,
+            reason=row.reason,
+            nll=evaluated.document_means(row.ctx) if row.ok else {},
+            targets=row.targets_digest,
+            spectrum=row.spectrum_digest,
         )
-    protocol = result["protocol"]
-    authors = dict(zip(protocol["document_digests"], protocol["authors"], strict=True))
+    protocol = evaluated.result.protocol
+    authors = dict(zip(protocol.document_digests or (), protocol.authors or (), strict=True))
     clusters = {digest: author for digest, author in authors.items() if author}
-    return Measurement(item, seed, protocol["dtype"], rows, clusters)
+    return Measurement(item, seed, protocol.dtype or "", rows, clusters)
 
 
 def _training(run: tuple[str, ...], seed: int, manifest: dict[str, Any]) -> Training:

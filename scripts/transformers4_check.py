@@ -112,7 +112,7 @@ def places(base: Path) -> list[str]:
 def references(run: RunDir, method: Method | None, folder: Path, holds: int) -> tuple[list[list[int]], list[str]]:
     """Tokens and ropelab's logits at 1, 2, 4 times the training length, as far as the export reaches."""
     manifest = run.manifest()
-    model = runs.load_model(run, run.load_weights(), device=torch.device("cpu"))
+    model = runs.open_run(run).model(torch.device("cpu"))
     if method is not None:
         encoding = runs.encoding_of(config.from_dict(manifest["config"]), method, manifest["original_ctx"])
         runs.set_encoding(model, encoding)

@@ -81,12 +81,12 @@ def test_scalings_of_a_child_refer_to_its_roots_length(folder: Path, parent: Run
 def test_a_child_sees_the_batches_after_its_parents(folder: Path, parent: RunDir) -> None:
     """The first loss of a child at no learning rate is the parent's loss on batch 4, which the parent never saw."""
     from ropelab import data
-    from ropelab.runs import load_model
+    from ropelab.runs import open_run
 
     run = trained(child(folder, parent, "train.steps=1", "train.lr=1e-30"))
     corpus = data.prepare(config.from_dict(parent.manifest()["config"]).data, cache_dir=folder / "cache")
     windows = data.Batches(corpus.train, ctx=16, separator=256).at(4, seed=7, batch_size=4)
-    model = load_model(parent, parent.load_weights(), device=torch.device("cpu"))
+    model = open_run(parent).model(torch.device("cpu"))
     with torch.no_grad():
         losses = model.nll(model(torch.from_numpy(windows[:, :-1])), torch.from_numpy(windows[:, 1:]))
     scored = losses[torch.from_numpy(windows[:, 1:]) != 256]
@@ -297,7 +297,7 @@ def test_a_dropped_rotation_stays_dropped(folder: Path, parent: RunDir) -> None:
     losses = [line["loss"] for line in dropped.metrics()]
     assert losses[:3] == [line["loss"] for line in rope.metrics()][:3]
     assert losses[3:] != [line["loss"] for line in rope.metrics()][3:]
-    model = runs.load_model(dropped, dropped.load_weights(), device=torch.device("cpu"))
+    model = runs.open_run(dropped).model(torch.device("cpu"))
     assert model.prepare(16).record.rotation is None
     # the same weights as NoPE give the same losses
     row = evaluate(dropped, folder, "eval.ctx=64")["rows"][-1]

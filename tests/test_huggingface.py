@@ -131,7 +131,7 @@ def native(folder: Path, ids: Tensor, change: Callable[[Any], None] = lambda con
 @torch.no_grad()
 def ours(run: RunDir, ids: Tensor, scaling: Method = runs.NO_SCALING) -> Tensor:
     """Logits (B, T, V - 1) of ropelab's GPT."""
-    model = runs.load_model(run, run.load_weights(), device=CPU)
+    model = runs.open_run(run).model(CPU)
     manifest = run.manifest()
     encoding = runs.encoding_of(config.from_dict(manifest["config"]), scaling, manifest["original_ctx"])
     runs.set_encoding(model, encoding)

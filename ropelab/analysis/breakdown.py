@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ropelab.config import Config, Method
 from ropelab.errors import ContextLengthError
+from ropelab.evaluation import EvalResult, Row
 from ropelab.positions import (
     T5,
     Geometry,
@@ -236,22 +237,20 @@ Key = tuple[str, float | None, str]
 """A scaling as evaluated: its name, factor, and the parameters that are not the defaults, as JSON."""
 
 
-def key_of(item: Mapping[str, Any]) -> Key:
-    return item["scaling"], item["factor"], json.dumps(item.get("scaling_changed") or {}, sort_keys=True)
+def key_of(item: EvalResult) -> Key:
+    return item.scaling, item.factor, json.dumps(item.changed["scaling_changed"], sort_keys=True)
 
 
-def by_method(
-    evals: Sequence[Mapping[str, Any]], protocols: Sequence[str], preferred: str | None
-) -> dict[Key, Mapping[str, Any]]:
-    """The `eval` object that says most about each scaling: of the first protocol, on the `preferred` targets (a digest)
+def by_method(evals: Sequence[EvalResult], protocols: Sequence[str], preferred: str | None) -> dict[Key, EvalResult]:
+    """The evaluation that says most about each scaling: of the first protocol, on the `preferred` targets (a digest)
     rather than on others, of the longest ladder.
 
     Left out: window controls, and evaluations of the validation split.
     """
-    chosen: dict[Key, Mapping[str, Any]] = {}
+    chosen: dict[Key, EvalResult] = {}
     for item in evals:
-        protocol = item["protocol"]
-        if item["window"] is not None or protocol["name"] not in protocols or protocol.get("split", "test") != "test":
+        protocol = item.protocol
+        if item.window is not None or protocol.name not in protocols or protocol.split not in (None, "test"):
             continue
         key = key_of(item)
         if key not in chosen or _worth(item, protocols, preferred) > _worth(chosen[key], protocols, preferred):
@@ -259,45 +258,44 @@ def by_method(
     return chosen
 
 
-def _worth(item: Mapping[str, Any], protocols: Sequence[str], preferred: str | None) -> tuple[int, bool, int, int]:
-    ctxs = [row["ctx"] for row in item["rows"]]
-    same = preferred is not None and item["protocol"].get("targets_digest") == preferred
-    return -protocols.index(item["protocol"]["name"]), same, max(ctxs), len(ctxs)
+def _worth(item: EvalResult, protocols: Sequence[str], preferred: str | None) -> tuple[int, bool, int, int]:
+    ctxs = [row.ctx for row in item.rows]
+    same = preferred is not None and item.protocol.targets_digest == preferred
+    return -protocols.index(item.protocol.name), same, max(ctxs), len(ctxs)
 
 
-def observe(
-    item: Mapping[str, Any], as_trained: Sequence[Mapping[str, Any]], threshold: float = THRESHOLD
-) -> dict[str, Any]:
-    """Where the losses of an `eval` object begin to rise: {"protocol", "threshold", "baseline", "good", "bad"}.
+def observe(item: EvalResult, as_trained: Sequence[EvalResult], threshold: float = THRESHOLD) -> dict[str, Any]:
+    """Where the losses of an evaluation begin to rise: {"protocol", "threshold", "baseline", "good", "bad"}.
 
     The baseline is the loss at train_ctx of the model as it was trained (one of `as_trained`) on the same targets,
     "trained"; where that was not evaluated the item's own, "own". `bad` is the first ctx of the ladder, from train_ctx
     on, whose loss is more than `threshold` nats above it or that has none; `good` the one before. Between them nothing
     is known. None: `good` is the longest ctx where nothing is bad; both are None without a baseline.
     """
-    train_ctx = item["train_ctx"]
+    train_ctx = item.train_ctx
     own = _row(item, train_ctx)
     baseline, said = None, None
     for other in as_trained:
         row = _row(other, train_ctx)
-        same = own is not None and row is not None and row.get("targets_digest") == own.get("targets_digest")
-        if same and row is not None and other["protocol"].get("dtype") == item["protocol"].get("dtype"):
-            baseline, said = row["nll"], "trained"
+        same = own is not None and row is not None and row.targets_digest == own.targets_digest
+        if same and row is not None and other.protocol.dtype == item.protocol.dtype:
+            baseline, said = row.nll, "trained"
             break
     else:
         if own is not None:
-            baseline, said = own["nll"], "own"
-    found = {"protocol": item["protocol"]["name"], "threshold": threshold, "baseline": said, "good": None, "bad": None}
+            baseline, said = own.nll, "own"
+    found = {"protocol": item.protocol.name, "threshold": threshold, "baseline": said, "good": None, "bad": None}
     if baseline is None:
         return found
-    for row in sorted(item["rows"], key=lambda row: row["ctx"]):
-        if row["ctx"] < train_ctx:
+    for row in sorted(item.rows, key=lambda row: row.ctx):
+        if row.ctx < train_ctx:
             continue
-        if row["status"] != "ok" or row["nll"] is None or row["nll"] > baseline + threshold:
-            return {**found, "bad": row["ctx"]}
-        found["good"] = row["ctx"]
+        if not row.ok or row.nll is None or row.nll > baseline + threshold:
+            return {**found, "bad": row.ctx}
+        found["good"] = row.ctx
     return found
 
 
-def _row(item: Mapping[str, Any], ctx: int) -> Mapping[str, Any] | None:
-    return next((row for row in item["rows"] if row["ctx"] == ctx and row["status"] == "ok"), None)
+def _row(item: EvalResult, ctx: int) -> Row | None:
+    row = item.row(ctx)
+    return row if row is not None and row.ok else None

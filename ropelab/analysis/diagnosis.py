@@ -11,6 +11,7 @@ from ropelab.analysis import breakdown
 from ropelab.analysis.breakdown import At, Trained
 from ropelab.config import Config, Method
 from ropelab.errors import ContextLengthError
+from ropelab.evaluation import EvalResult
 from ropelab.positions import PositionEncoding, Rope
 from ropelab.runs import OpenRun, encoding_of, recipe
 from ropelab.scalings import resolve_factor
@@ -51,7 +52,7 @@ def encodings_at(trained: Config, scaling: Method, original_ctx: int, *, longest
     return at
 
 
-def diagnose_run(manifest: Mapping[str, Any], evals: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def diagnose_run(manifest: Mapping[str, Any], evals: Sequence[EvalResult]) -> dict[str, Any]:
     """What a run's configuration and its evaluations say together; needs neither its weights nor text.
 
     {"run", "pos", "pos_changed", "recipe", "train_ctx", "trained_length": positions drawn in training, "pairs": rotary
@@ -72,19 +73,17 @@ def diagnose_run(manifest: Mapping[str, Any], evals: Sequence[Mapping[str, Any]]
     own = [
         item
         for item in evals
-        if item["run"] == manifest["run"]
-        and item["pos"] == trained.pos.name
-        and item["data"] == manifest["corpus"]["name"]
+        if item.run == manifest["run"] and item.pos == trained.pos.name and item.data == manifest["corpus"]["name"]
     ]
-    as_trained = [item for item in own if _is_trained(item, trained) and item["window"] is None]
+    as_trained = [item for item in own if _is_trained(item, trained) and item.window is None]
     # of `last` and `sliding` it is the end of a window only, which shows no bend
-    reaching = [item for item in own if (curve := item.get("position_curve")) and curve["edges"][0] < trained.train.ctx]
+    reaching = [item for item in own if (curve := item.position_curve) and curve.edges[0] < trained.train.ctx]
     by_position = ("nonoverlapping", "prefix", "sliding", "last")
     positions = breakdown.by_method(reaching, by_position, _targets(as_trained, by_position))
     evaluated = []
     for key, item in breakdown.by_method(own, breakdown.PROTOCOLS, _targets(as_trained, breakdown.PROTOCOLS)).items():
         scaling, factor, _ = key
-        longest = max(row["ctx"] for row in item["rows"])
+        longest = max(row.ctx for row in item.rows)
         at = _evaluated_with(item, trained, original_ctx)
         why = "an earlier version made this evaluation and stored no parameters: evaluate it again for a prediction"
         predicted: dict[str, Any] = {"breaks_from": None, "pair": None, "why": why}
@@ -98,20 +97,20 @@ def diagnose_run(manifest: Mapping[str, Any], evals: Sequence[Mapping[str, Any]]
             {
                 "scaling": scaling,
                 "factor": factor,
-                "changed": item.get("scaling_changed") or {},
+                "changed": item.changed["scaling_changed"],
                 "trained": _is_trained(item, trained),
                 "ctx": longest,
                 "new_pairs": new_pairs,
                 "predicted": predicted,
                 "observed": breakdown.observe(item, as_trained),
-                "targets": item["protocol"].get("targets_digest"),
-                "losses": [[row["ctx"], row["nll"]] for row in item["rows"] if row["status"] == "ok"],
+                "targets": item.protocol.targets_digest,
+                "losses": [[row.ctx, row.nll] for row in item.rows if row.ok],
                 "by_position": None
-                if where is None
+                if where is None or where.position_curve is None
                 else {
-                    "protocol": where["protocol"]["name"],
-                    "targets": where["protocol"].get("targets_digest"),
-                    **where["position_curve"],
+                    "protocol": where.protocol.name,
+                    "targets": where.protocol.targets_digest,
+                    **where.position_curve.to_json(),
                 },
             }
         )
@@ -129,16 +128,16 @@ def diagnose_run(manifest: Mapping[str, Any], evals: Sequence[Mapping[str, Any]]
     }
 
 
-def _targets(as_trained: Sequence[Mapping[str, Any]], protocols: Sequence[str]) -> str | None:
+def _targets(as_trained: Sequence[EvalResult], protocols: Sequence[str]) -> str | None:
     """The targets that the run as trained was scored on, which its scalings are compared with."""
     best = next(iter(breakdown.by_method(as_trained, protocols, None).values()), None)
-    return None if best is None else best["protocol"].get("targets_digest")
+    return None if best is None else best.protocol.targets_digest
 
 
-def _is_trained(item: Mapping[str, Any], trained: Config) -> bool:
-    if item["scaling"] == "none":
+def _is_trained(item: EvalResult, trained: Config) -> bool:
+    if item.scaling == "none":
         return trained.scaling.name == "none"
-    return bool(item.get("kept_scaling"))
+    return bool(item.kept_scaling)
 
 
 def _new_pairs(at: At, met: Trained | None, ctx: int) -> int | None:
@@ -151,10 +150,10 @@ def _new_pairs(at: At, met: Trained | None, ctx: int) -> int | None:
         return None
 
 
-def _evaluated_with(item: Mapping[str, Any], trained: Config, original_ctx: int) -> At | None:
+def _evaluated_with(item: EvalResult, trained: Config, original_ctx: int) -> At | None:
     """The encodings that an evaluation used, by ctx; None for one of a version that did not store the parameters."""
-    parameters = {} if item["scaling"] == "none" else item.get("scaling_parameters")
+    parameters = {} if item.scaling == "none" else item.scaling_parameters
     if parameters is None:
         return None
-    scaling = Method(item["scaling"], parameters)
-    return encodings_at(trained, scaling, original_ctx, longest=max(row["ctx"] for row in item["rows"]))
+    scaling = Method(item.scaling, parameters)
+    return encodings_at(trained, scaling, original_ctx, longest=max(row.ctx for row in item.rows))

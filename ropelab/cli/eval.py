@@ -35,6 +35,7 @@ from ropelab.errors import RunError
 from ropelab.progress import plain
 
 if TYPE_CHECKING:
+    from ropelab.evaluation import EvalResult
     from ropelab.runs import RunDir
     from ropelab.sweeps import Sweep
 
@@ -122,13 +123,14 @@ def evaluate(
         for line in dict.fromkeys(line for result in results for line in said_of(result)):
             say(plain(line))
         for result in results:
-            if all(row.get("idle", False) for row in result["rows"]):
+            if all(row.idle for row in result.rows):
                 say(
-                    f"{result['scaling']} with these parameters changes nothing at these lengths: the numbers are the "
+                    f"{result.scaling} with these parameters changes nothing at these lengths: the numbers are the "
                     "plain model's; give others, or a longer --ctx"
                 )
         if as_json:
-            print_json(results[0] if len(results) == 1 else {"results": results})
+            shown = [result.to_json() for result in results]
+            print_json(shown[0] if len(shown) == 1 else {"results": shown})
         else:
             from ropelab import report
 
@@ -141,12 +143,12 @@ def evaluate(
             say(f"plot: {path}")
 
 
-def said_of(result: Mapping[str, Any]) -> list[str]:
+def said_of(result: EvalResult) -> list[str]:
     """What has to be said of an evaluation beside its numbers: its warnings, and the layers that a scaling reached."""
-    lines = [f"{result['run']}: {line}" for line in result.get("warnings", [])]
-    for layers in dict.fromkeys(row.get("layers") for row in result["rows"]):
+    lines = [f"{result.run}: {line}" for line in result.warnings]
+    for layers in dict.fromkeys(row.layers for row in result.rows):
         if layers is not None:
-            lines.append(f"{result['run']}: scaling={result['scaling']} reaches {layers}; the others are as they were")
+            lines.append(f"{result.run}: scaling={result.scaling} reaches {layers}; the others are as they were")
     return lines
 
 

@@ -164,7 +164,7 @@ def _reproduce(
             diagnoses=[diagnose_run(manifest, outcome.evals) for manifest in outcome.manifests],
         )
     if as_json:
-        print_json({"evals": outcome.evals, "verdicts": verdicts})
+        print_json({"evals": [item.to_json() for item in outcome.evals], "verdicts": verdicts})
     else:
         print_table(report.terminal_table(outcome.evals))
         print_table(report.verdict_table(verdicts))

@@ -10,7 +10,6 @@ from .model import LoadedModel as LoadedModel
 from .model import ModelAtCtx as ModelAtCtx
 from .model import Text as Text
 from .model import check_no_bos as check_no_bos
-from .perplexity import Evaluated as Evaluated
 from .perplexity import evaluate as evaluate
 from .perplexity import execute as execute
 from .plan import EvalPlan as EvalPlan
@@ -22,8 +21,13 @@ from .protocols import Layout as Layout
 from .protocols import Windows as Windows
 from .protocols import ladder as ladder
 from .protocols import lay_out as lay_out
-from .results import evaluations as evaluations
+from .results import EvalResult as EvalResult
+from .results import PositionCurve as PositionCurve
+from .results import ProtocolRecord as ProtocolRecord
+from .results import Row as Row
 from .run_model import RunModel as RunModel
 from .run_model import same_text as same_text
 from .run_model import scorer_of as scorer_of
 from .scoring import score as score
+from .stored import Evaluated as Evaluated
+from .stored import evaluations as evaluations

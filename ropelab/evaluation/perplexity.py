@@ -27,28 +27,12 @@ from ropelab.evaluation.memory import Plan
 from ropelab.evaluation.model import LoadedModel, ModelAtCtx
 from ropelab.evaluation.plan import EvalPlan, Resources, bytes_of, finite, resolve
 from ropelab.evaluation.protocols import Scorer, Windows
-from ropelab.evaluation.results import write_evaluation
+from ropelab.evaluation.results import EvalResult, PositionCurve, ProtocolRecord, Row
 from ropelab.evaluation.run_model import RunModel
 from ropelab.evaluation.scoring import position_curve, score, target_documents, target_tokens
+from ropelab.evaluation.stored import Evaluated, write_evaluation
 from ropelab.progress import Progress, silent
 from ropelab.runs import OpenRun, RunDir, open_run
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluated:
-    """One evaluation: the `eval` object of the JSON contract, and the losses it was computed from."""
-
-    result: dict[str, Any]
-    losses_path: Path
-
-    def document_means(self, ctx: int) -> dict[str, float]:
-        """Mean loss in nats of every document at one ctx, by the digest of its text."""
-        tensors = runs.load_tensors(self.losses_path)
-        losses = tensors[f"nll.{ctx}"].double().numpy()
-        document = tensors[f"document.{ctx}"].numpy()
-        sums = np.bincount(document, losses)
-        counts = np.bincount(document)
-        return dict(zip(self.result["protocol"]["document_digests"], (sums / counts).tolist(), strict=True))
 
 
 def evaluate(
@@ -86,9 +70,9 @@ def execute(plan: EvalPlan, resources: Resources) -> Evaluated:
     stored = ranks.told(plan.stored)
     if stored is not None:
         # made by an earlier version; the file's name says that they are these
-        if "recipe" not in stored and ranks.is_first:
-            stored = {**stored, **plan.labels}
-            write_evaluation(plan.result_path, stored, plan.losses_path)
+        if stored.recipe is None and ranks.is_first:
+            stored = dataclasses.replace(stored, **plan.labels)
+            write_evaluation(plan.result_path, stored, files.sha256_of(plan.losses_path))
         return _with_authors(Evaluated(stored, plan.losses_path), plan.authors, plan.text.split.unit)
     passes = plan.passes(ranks)
     if ranks.is_first:
@@ -109,7 +93,7 @@ def execute(plan: EvalPlan, resources: Resources) -> Evaluated:
         from safetensors.torch import save
 
         files.write(plan.losses_path, save({key: value.contiguous() for key, value in scored.tensors.items()}))
-        write_evaluation(plan.result_path, result, plan.losses_path)
+        write_evaluation(plan.result_path, result, files.sha256_of(plan.losses_path))
     return Evaluated(result, plan.losses_path)
 
 
@@ -122,9 +106,9 @@ class _Scored:
 
     def __init__(self, plan: EvalPlan, model: LoadedModel, passes: Plan | None, resources: Resources) -> None:
         self.plan, self.model, self.passes, self.resources = plan, model, passes, resources
-        self.rows: list[dict[str, Any]] = []
+        self.rows: list[Row] = []
         self.tensors: dict[str, Tensor] = {}
-        self.curve: dict[str, Any] | None = None
+        self.curve: PositionCurve | None = None
         self.warnings: dict[str, None] = {}
         self._longest: NDArray[np.float32] | None = None  # losses of the first pass
         self._baseline: NDArray[np.float32] | None = None  # (V,)
@@ -152,12 +136,12 @@ class _Scored:
             self._score_ctx(ctx, here)
         self.rows.reverse()
         if plan.targets.protocol == "last":
-            at_train = next(
-                (row for row in self.rows if row["ctx"] == plan.model.trained.train.ctx and row["status"] == "ok"), None
-            )
-            for row in self.rows:
-                if at_train is not None and row["status"] == "ok":
-                    row["context_gain"] = at_train["nll"] - row["nll"]
+            at_train = next((row.nll for row in self.rows if row.ctx == plan.model.trained.train.ctx), None)
+            if at_train is not None:
+                self.rows = [
+                    row if row.nll is None else dataclasses.replace(row, context_gain=at_train - row.nll)
+                    for row in self.rows
+                ]
 
     def _score_ctx(self, ctx: int, here: ModelAtCtx) -> None:
         plan, documents = self.plan, self.plan.documents
@@ -169,26 +153,26 @@ class _Scored:
         # the same text in other tokens is other targets: perplexities per token of two tokenisers are not comparable
         texts = [f"{digest} {plan.model.tokenizer.digest}" for digest in plan.text.split.digests]
         self.rows.append(
-            {
-                "ctx": ctx,
-                "factor": plan.ladder.methods[ctx].parameters.get("factor"),
-                "idle": here.idle,
-                **({} if here.layers is None else {"layers": here.layers}),
+            Row(
+                ctx=ctx,
+                factor=plan.ladder.methods[ctx].parameters.get("factor"),
+                idle=here.idle,
+                layers=here.layers,
                 **_figures(
                     losses, bytes_of(plan, tokens), owner, plan.authors, plan.text.split.unit, max(plan.contexts)
                 ),
-                "documents": len(documents),
-                "context_min": ctx - windows.scored + 1,
-                "context_mean": ctx - (windows.scored - 1) / 2,
-                "spectrum_digest": here.spectrum[:16],
-                "targets_digest": plan.targets.targets_digest(texts, ctx)[:16],
-            }
+                documents=len(documents),
+                context_min=ctx - windows.scored + 1,
+                context_mean=ctx - (windows.scored - 1) / 2,
+                spectrum_digest=here.spectrum[:16],
+                targets_digest=plan.targets.targets_digest(texts, ctx)[:16],
+            )
         )
         self.tensors[f"nll.{ctx}"] = torch.from_numpy(losses)
         self.tensors[f"document.{ctx}"] = torch.from_numpy(owner)
         if self.curve is None:
             by_position = position_curve(losses, windows)
-            self.curve = {"ctx": ctx, "edges": by_position["edges"], "nll": [finite(x) for x in by_position["nll"]]}
+            self.curve = PositionCurve(ctx=ctx, edges=by_position["edges"], nll=[finite(x) for x in by_position["nll"]])
 
     def _losses(self, windows: Windows, tokens: NDArray[np.int64], here: ModelAtCtx) -> NDArray[np.float32]:
         """Losses of the targets of one ctx, nats, in their order."""
@@ -214,51 +198,51 @@ class _Scored:
             self.resources.progress("evaluate", self._done, total, run=plan.model.name)
 
 
-def _result(plan: EvalPlan, scored: _Scored, passes: Plan | None, precision: str) -> dict[str, Any]:
-    """The `eval` object of the JSON contract."""
+def _result(plan: EvalPlan, scored: _Scored, passes: Plan | None, precision: str) -> EvalResult:
     config, model, targets = plan.config, plan.model, plan.targets
     scaling, methods = plan.ladder.scaling, plan.ladder.methods
-    digests = [row["targets_digest"] for row in reversed(scored.rows) if row["status"] == "ok"]
-    return {
-        "run": model.name,
-        "pos": config.baseline or model.trained.pos.name,
-        "baseline": config.baseline,
-        "scaling": scaling.name,
-        "factor": None if plan.per_row else methods[max(plan.contexts)].parameters.get("factor"),
+    digests = [row.targets_digest for row in reversed(scored.rows) if row.ok]
+    protocol = ProtocolRecord(
+        name=targets.protocol,
+        stride=config.stride if targets.protocol == "sliding" else None,
+        last=config.last if targets.protocol == "last" else None,
+        span=targets.span,
+        tokens=config.tokens,
+        max_ctx=config.max_ctx,
+        split=config.split,
+        documents=len(targets.documents),
+        left_out=targets.left_out,
+        unused=targets.unused,
+        bos=plan.bos,
+        targets_digest=next(iter(digests), None) if targets.protocol != "prefix" else None,
+        document_digests=[plan.text.split.digests[i] for i in targets.documents],
+        authors=plan.authors,
+        data_digest=plan.text.digest[:16],
+        tokenizer=model.tokenizer.name,
+        dtype=DTYPE_NAMES[plan.dtype],
+    )
+    return EvalResult(
+        run=model.name,
+        pos=config.baseline or model.trained.pos.name,
+        baseline=config.baseline,
+        scaling=scaling.name,
+        factor=None if plan.per_row else methods[max(plan.contexts)].parameters.get("factor"),
         **plan.labels,
-        "kept_scaling": plan.kept and scaling.name != "none",
-        "train_ctx": model.trained.train.ctx,
-        "seed": model.trained.seed,
-        "data": plan.text.name,
-        "window": config.window,
-        "device": device_name(plan.device),
-        "matmul_precision": precision,
-        "memory_planned_mb": None if passes is None else round(passes.needed / 10**6),
-        **model.facts,
-        **({} if model.weights is None else {"weights": model.weights}),
-        "protocol": {
-            "name": targets.protocol,
-            "stride": config.stride if targets.protocol == "sliding" else None,
-            "last": config.last if targets.protocol == "last" else None,
-            "span": targets.span,
-            "tokens": config.tokens,
-            "max_ctx": config.max_ctx,
-            "split": config.split,
-            "documents": len(targets.documents),
-            "left_out": targets.left_out,
-            "unused": targets.unused,
-            "bos": plan.bos,
-            "targets_digest": next(iter(digests), None) if targets.protocol != "prefix" else None,
-            "document_digests": [plan.text.split.digests[i] for i in targets.documents],
-            "authors": plan.authors,
-            "data_digest": plan.text.digest[:16],
-            "tokenizer": model.tokenizer.name,
-            "dtype": DTYPE_NAMES[plan.dtype],
-        },
-        "rows": scored.rows,
-        "position_curve": scored.curve,
-        **({"warnings": [*scored.warnings]} if scored.warnings else {}),
-    }
+        kept_scaling=plan.kept and scaling.name != "none",
+        train_ctx=model.trained.train.ctx,
+        seed=model.trained.seed,
+        data=plan.text.name,
+        window=config.window,
+        device=device_name(plan.device),
+        matmul_precision=precision,
+        memory_planned_mb=None if passes is None else round(passes.needed / 10**6),
+        weights=model.weights,
+        protocol=protocol,
+        rows=scored.rows,
+        position_curve=scored.curve,
+        warnings=[*scored.warnings],
+        extra=dict(model.facts),
+    )
 
 
 def _score(
@@ -347,25 +331,27 @@ def _interval(
     interval = row_interval(by_document, max_ctx=ctx, authors=authors, unit=unit)
     if interval is None:
         return {"ci95": None, "unit": None}
-    return {"ci95": [finite(interval.lo), finite(interval.hi)], "unit": interval.unit}
+    return {"ci95": (finite(interval.lo), finite(interval.hi)), "unit": interval.unit}
 
 
 def _with_authors(evaluated: Evaluated, authors: list[str | None], unit: str) -> Evaluated:
     """A stored evaluation with the authors that are known today, and its intervals over them."""
     result = evaluated.result
-    if result["protocol"].get("authors") == authors:
+    if result.protocol.authors == authors:
         return evaluated
     tensors = runs.load_tensors(evaluated.losses_path)
-    longest = max(row["ctx"] for row in result["rows"])
-    rows = [dict(row) for row in result["rows"]]
-    for row in rows:
-        if row["status"] == "ok":
-            losses, owner = tensors[f"nll.{row['ctx']}"].double().numpy(), tensors[f"document.{row['ctx']}"].numpy()
-            row |= _interval(losses, owner, authors, unit, longest)
-    protocol = {**result["protocol"], "authors": authors}
-    return Evaluated({**result, "protocol": protocol, "rows": rows}, evaluated.losses_path)
+    longest = max(row.ctx for row in result.rows)
+    rows = list(result.rows)
+    for number, row in enumerate(rows):
+        if row.ok:
+            losses, owner = tensors[f"nll.{row.ctx}"].double().numpy(), tensors[f"document.{row.ctx}"].numpy()
+            rows[number] = dataclasses.replace(row, **_interval(losses, owner, authors, unit, longest))
+    protocol = dataclasses.replace(result.protocol, authors=authors)
+    return Evaluated(dataclasses.replace(result, protocol=protocol, rows=rows), evaluated.losses_path)
 
 
-def _undefined(ctx: int, factor: float | None, reason: str) -> dict[str, Any]:
-    empty = dict.fromkeys(("ppl", "nll", "bits_per_byte", "ci95", "unit"))
-    return {"ctx": ctx, "factor": factor, **empty, "tokens": 0, "documents": 0, "status": "undefined", "reason": reason}
+def _undefined(ctx: int, factor: float | None, reason: str) -> Row:
+    return Row(
+        ctx=ctx, factor=factor, ppl=None, nll=None, bits_per_byte=None, tokens=0, ci95=None, documents=0,
+        status="undefined", reason=reason,
+    )  # fmt: skip

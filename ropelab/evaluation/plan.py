@@ -20,7 +20,8 @@ from ropelab.errors import RunError
 from ropelab.evaluation.memory import GB, Plan, free_bytes
 from ropelab.evaluation.model import EvaluatedModel, Text
 from ropelab.evaluation.protocols import Layout, ladder, lay_out
-from ropelab.evaluation.results import intact_evaluation, labels
+from ropelab.evaluation.results import EvalResult
+from ropelab.evaluation.stored import intact_evaluation, labels
 from ropelab.positions import PositionEncoding
 from ropelab.progress import Progress, silent, tell
 from ropelab.runs import encoding_of
@@ -122,7 +123,7 @@ class EvalPlan:
         scaling = self.ladder.scaling
         return {"scaling_parameters": dict(scaling.parameters), **labels(self.model.manifest, scaling)}
 
-    def stored(self) -> dict[str, Any] | None:
+    def stored(self) -> EvalResult | None:
         """The result, where it is kept already; a damaged one is said on stderr and evaluated again."""
         try:
             return intact_evaluation(self.result_path, self.losses_path, self.model.weights)

@@ -1,133 +1,145 @@
-"""The evaluations that a run folder holds, as reports and diagnoses read them: labelled, and equal questions joined."""
+"""An evaluation as it is kept and handed on: its fields are those of the JSON contract."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-from collections.abc import Container, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
 
-from ropelab import config as configs
-from ropelab import files, runs
-from ropelab.config import Method
-from ropelab.errors import RunError
-from ropelab.runs import RunDir, config_of
-
-BUDGET = ("tokens", "max_ctx")  # of a protocol: they decide which targets are scored, and the digest says which were
+from ropelab.config import PROTOCOLS
+from ropelab.runs import Stored
 
 
-def labels(manifest: Mapping[str, Any], scaling: Method) -> dict[str, Any]:
-    """What an evaluation's reader has to know beside the names of encoding and scaling.
+@dataclass(frozen=True, kw_only=True)
+class Row(Stored):
+    """The losses of one ctx. nll: nats per token. ci95: ends of the 95% interval of ppl over `unit`s of text.
 
-    {"pos_changed", "scaling_changed": the parameters that are not those of the YAML (`factor` has its own place),
-    "recipe": a digest of all that made the run but its seed: runs with equal ones are repetitions}.
+    status: ok | undefined | non-finite; only with ok there are numbers, else `reason` may say why not. idle: the
+    scaling has no effect at this ctx. layers: those that a scaling reaches, where it is not all. context_min, _mean:
+    tokens before a target. context_gain: nats won over train_ctx (protocol last).
     """
-    pos = manifest["config"]["pos"]
-    trained = Method(pos["name"], {key: value for key, value in pos.items() if key != "name"})
-    return {
-        "pos_changed": configs.changed("pos", trained),
-        "scaling_changed": configs.changed("scaling", scaling),
-        "recipe": runs.recipe(manifest),
-    }
+
+    SPARSE: ClassVar[frozenset[str]] = frozenset(
+        ("idle", "layers", "context_min", "context_mean", "context_gain", "spectrum_digest", "targets_digest", "reason")
+    )
+
+    ctx: int
+    factor: float | None
+    idle: bool | None = None
+    layers: str | None = None
+    ppl: float | None
+    nll: float | None
+    bits_per_byte: float | None
+    tokens: int
+    ci95: tuple[float | None, float | None] | None
+    unit: str | None = None
+    status: str
+    documents: int
+    context_min: int | None = None
+    context_mean: float | None = None
+    spectrum_digest: str | None = None
+    targets_digest: str | None = None
+    context_gain: float | None = None
+    reason: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Does it hold numbers?"""
+        return self.status == "ok"
 
 
-LOSSES = "losses_sha256"  # of a stored evaluation: the digest of the file of its losses
-BOUND = "weights_bound"  # "later": of an earlier version; the weights were compared with their checkpoint's record
+@dataclass(frozen=True, kw_only=True)
+class ProtocolRecord(Stored):
+    """How and on which text losses were measured.
 
-
-def read_evaluation(path: Path) -> dict[str, Any]:
-    """A stored `eval` object. `RunError`, with the file and the fix, for one that is damaged or is none."""
-    fix = "remove it and evaluate again"
-    try:
-        item = files.load_json(path)
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path} cannot be read ({error}); {fix}") from None
-    if (wrong := runs.wrong_evaluation(item)) is not None:
-        raise RunError(f"{path} is no evaluation ({wrong}); {fix}")
-    return dict(item)
-
-
-def write_evaluation(path: Path, result: Mapping[str, Any], losses: Path) -> None:
-    """Store an `eval` object, with what tells whether it and its losses are still those that were computed."""
-    files.write_sealed(path, {**result, LOSSES: files.sha256_of(losses)})
-
-
-def intact_evaluation(path: Path, losses: Path, weights: str | None) -> dict[str, Any] | None:
-    """A stored `eval` object with its losses; None where there is none. `RunError` names the file that is damaged.
-
-    `weights`: the digest of the weights that the model has now, which were compared with their record. A result of
-    other weights is a `RunError`; one that does not say of which it is, is given theirs, and marked.
+    span: the length that the text is laid out for, tokens. left_out: documents too short for it. unused: documents
+    beyond the budget `tokens`. bos: the token that begins every window. authors: of the scored documents.
     """
-    if not os.path.lexists(path):
-        return None
-    item = read_evaluation(path)
-    digest = item.pop(LOSSES, None)
-    if not losses.is_file() or losses.is_symlink():
-        raise RunError(f"{losses} is missing")
-    if digest is not None and files.sha256_of(losses) != digest:
-        raise RunError(f"{losses} is truncated or altered")
-    if item.get("weights", weights) != weights:
-        raise RunError(f"{path} was computed from other weights than those that are there now")
-    if "weights" not in item and weights is not None:
-        item = _bound_later(path, item, weights, digest)
-    return item
+
+    name: str
+    stride: int | None = None
+    last: int | None = None
+    span: int | None = None
+    tokens: int | None = None
+    max_ctx: int | None = None
+    split: str | None = None
+    documents: int | None = None
+    left_out: int | None = None
+    unused: int | None = None
+    bos: int | None = None
+    targets_digest: str | None = None
+    document_digests: list[str] | None = None
+    authors: list[str | None] | None = None
+    data_digest: str | None = None
+    tokenizer: str | None = None
+    dtype: str | None = None
 
 
-def _bound_later(path: Path, item: Mapping[str, Any], weights: str, losses: str | None) -> dict[str, Any]:
-    """A stored `eval` object of an earlier version with the digest of the weights, which were compared with it."""
-    bound = {**item, "weights": weights, BOUND: "later"}
-    with contextlib.suppress(OSError):  # a run that cannot be written is compared each time
-        files.write_sealed(path, bound if losses is None else {**bound, LOSSES: losses})
-    return bound
+@dataclass(frozen=True, kw_only=True)
+class PositionCurve(Stored):
+    """Mean loss (nats) by position in a window of `ctx` tokens; `edges` has one entry more than `nll`."""
+
+    ctx: int
+    edges: list[float]
+    nll: list[float | None]
 
 
-def evaluations(run: RunDir, only: Container[str] | None = None, *, hashing: bool = True) -> list[dict[str, Any]]:
-    """The stored `eval` objects of a run, all or those of the files named in `only`.
+@dataclass(frozen=True, kw_only=True)
+class EvalResult(Stored):
+    """The `eval` object of the JSON contract: one model, one scaling, one protocol, a row for each ctx.
 
-    Rows that answer one question at several ctxs are one object.
-
-    `RunError` for a file that cannot be read, the manifest included, and for one that was computed from other weights
-    than the run has. Of files of earlier versions, which do not say of which they are, the weights are compared with
-    their checkpoint's record once, if `hashing`, and the files say so from then on.
+    factor: of the whole ladder; None where there is none, or each row has its own. scaling_parameters: all of them, as
+    asked. pos_changed, scaling_changed: those that are not the YAML's. recipe: runs with equal ones are repetitions.
+    weights: sha256 of the weights that were evaluated. Of a checkpoint of others `extra` says source and versions.
     """
-    paths = sorted(path for path in run.results.glob("*.json") if not path.name.startswith("."))
-    paths = [path for path in paths if only is None or path.stem in only]
-    if not paths:
-        return []
-    manifest = run.whole_manifest()
-    config_of(manifest, run)  # or `RunError`: what follows goes by it
-    weights = manifest["digest"] if "checkpoint" in manifest else run.weights_digest(manifest)
-    checked = False
-    joined: dict[str, dict[str, Any]] = {}
-    for path in paths:
-        item = read_evaluation(path)
-        if weights is not None and item.get("weights", weights) != weights:
-            raise RunError(
-                f"{path} was computed from other weights than {run.name} has now: evaluate again with its settings, "
-                "or remove it"
-            )
-        if "weights" not in item and weights is not None and hashing and "checkpoint" not in manifest:
-            if not checked and not run.has_weights(manifest):
-                raise RunError(f"{run.name}: its weights are truncated, altered or missing; train the run again")
-            checked = True
-            item = _bound_later(path, item, weights, item.get(LOSSES))
-        item.pop(LOSSES, None)
-        item = {**labels(manifest, Method(item["scaling"], item.get("scaling_parameters", {}))), **item}
-        protocol = {key: value for key, value in item["protocol"].items() if key not in BUDGET}
-        asked = ("run", "pos", "scaling", "factor", "scaling_changed", "window", "data")
-        key = json.dumps([protocol, [item.get(name) for name in asked]], sort_keys=True)
-        joined[key] = _joined(joined[key], item) if key in joined else item
-    return list(joined.values())
 
+    SPARSE: ClassVar[frozenset[str]] = frozenset(("weights", "weights_bound", "warnings", "recipe", "kept_scaling"))
 
-def _joined(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """Two answers to one question, each at its ctxs. Where both have one it is the same number."""
-    longest, shorter = sorted((one, other), key=lambda item: -max(row["ctx"] for row in item["rows"]))
-    rows = {row["ctx"]: row for row in (*shorter["rows"], *longest["rows"])}
-    joined = {**longest, "rows": [rows[ctx] for ctx in sorted(rows)]}
-    if longest["factor"] is not None and "scaling_parameters" in longest:
-        # `auto` was said of each ladder alone
-        joined["scaling_parameters"] = {**longest["scaling_parameters"], "factor": longest["factor"]}
-    return joined
+    run: str
+    pos: str
+    baseline: str | None = None
+    scaling: str
+    factor: float | None
+    scaling_parameters: dict[str, Any] | None = None
+    pos_changed: dict[str, Any] | None = None
+    scaling_changed: dict[str, Any] | None = None
+    recipe: str | None = None
+    kept_scaling: bool | None = None
+    train_ctx: int
+    seed: int
+    data: str
+    window: int | None
+    device: str | None = None
+    matmul_precision: str | None = None
+    memory_planned_mb: float | None = None
+    weights: str | None = None
+    weights_bound: str | None = None
+    protocol: ProtocolRecord
+    rows: list[Row]
+    position_curve: PositionCurve | None
+    warnings: list[str] = field(default_factory=list)
+
+    @classmethod
+    def from_json(cls, item: Any, where: str = "") -> Self:
+        """As `Stored.from_json`, and `ValueError` for a protocol that is unknown, and for rows that are none."""
+        result = super().from_json(item, where)
+        if result.protocol.name not in PROTOCOLS:
+            raise ValueError(f"{where}protocol.name is {result.protocol.name!r}")
+        if not result.rows:
+            raise ValueError(f"{where}rows is empty")
+        for number, row in enumerate(result.rows):
+            if row.ctx < 1:
+                raise ValueError(f"{where}rows[{number}].ctx is {row.ctx}")
+        curve = result.position_curve
+        if curve is not None and len(curve.edges) != len(curve.nll) + 1:
+            raise ValueError(f"{where}position_curve has {len(curve.edges)} edges for {len(curve.nll)} losses")
+        return result
+
+    @property
+    def changed(self) -> dict[str, Mapping[str, Any]]:
+        """The parameters of encoding and scaling that are not their YAML's."""
+        return {"pos_changed": self.pos_changed or {}, "scaling_changed": self.scaling_changed or {}}
+
+    def row(self, ctx: int) -> Row | None:
+        """The row of a ctx; None where it has none."""
+        return next((row for row in self.rows if row.ctx == ctx), None)

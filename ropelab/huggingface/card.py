@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ropelab.config import Method
+from ropelab.evaluation import EvalResult
 
 
 def model_card(
@@ -14,7 +15,7 @@ def model_card(
     scaling: Method,
     config: Mapping[str, Any],
     parity: Mapping[str, Any],
-    evaluations: Sequence[Mapping[str, Any]],
+    evaluations: Sequence[EvalResult],
 ) -> str:
     """Markdown with the run's manifest, the parity report and all stored results with their protocols."""
     trained = manifest["config"]
@@ -91,24 +92,24 @@ def model_card(
     return "\n".join(lines)
 
 
-def _result_rows(item: Mapping[str, Any]) -> list[tuple[Any, ...]]:
-    protocol = item["protocol"]
-    how = protocol["name"] + "".join(f", {key} {protocol[key]}" for key in ("stride", "last") if protocol.get(key))
-    if item.get("window"):
-        how += f", window {item['window']}"
-    if item.get("baseline"):
-        how += f", {item['baseline']} baseline"
+def _result_rows(item: EvalResult) -> list[tuple[Any, ...]]:
+    protocol = item.protocol
+    how = protocol.name + "".join(f", {key} {n}" for key in ("stride", "last") if (n := getattr(protocol, key)))
+    if item.window:
+        how += f", window {item.window}"
+    if item.baseline:
+        how += f", {item.baseline} baseline"
     rows = []
-    for row in item["rows"]:
-        factor = "" if row.get("factor") is None else f" {row['factor']:g}"
-        if row["ppl"] is None:
-            numbers: tuple[Any, ...] = (row["status"], "", "")
+    for row in item.rows:
+        factor = "" if row.factor is None else f" {row.factor:g}"
+        if row.ppl is None:
+            numbers: tuple[Any, ...] = (row.status, "", "")
         else:
-            interval = "" if row["ci95"] is None or None in row["ci95"] else "{:.4g} to {:.4g}".format(*row["ci95"])
-            bits = "" if row["bits_per_byte"] is None else f"{row['bits_per_byte']:.4f}"
-            numbers = (f"{row['ppl']:.4f}", interval, bits)
-        digest = f"`{row.get('targets_digest', '')}`"
-        rows.append((how, item["data"], item["scaling"] + factor, row["ctx"], *numbers, digest, row["documents"]))
+            interval = "" if row.ci95 is None or None in row.ci95 else "{:.4g} to {:.4g}".format(*row.ci95)
+            bits = "" if row.bits_per_byte is None else f"{row.bits_per_byte:.4f}"
+            numbers = (f"{row.ppl:.4f}", interval, bits)
+        digest = f"`{row.targets_digest or ''}`"
+        rows.append((how, item.data, item.scaling + factor, row.ctx, *numbers, digest, row.documents))
     return rows
 
 

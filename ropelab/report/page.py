@@ -15,6 +15,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ropelab.evaluation import EvalResult
 from ropelab.report.assets import STYLE
 from ropelab.report.breakdown import bend_section
 from ropelab.report.figures import WITHOUT_FACTOR, Line, Panel, Point, around, number, panels, protocol_words, styles
@@ -47,7 +48,7 @@ PROTOCOL_KEYS = {
 
 
 def html_page(
-    evals: Sequence[Mapping[str, Any]],
+    evals: Sequence[EvalResult],
     verdicts: Sequence[Mapping[str, Any]],
     title: str,
     notes: Sequence[str],
@@ -103,7 +104,7 @@ results.csv beside it.</p></footer>
 """
 
 
-def headline(evals: Sequence[Mapping[str, Any]], verdicts: Sequence[Mapping[str, Any]]) -> str:
+def headline(evals: Sequence[EvalResult], verdicts: Sequence[Mapping[str, Any]]) -> str:
     """What was found, in one or two sentences: how many statements hold, and the range of perplexities at the end."""
     sentences = []
     if verdicts:
@@ -116,7 +117,7 @@ def headline(evals: Sequence[Mapping[str, Any]], verdicts: Sequence[Mapping[str,
             parts.append(f"{count['INCONCLUSIVE']} {'stays' if count['INCONCLUSIVE'] == 1 else 'stay'} open")
         sentences.append(_listed(parts) + ".")
     drawn = panels(evals)
-    panel = next((each for each in drawn if each.protocol["name"] == "last"), drawn[0] if drawn else None)
+    panel = next((each for each in drawn if each.protocol.name == "last"), drawn[0] if drawn else None)
     if panel is not None:
         sentences.append(_range_sentence(panel))
     return " ".join(sentences) or "There is nothing to report yet."
@@ -144,7 +145,7 @@ def _range_sentence(panel: Panel) -> str:
         sentence = (
             f"{where} perplexity runs from {number(have[0][0])} ({have[0][1]}) to {number(have[-1][0])} ({have[-1][1]})"
         )
-    sentence += f", by the protocol “{panel.protocol['name']}”"
+    sentence += f", by the protocol “{panel.protocol.name}”"
     return sentence + (f"; {_listed(gaps)}." if gaps else ".")
 
 
@@ -175,7 +176,7 @@ def _number_table(panel: Panel) -> str:
         cells = "".join(_number_cell(points.get(ctx), note) for ctx in ctxs)
         rows.append(f'<tr><th scope="row">{esc(line.name)}</th>{cells}</tr>')
     notes = "".join(f"<li>{esc(reason)}</li>" for reason in reasons)
-    name = esc(panel.protocol["name"])
+    name = esc(panel.protocol.name)
     return f"""<div class="scroll" tabindex="0" role="region" aria-label="Perplexities by the protocol {name}">
 <table class="ppl"><caption>Protocol “{name}”: perplexity by context length in tokens</caption>
 <thead><tr><th scope="col">Method</th>{heads}</tr></thead>
@@ -198,11 +199,11 @@ def _protocol_section(drawn: Sequence[Panel]) -> str:
         return ""
     boxes = []
     for panel in drawn:
-        protocol = panel.protocol
+        protocol: dict[str, Any] = {"data": panel.data, **panel.protocol.to_json()}
         keys = [key for key in (*PROTOCOL_KEYS, *sorted(protocol)) if key in protocol and key != "name"]
         keys = [key for key in dict.fromkeys(keys) if OWNER.get(key, protocol["name"]) == protocol["name"]]
         keys = [key for key in keys if _known(protocol[key])]
-        words = protocol_words(protocol)
+        words = protocol_words(panel.protocol)
         facts = "".join(
             f"<div><dt>{esc(PROTOCOL_KEYS.get(key, key))}</dt><dd>{esc(_said(protocol[key]))}</dd></div>"
             for key in keys
@@ -258,7 +259,7 @@ def _context_table(panel: Panel) -> str:
         control = windows.get(_family(line))
         walled = _loss(control, ctx) if control else None
         gain = None  # only `last` changes nothing but the context
-        if panel.protocol["name"] == "last" and start is not None and end is not None:
+        if panel.protocol.name == "last" and start is not None and end is not None:
             gain = start - end
         if end is None or (gain is None and walled is None):
             continue
@@ -272,7 +273,7 @@ def _context_table(panel: Panel) -> str:
         rows.append(f'<tr><th scope="row">{esc(line.name)}</th>{numbers}{reading}</tr>')
     if not rows:
         return ""
-    name = esc(panel.protocol["name"])
+    name = esc(panel.protocol.name)
     return f"""<div class="scroll" tabindex="0" role="region" aria-label="Use of context by the protocol {name}">
 <table><caption>Protocol “{name}”, at {ctx} tokens</caption>
 <thead><tr><th scope="col">Method</th><th scope="col">Context gain<small>nats</small></th>
@@ -313,26 +314,26 @@ def _command_section(commands: Sequence[str]) -> str:
     return section("reproduce", "How to reproduce", f"<pre><code>{esc(lines)}</code></pre>")
 
 
-def _commands(evals: Sequence[Mapping[str, Any]], verdicts: Sequence[Mapping[str, Any]]) -> list[str]:
+def _commands(evals: Sequence[EvalResult], verdicts: Sequence[Mapping[str, Any]]) -> list[str]:
     """Commands that give these numbers again, from the runs they name."""
     commands = []
     if verdicts:
         commands.append(shlex.join(["ropelab", "reproduce", *dict.fromkeys(str(item["claim"]) for item in verdicts)]))
     for item in evals:
-        protocol = item["protocol"]
-        lengths = [str(row["ctx"]) for row in item["rows"]]
-        words = ["ropelab", "eval", item["run"], "--ctx", ",".join(lengths) + ("," if len(lengths) == 1 else "")]
-        words += ["--protocol", protocol["name"], "--scaling", item["scaling"]]
-        changed = item.get("scaling_changed") or {}
-        words += [f"scaling.{key}={_setting(value)}" for key, value in changed.items()]
-        if item["scaling"] not in ("none", *WITHOUT_FACTOR):
-            words += ["--factor", "auto-row" if item.get("factor") is None else f"{item['factor']:g}"]
-        own = [key for key in ("stride", "last") if OWNER[key] == protocol["name"]]
-        words += [f"eval.{key}={protocol[key]}" for key in (*own, "max_ctx", "tokens") if protocol.get(key) is not None]
-        if item.get("window") is not None:
-            words.append(f"eval.window={item['window']}")
-        if item.get("baseline") is not None:
-            words.append(f"eval.baseline={item['baseline']}")
+        protocol = item.protocol
+        lengths = [str(row.ctx) for row in item.rows]
+        words = ["ropelab", "eval", item.run, "--ctx", ",".join(lengths) + ("," if len(lengths) == 1 else "")]
+        words += ["--protocol", protocol.name, "--scaling", item.scaling]
+        words += [f"scaling.{key}={_setting(value)}" for key, value in item.changed["scaling_changed"].items()]
+        if item.scaling not in ("none", *WITHOUT_FACTOR):
+            words += ["--factor", "auto-row" if item.factor is None else f"{item.factor:g}"]
+        own = [key for key in ("stride", "last") if OWNER[key] == protocol.name]
+        asked = {key: getattr(protocol, key) for key in (*own, "max_ctx", "tokens")}
+        words += [f"eval.{key}={value}" for key, value in asked.items() if value is not None]
+        if item.window is not None:
+            words.append(f"eval.window={item.window}")
+        if item.baseline is not None:
+            words.append(f"eval.baseline={item.baseline}")
         commands.append(shlex.join(map(str, words)))
     return list(dict.fromkeys(commands))
 

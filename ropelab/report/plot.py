@@ -45,7 +45,7 @@ def curve_section(drawn: Sequence[Panel], looks: Mapping[Line, Style], picture: 
     if not drawn:
         return ""
     words = "; ".join(
-        f"{panel.protocol['name']}: " + ", ".join(f"{line.name} {_spoken(line)}" for line in panel.lines)
+        f"{panel.protocol.name}: " + ", ".join(f"{line.name} {_spoken(line)}" for line in panel.lines)
         for panel in drawn
     )
     figures = "".join(_interactive(panel, looks) for panel in drawn)
@@ -92,10 +92,10 @@ def _interactive(panel: Panel, looks: Mapping[Line, Style]) -> str:
         for place, line in enumerate(lines)
     )
     spec = json.dumps(finite(_plot(panel, lines, looks))).replace("<", "\\u003c")
-    name = esc(panel.protocol["name"])
+    name = esc(panel.protocol.name)
     return f"""<figure>
 <figcaption><strong>By the protocol “{name}”</strong>: {esc(protocol_words(panel.protocol))}.
-<span class="facts">{esc(protocol_facts(panel.protocol))}</span></figcaption>
+<span class="facts">{esc(protocol_facts(panel))}</span></figcaption>
 <div class="plot" role="img" aria-label="Curves by the protocol {name}; the table below has the numbers"></div>
 <script type="application/json">{spec}</script>
 <ul class="legend" aria-label="Lines shown">{legend}</ul>

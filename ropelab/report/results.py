@@ -9,6 +9,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ropelab.evaluation import EvalResult
+
 CSV_COLUMNS = (
     "run", "pos", "pos_changed", "scaling", "scaling_changed", "recipe", "train_ctx", "window", "seed", "data",
     "protocol", "stride", "last", "targets_digest",
@@ -45,22 +47,18 @@ def inert(value: Any) -> Any:
     return value.strip()
 
 
-def csv_text(evals: Iterable[Mapping[str, Any]]) -> str:
+def csv_text(evals: Iterable[EvalResult]) -> str:
     """One line a row of every evaluation; an empty field is a number that does not exist, and no text is a formula."""
     out = io.StringIO()
     writer = csv.DictWriter(out, CSV_COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for item in evals:
-        protocol = item["protocol"]
-        of_run = {key: item.get(key) for key in ("run", "pos", "scaling", "train_ctx", "window", "seed", "data")}
-        changed: dict[str, Any] = {
-            key: json.dumps(item[key], sort_keys=True) for key in ("pos_changed", "scaling_changed") if item.get(key)
-        }
-        changed["recipe"] = item.get("recipe")
-        of_protocol = {key: protocol.get(key) for key in ("stride", "last", "targets_digest")}
-        for row in item["rows"]:
-            low, high = row.get("ci95") or (None, None)
-            ends = {"ci95_low": low, "ci95_high": high, "protocol": protocol["name"]}
-            line = finite({**of_run, **changed, **of_protocol, **ends, **row})
-            writer.writerow({key: inert(value) for key, value in line.items()})
+        protocol = item.protocol
+        changed = {key: json.dumps(value, sort_keys=True) for key, value in item.changed.items() if value}
+        of_protocol = {"protocol": protocol.name, "stride": protocol.stride, "last": protocol.last,
+                       "targets_digest": protocol.targets_digest}  # fmt: skip
+        for row in item.rows:
+            low, high = row.ci95 or (None, None)
+            line = {**item.to_json(), **changed, **of_protocol, "ci95_low": low, "ci95_high": high, **row.to_json()}
+            writer.writerow({key: inert(line.get(key)) for key in CSV_COLUMNS})
     return out.getvalue()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ropelab.evaluation import EvalResult
 from ropelab.report.figures import CAP, Point, number, panels, protocol_facts, protocol_words
 from ropelab.report.verdicts import SIGN, check_numbers
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 CAPTION = 100  # columns at most; a caption wrapped to the width of a narrow table is hard to read
 
 
-def terminal_table(evals: Sequence[Mapping[str, Any]]) -> Group:
+def terminal_table(evals: Sequence[EvalResult]) -> Group:
     """Perplexities for the terminal: methods down, context lengths across.
 
     ± half of the 95% interval, of one run over texts, of several over seeds; of two runs the two. The captions below
@@ -37,12 +38,12 @@ def terminal_table(evals: Sequence[Mapping[str, Any]]) -> Group:
     for panel in drawn:
         if len(drawn) > 1:
             table.add_section()
-            table.add_row(Text(str(panel.protocol["name"]), style="bold"))
+            table.add_row(Text(str(panel.protocol.name), style="bold"))
         for line in panel.lines:
             points = {point.ctx: point for point in line.points}
             cells = [Text(_terminal_cell(points.get(ctx))) for ctx in ctxs]
             table.add_row(Text(line.name), *cells)
-        captions.append(f"{panel.protocol['name']}: {protocol_words(panel.protocol)}. {protocol_facts(panel.protocol)}")
+        captions.append(f"{panel.protocol.name}: {protocol_words(panel.protocol)}. {protocol_facts(panel)}")
         captions += [
             f"{line.name} {gap[1]}: {line.reason}" for line in panel.lines if (gap := line.gap) and line.reason
         ]

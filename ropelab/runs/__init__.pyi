@@ -1,4 +1,3 @@
-from .evaluation import wrong_evaluation as wrong_evaluation
 from .finding import SWEEPS as SWEEPS
 from .finding import all_runs as all_runs
 from .finding import check_runs_dir as check_runs_dir
@@ -25,3 +24,4 @@ from .open import config_of as config_of
 from .open import open_run as open_run
 from .open import run_tokenizer as run_tokenizer
 from .open import trained_config as trained_config
+from .stored import Stored as Stored

@@ -184,11 +184,11 @@ def search_longrope(
                 progress=progress,
                 folder=files.own(folder / "results", folder),
             ).result
-            (row,) = evaluated["rows"]
+            (row,) = (each.to_json() for each in evaluated.rows)
             kept = ("ctx", "nll", "ppl", "bits_per_byte", "ci95", "tokens", "documents", "status")
             searched = finite(sets[ctx].nll(question.build(method)))
             rows.append({"name": name, "search_nll": searched, **{key: row[key] for key in kept}})
-            protocol = evaluated["protocol"]
+            protocol = evaluated.protocol.to_json()
         return {"protocol": protocol, "rows": rows}
 
     reported = report(question.ctx, names)

@@ -28,7 +28,8 @@ from typing import Any, NamedTuple
 
 from ropelab import files
 from ropelab.errors import OutsideError, RunError
-from ropelab.runs import SWEEPS, RunDir, wrong_evaluation
+from ropelab.evaluation import EvalResult
+from ropelab.runs import SWEEPS, RunDir
 
 PENDING, RUNNING, DONE, FAILED, CANCELLED, LOST = "PENDING", "RUNNING", "DONE", "FAILED", "CANCELLED", "LOST"
 UNFINISHED = (FAILED, CANCELLED, LOST)  # what `retry` starts again
@@ -260,12 +261,12 @@ class Sweep:
         answers = {self.tasks[index]["run"]: (self.answer(index) or {}).get("evaluations", []) for index in done}
         return {run: {Path(item["losses"]).stem for item in asked} for run, asked in answers.items()}
 
-    def results(self, index: int) -> list[dict[str, Any]]:
-        """The `eval` objects of a task that is done."""
+    def results(self, index: int) -> list[EvalResult]:
+        """The evaluations of a task that is done."""
         answer = self.answer(index)
         if answer is None or "train" not in answer:
             return []
-        return [item["result"] for item in answer["evaluations"]]
+        return [EvalResult.from_json(item["result"]) for item in answer["evaluations"]]
 
     def finished(self) -> list[RunDir]:
         """The runs that are done with their evaluations."""
@@ -386,8 +387,10 @@ def _wrong_answer(answer: Any) -> str | None:
     for item in answer.get("evaluations", []):
         if wrong := files.mistyped(item, EVALUATION, where="evaluations."):
             return wrong
-        if wrong := wrong_evaluation(item["result"]):
-            return wrong
+        try:
+            EvalResult.from_json(item["result"], "evaluations.result.")
+        except ValueError as error:
+            return str(error)
     return None
 
 

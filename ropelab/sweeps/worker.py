@@ -137,7 +137,7 @@ def _evaluated(
             progress=progress,
             ranks=ranks,
         )
-        evaluations.append({"result": done.result, "losses": str(done.losses_path)})
+        evaluations.append({"result": done.result.to_json(), "losses": str(done.losses_path)})
     return {"train": trained, "evaluations": evaluations, "manifest": run.manifest}
 
 

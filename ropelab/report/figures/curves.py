@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ropelab.evaluation import EvalResult
 from ropelab.report.figures.lines import (
     CAP,
     DASHES,
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def curves(evals: Sequence[Mapping[str, Any]], *, title: str) -> Figure:
+def curves(evals: Sequence[EvalResult], *, title: str) -> Figure:
     """Perplexity against context length, both logarithmic: one panel a protocol, one line a method.
 
     Whiskers are the 95% interval, of a single run over texts, of three seeds or more over seeds; several seeds are thin
@@ -55,16 +56,18 @@ def curves(evals: Sequence[Mapping[str, Any]], *, title: str) -> Figure:
             axes = figure.add_axes((0.75 / width, edge / tall, (width - 0.75 - right) / width, height / tall))
             _curves_panel(axes, panel, looks, height)
             head = (edge + height) / tall
-            figure.text(0.14 / width, head + 0.58 / tall, _protocol_title(panel.protocol), size=10.5, weight="bold")
-            facts = [protocol_words(panel.protocol), protocol_facts(panel.protocol)]
+            figure.text(
+                0.14 / width, head + 0.58 / tall, _protocol_title(panel.protocol.name), size=10.5, weight="bold"
+            )
+            facts = [protocol_words(panel.protocol), protocol_facts(panel)]
             lines = "\n".join(_wrapped(fact, width, 8.3) for fact in facts)
             figure.text(0.14 / width, head + 0.5 / tall, lines, size=8.3, color=GREY, va="top", linespacing=1.3)
             edge -= below
     return figure
 
 
-def _protocol_title(protocol: Mapping[str, Any]) -> str:
-    return f"Perplexity by the protocol “{protocol['name']}”"
+def _protocol_title(name: str) -> str:
+    return f"Perplexity by the protocol “{name}”"
 
 
 def _curves_panel(axes: Axes, panel: Panel, looks: Mapping[Line, Style], height: float) -> None:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ropelab.evaluation import EvalResult, ProtocolRecord, Row
 from ropelab.report.figures.names import changed_words, method_name
 
 CAP = 1e4  # perplexities above are drawn at this height, with an arrow and the value beside it
@@ -104,7 +105,8 @@ class Line:
 class Panel:
     """All lines that one protocol measured on the same targets: the only ones that may be compared."""
 
-    protocol: Mapping[str, Any]
+    protocol: ProtocolRecord
+    data: str
     lines: tuple[Line, ...]
 
     @property
@@ -126,21 +128,21 @@ class Style:
     width: float
 
 
-def panels(evals: Iterable[Mapping[str, Any]]) -> list[Panel]:
-    """Group `eval` objects by what may be compared, and join the seeds of a method.
+def panels(evals: Iterable[EvalResult]) -> list[Panel]:
+    """Group evaluations by what may be compared, and join the seeds of a method.
 
     Runs of one method with different seeds become one line: the geometric mean of their perplexities. Two runs with the
     same seed are different experiments and stay apart, told by the run's name.
     """
     evals = list(evals)
-    digests: dict[str, Any] = {}  # of a method without any defined row the digest is unknown: it joins the others
+    digests: dict[str, str] = {}  # of a method without any defined row the digest is unknown: it joins the others
     for item in evals:
-        if (digest := item["protocol"].get("targets_digest")) is not None:
+        if (digest := item.protocol.targets_digest) is not None:
             digests.setdefault(_scoring(item), digest)
-    grouped: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
+    grouped: dict[str, dict[str, list[EvalResult]]] = {}
     for item in evals:
         scoring = _scoring(item)
-        targets = item["protocol"].get("targets_digest") or digests.get(scoring)
+        targets = item.protocol.targets_digest or digests.get(scoring)
         methods = grouped.setdefault(f"{scoring} {targets}", {})
         methods.setdefault(json.dumps(_method(item)), []).append(item)
     return [_panel(list(methods.values())) for methods in grouped.values()]
@@ -170,39 +172,38 @@ def _coloured(line: Line) -> tuple[str, str, str]:
     return line.pos, line.scaling, line.changed
 
 
-def protocol_words(protocol: Mapping[str, Any]) -> str:
+def protocol_words(protocol: ProtocolRecord) -> str:
     """What a protocol scores, in one clause."""
-    name = str(protocol["name"])
     words = {
         "nonoverlapping": "windows of ctx tokens side by side; the same targets at every ctx, "
         "each with 1 to ctx tokens before it",
-        "sliding": f"{protocol.get('stride')} targets a window, each with at least ctx − {protocol.get('stride')} "
+        "sliding": f"{protocol.stride} targets a window, each with at least ctx − {protocol.stride} "
         "tokens before it; the same targets at every ctx",
-        "last": f"the final {protocol.get('last')} targets of each block; the targets stay, only the context grows",
+        "last": f"the final {protocol.last} targets of each block; the targets stay, only the context grows",
         "prefix": "one pass over the first ctx tokens of each document; the targets change with ctx",
     }
-    return words.get(name, "a protocol of its own")
+    return words[protocol.name]
 
 
-def protocol_facts(protocol: Mapping[str, Any]) -> str:
-    """Documents, data, precision and targets of a protocol, in one line."""
+def protocol_facts(panel: Panel) -> str:
+    """Documents, data, precision and targets of a panel, in one line."""
+    protocol = panel.protocol
     facts = []
-    if protocol.get("documents") is not None:
-        out = protocol.get("left_out")
+    if protocol.documents is not None:
+        out = protocol.left_out
         facts.append(
-            f"{protocol['documents']} document{'' if protocol['documents'] == 1 else 's'}"
+            f"{protocol.documents} document{'' if protocol.documents == 1 else 's'}"
             + (f", {out} left out as too short" if out else "")
         )
-    if protocol.get("data") is not None:
-        facts.append(f"data {protocol['data']}")
-    if protocol.get("tokenizer") is not None:
-        facts.append(f"tokeniser {protocol['tokenizer']}")
-    if protocol.get("dtype") is not None:
-        facts.append(str(protocol["dtype"]))
-    if protocol.get("bos") is not None:
-        facts.append(f"every window begins with token {protocol['bos']}")
-    if protocol.get("targets_digest") is not None:
-        facts.append(f"targets {str(protocol['targets_digest'])[:8]}")
+    facts.append(f"data {panel.data}")
+    if protocol.tokenizer is not None:
+        facts.append(f"tokeniser {protocol.tokenizer}")
+    if protocol.dtype is not None:
+        facts.append(protocol.dtype)
+    if protocol.bos is not None:
+        facts.append(f"every window begins with token {protocol.bos}")
+    if protocol.targets_digest is not None:
+        facts.append(f"targets {protocol.targets_digest[:8]}")
     return " · ".join(facts)
 
 
@@ -243,80 +244,78 @@ def ppl_limits(drawn: Panel) -> tuple[float, float]:
     return min(values) / 1.12, max(values) * 1.15
 
 
-def _scoring(item: Mapping[str, Any]) -> str:
+def _scoring(item: EvalResult) -> str:
     """How an evaluation scored which text; with the targets digest it says what may be compared."""
-    protocol = item["protocol"]
-    own = {"sliding": "stride", "last": "last"}.get(protocol["name"], "name")
-    keys = ("name", own, "split", "data_digest", "span", "documents", "left_out", "bos", "dtype")
-    return json.dumps([item.get("data"), *(protocol.get(key) for key in keys)])
+    protocol = item.protocol
+    own = {"sliding": protocol.stride, "last": protocol.last}.get(protocol.name)
+    what = (protocol.split, protocol.data_digest, protocol.span, protocol.documents, protocol.left_out)
+    return json.dumps([item.data, protocol.name, own, *what, protocol.bos, protocol.dtype])
 
 
-def _panel(methods: Sequence[Sequence[Mapping[str, Any]]]) -> Panel:
-    several_lengths = len({item["train_ctx"] for items in methods for item in items}) > 1
+def _panel(methods: Sequence[Sequence[EvalResult]]) -> Panel:
+    several_lengths = len({item.train_ctx for items in methods for item in items}) > 1
     lines: list[Line] = []
     names = [_name(items[0], several_lengths) for items in methods]
     for items, name in zip(methods, names, strict=True):
-        latest = {item["run"]: item for item in items}  # a run evaluated twice: the later one counts
-        seeds = {item.get("seed") for item in latest.values()}
+        latest = {item.run: item for item in items}  # a run evaluated twice: the later one counts
+        seeds = {item.seed for item in latest.values()}
         if len(seeds) == len(latest) and names.count(name) == 1:
             lines.append(_line(list(latest.values()), name))
         elif len(seeds) == len(latest):  # another recipe under the same name: its runs tell them apart
             lines.append(_line(list(latest.values()), f"{name} ({', '.join(latest)})"))
         else:
-            lines.extend(_line([item], f"{name} ({item['run']})") for item in latest.values())
-    known = [item for items in methods for item in items if item["protocol"].get("targets_digest") is not None]
+            lines.extend(_line([item], f"{name} ({item.run})") for item in latest.values())
+    known = [item for items in methods for item in items if item.protocol.targets_digest is not None]
     first = known[0] if known else methods[0][0]
-    return Panel({"data": first.get("data"), **first["protocol"]}, tuple(lines))
+    return Panel(first.protocol, first.data, tuple(lines))
 
 
-def _method(item: Mapping[str, Any]) -> list[Any]:
+def _method(item: EvalResult) -> list[Any]:
     """What makes evaluations repetitions of one another: all but the seed."""
-    keys = ("pos", "scaling", "factor", "pos_changed", "scaling_changed", "window", "train_ctx", "recipe")
-    return [item.get(key) for key in keys]
+    changed = item.changed
+    of_scaling = (item.scaling, item.factor, changed["pos_changed"], changed["scaling_changed"])
+    return [item.pos, *of_scaling, item.window, item.train_ctx, item.recipe]
 
 
-def _name(item: Mapping[str, Any], several_lengths: bool) -> str:
-    changed = {key: item.get(key) for key in ("pos_changed", "scaling_changed")}
-    name = method_name(item["pos"], item["scaling"], item.get("factor"), item.get("window"), **changed)
-    return f"{name}, trained at {item['train_ctx']}" if several_lengths else name
+def _name(item: EvalResult, several_lengths: bool) -> str:
+    name = method_name(item.pos, item.scaling, item.factor, item.window, **item.changed)
+    return f"{name}, trained at {item.train_ctx}" if several_lengths else name
 
 
-def _line(items: list[Mapping[str, Any]], name: str) -> Line:
+def _line(items: list[EvalResult], name: str) -> Line:
     first = items[0]
-    changed = " ".join(changed_words(first[key]) for key in ("pos_changed", "scaling_changed") if first.get(key))
-    members = tuple(tuple(sorted(map(_point, item["rows"]), key=lambda point: point.ctx)) for item in items)
+    changed = " ".join(changed_words(parameters) for parameters in first.changed.values() if parameters)
+    members = tuple(tuple(sorted(map(_point, item.rows), key=lambda point: point.ctx)) for item in items)
     by_ctx: dict[int, list[Point]] = {}
     for member in members:
         for point in member:
             by_ctx.setdefault(point.ctx, []).append(point)
     points = tuple(_joined(by_ctx[ctx]) for ctx in sorted(by_ctx))
-    runs = tuple(item["run"] for item in items)
+    runs = tuple(item.run for item in items)
     return Line(
-        name, first["pos"], first["scaling"], first.get("factor"), changed, first.get("window"), first["train_ctx"],
-        runs, points, members,
-    )  # fmt: skip
+        name, first.pos, first.scaling, first.factor, changed, first.window, first.train_ctx, runs, points, members
+    )
 
 
-def _point(row: Mapping[str, Any]) -> Point:
-    ppl = row.get("ppl")
-    number_of = row["status"] == "ok" and ppl is not None and math.isfinite(ppl) and ppl > 0
-    interval = row.get("ci95") if number_of else None
-    if interval is not None and not all(end is not None and math.isfinite(end) for end in interval):
-        interval = None
+def _point(row: Row) -> Point:
+    has_number = row.ok and row.ppl is not None and row.ppl > 0
+    low, high = row.ci95 if has_number and row.ci95 is not None else (None, None)
+    if low is None or high is None:
+        low = high = None
     return Point(
-        ctx=row["ctx"],
-        ppl=ppl if number_of else None,
-        nll=row.get("nll") if number_of else None,
-        low=interval[0] if interval else None,
-        high=interval[1] if interval else None,
+        ctx=row.ctx,
+        ppl=row.ppl if has_number else None,
+        nll=row.nll if has_number else None,
+        low=low,
+        high=high,
         spread=None,
-        bits_per_byte=row.get("bits_per_byte") if number_of else None,
-        factor=row.get("factor"),
-        tokens=row.get("tokens"),
-        documents=row.get("documents"),
-        unit=row.get("unit"),
-        status=row["status"] if row["status"] != "ok" or number_of else "non-finite",
-        reason=row.get("reason"),
+        bits_per_byte=row.bits_per_byte if has_number else None,
+        factor=row.factor,
+        tokens=row.tokens,
+        documents=row.documents,
+        unit=row.unit,
+        status=row.status if not row.ok or has_number else "non-finite",
+        reason=row.reason,
     )
 
 
