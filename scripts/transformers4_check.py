@@ -172,7 +172,7 @@ def main() -> int:
             own = evaluation.evaluate(
                 run, resolved.eval, scaling=method, device="cpu", cache_dir=str(base / "cache")
             ).result
-            rows[name] = (own["rows"][-1]["nll"], evaluated(python, folder, longest, base))
+            rows[name] = (own.rows[-1].nll, evaluated(python, folder, longest, base))
         run, folder, changes = trained(EXPORTS["rope"][0], base), base / "exports" / "0", {}
         for name, how in ATTENTION.items():
             resolved = config.load([f"eval.ctx={4 * CTX},", *places(base), *how])
@@ -180,7 +180,7 @@ def main() -> int:
             own = evaluation.evaluate(
                 run, resolved.eval, scaling=method, device="cpu", cache_dir=str(base / "cache")
             ).result
-            changes[name] = (own["rows"][-1]["nll"], evaluated(python, folder, 4 * CTX, base, how))
+            changes[name] = (own.rows[-1].nll, evaluated(python, folder, 4 * CTX, base, how))
         (base / "asked.json").write_text(json.dumps(asked))
         command = [python, "-c", CHILD, base / "asked.json", base / "answers.json"]
         subprocess.run(command, check=True)

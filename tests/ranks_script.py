@@ -185,7 +185,7 @@ def main() -> None:
         (trained_run,) = all_runs(out / "straight")
         config = tiny(home, out / "straight", "eval.ctx='32,64'", "eval.tokens=4096")
         evaluated = evaluation.evaluate(trained_run, config.eval, cache_dir=config.cache_dir, ranks=ranks)
-        return found | {"evaluated": evaluated.result}
+        return found | {"evaluated": evaluated.result.to_json()}
 
     def cable(ranks: Ranks) -> Any:
         undo = at_step(2, 1, pull)

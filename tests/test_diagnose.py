@@ -22,6 +22,7 @@ from ropelab.model import GPT
 from ropelab.positions import Geometry, Rope
 from ropelab.report import figures
 from ropelab.scalings import SCALINGS, build
+from tests.records import result, results
 from tests.test_figures import assert_readable
 from tests.test_model import LENGTH, as_gpt_neox, gpt, tokens
 from tests.test_positions import method
@@ -215,7 +216,7 @@ def evaluation(nll: dict[int, float | None], **more: Any) -> dict[str, Any]:
     ],
 )
 def test_the_observed_breakdown_is_a_bracket(nll: dict[int, float | None], good: int | None, bad: int | None) -> None:
-    found = breakdown.observe(evaluation(nll), [])
+    found = breakdown.observe(result(evaluation(nll)), [])
     assert (found["good"], found["bad"]) == (good, bad)
     assert found["baseline"] == ("own" if 32 in nll else None)
 
@@ -223,12 +224,12 @@ def test_the_observed_breakdown_is_a_bracket(nll: dict[int, float | None], good:
 def test_a_scaling_is_measured_against_the_model_as_trained() -> None:
     plain = evaluation({32: 2.0, 64: 4.0})
     scaled = evaluation({32: 2.6, 64: 2.6}, scaling="linear", factor=8.0)
-    assert breakdown.observe(scaled, [])["bad"] is None
-    found = breakdown.observe(scaled, [plain])
+    assert breakdown.observe(result(scaled), results([]))["bad"] is None
+    found = breakdown.observe(result(scaled), results([plain]))
     assert (found["baseline"], found["good"], found["bad"]) == ("trained", None, 32)
     other = evaluation({32: 2.0})
     other["rows"][0]["targets_digest"] = "others"
-    assert breakdown.observe(scaled, [other])["baseline"] == "own"
+    assert breakdown.observe(result(scaled), results([other]))["baseline"] == "own"
 
 
 def manifest(settings: Config) -> dict[str, Any]:
@@ -256,7 +257,7 @@ def test_a_run_is_diagnosed_from_what_it_stores() -> None:
         ),
         evaluation({32: 2.01, 64: 2.02, 256: 2.2}, scaling="linear", factor=8.0),
     ]
-    found = diagnose_run(manifest(settings), evals)
+    found = diagnose_run(manifest(settings), results(evals))
     assert (found["pairs"], found["full_period"]) == (8, sum(L * theta >= TURN for theta in THETA))
     plain, scaled = found["evaluated"]
     assert (plain["scaling"], plain["trained"], plain["ctx"]) == ("none", True, 256)
@@ -275,17 +276,17 @@ def test_a_prediction_is_of_the_parameters_that_were_evaluated() -> None:
     item = evaluation({32: 2.0, 64: 2.0}, scaling="linear", factor=4.0)
     for original_ctx, breaks_from in ((None, 4 * L + 1), (16, 4 * L + 1)):
         item["scaling_parameters"] = {"factor": 4.0, "original_ctx": original_ctx}
-        (one,) = diagnose_run(manifest(rope()), [item])["evaluated"]
+        (one,) = diagnose_run(manifest(rope()), results([item]))["evaluated"]
         assert one["predicted"]["breaks_from"] == breaks_from
     item = evaluation({32: 2.0, 128: 2.0}, scaling="dynamic_ntk", factor=1.0)
     found = []
     for original_ctx in (L, 2 * L):
         item["scaling_parameters"] = {"factor": 1.0, "original_ctx": original_ctx}
-        (one,) = diagnose_run(manifest(rope()), [item])["evaluated"]
+        (one,) = diagnose_run(manifest(rope()), results([item]))["evaluated"]
         found.append(one["predicted"]["breaks_from"])
     assert found[0] != found[1]
     del item["scaling_parameters"]
-    (one,) = diagnose_run(manifest(rope()), [item])["evaluated"]
+    (one,) = diagnose_run(manifest(rope()), results([item]))["evaluated"]
     assert (one["new_pairs"], one["predicted"]["breaks_from"]) == (None, None)
     assert "evaluate it again" in one["predicted"]["why"]
 
@@ -412,7 +413,9 @@ def test_the_picture_of_a_run_is_readable() -> None:
     mass = torch.softmax(torch.arange(2 * 2 * 9.0).view(2, 2, 9).sin(), -1).tolist()
     measured = {"ctx": 256, "edges": edges, "mass": mass, "uniform": [1 / 9] * 9, "beyond": [[0.5, 0.1], [0.2, 0.3]]}
     measured |= {"queries": 256, "documents": 4, "text": "stdlib", "split": "test"}
-    figure = figures.explain(numbers | {"diagnosis": diagnose_run(manifest(rope()), evals), "attention": measured})
+    figure = figures.explain(
+        numbers | {"diagnosis": diagnose_run(manifest(rope()), results(evals)), "attention": measured}
+    )
     assert_readable(figure)
     said = " ".join(text.get_text() for text in figure.texts).replace("\n", " ")
     for word in (
@@ -546,6 +549,8 @@ def test_the_report_keeps_the_diagnoses(tmp_path: Any) -> None:
     for row in item["rows"]:
         row |= {"ppl": math.exp(row["nll"]), "ci95": None, "tokens": 1, "documents": 1, "factor": None}
     found = [diagnosed("r", "rope", 64, [2.0, 4.0])]
-    page = report.write_report(tmp_path, evals=[item], verdicts=[], title="t", notes=[], manifest={}, diagnoses=found)
+    page = report.write_report(
+        tmp_path, evals=results([item]), verdicts=[], title="t", notes=[], manifest={}, diagnoses=found
+    )
     assert json.loads((tmp_path / "results.json").read_text())["diagnoses"] == found
     assert "Why the curves bend" in page.read_text(encoding="utf-8")

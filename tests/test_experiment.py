@@ -61,7 +61,7 @@ def enlarged(run: RunDir) -> RunDir:
 def evaluate(run: RunDir, folder: Path, *changes: str, scaling: str | None = None) -> dict[str, Any]:
     resolved: EvalConfig = settings(folder, "eval.last=4", "eval.stride=4", "eval.tokens=200", *changes).eval
     method = None if scaling is None else config.parse_scaling(scaling)
-    return evaluation.evaluate(run, resolved, scaling=method, cache_dir=str(folder / "cache")).result
+    return evaluation.evaluate(run, resolved, scaling=method, cache_dir=str(folder / "cache")).result.to_json()
 
 
 def test_docs(folder: Path) -> None:
@@ -214,8 +214,8 @@ def test_the_stored_losses_are_those_of_the_row(runs: dict[str, RunDir], folder:
     resolved = settings(folder, "eval.ctx=32", "eval.tokens=200").eval
     done = evaluation.evaluate(runs["none"], resolved, cache_dir=str(folder / "cache"))
     means = done.document_means(32)
-    assert list(means) == done.result["protocol"]["document_digests"]
-    assert next(iter(means.values())) == pytest.approx(done.result["rows"][1]["nll"], rel=1e-9)
+    assert list(means) == done.result.protocol.document_digests
+    assert next(iter(means.values())) == pytest.approx(done.result.rows[1].nll, rel=1e-9)
 
 
 def test_a_scaling_that_changes_nothing_is_refused(
@@ -252,7 +252,7 @@ def test_the_runs_own_text_by_another_name_is_its_test_split(runs: dict[str, Run
     same = config.load(["data=text", f"data.path={folder / 'runs' / '..' / 'text'}"]).data
     resolved = settings(folder, "eval.ctx=32,", "eval.tokens=200").eval
     done = evaluation.evaluate(runs["rope"], resolved, other_text=same, cache_dir=str(folder / "cache"))
-    assert done.result == evaluate(runs["rope"], folder, "eval.ctx=32,")
+    assert done.result.to_json() == evaluate(runs["rope"], folder, "eval.ctx=32,")
 
 
 def test_the_same_text_in_other_tokens_is_other_targets(runs: dict[str, RunDir], folder: Path) -> None:
@@ -274,9 +274,9 @@ def test_other_text_is_scored_with_the_runs_tokeniser(runs: dict[str, RunDir], f
     other = config.load(["data=text", f"data.path={tmp_path}"]).data
     resolved = settings(folder, "eval.ctx=32,", "eval.tokens=64").eval
     done = evaluation.evaluate(runs["rope"], resolved, other_text=other, cache_dir=str(folder / "cache"))
-    assert done.result["data"] == "text"
-    assert done.result["protocol"]["documents"] == 1
-    assert done.result["rows"][0]["unit"] is None or done.result["rows"][0]["unit"] == "block"
+    assert done.result.data == "text"
+    assert done.result.protocol.documents == 1
+    assert done.result.rows[0].unit is None or done.result.rows[0].unit == "block"
     corpus = data.prepare(settings(folder).data, cache_dir=folder / "cache")
     own = config.load(["data=text", f"data.path={folder / 'text' / corpus.train.names[0]}"]).data
     with pytest.raises(ValueError, match="training text"):
@@ -347,7 +347,10 @@ def test_what_a_verdict_will_lack_is_said_before(
 
 
 def test_one_document_is_no_documents() -> None:
+    from ropelab.evaluation import ProtocolRecord
     from ropelab.report.figures import protocol_facts
+    from ropelab.report.figures.lines import Panel
 
-    assert protocol_facts({"documents": 1}) == "1 document"
-    assert protocol_facts({"documents": 2, "left_out": 3}) == "2 documents, 3 left out as too short"
+    assert protocol_facts(Panel(ProtocolRecord(name="last", documents=1), "x", ())) == "1 document · data x"
+    two = Panel(ProtocolRecord(name="last", documents=2, left_out=3), "x", ())
+    assert protocol_facts(two) == "2 documents, 3 left out as too short · data x"

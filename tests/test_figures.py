@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import subprocess
@@ -22,6 +23,7 @@ from scipy.optimize import minimize
 
 from ropelab import files
 from ropelab.report import figures
+from tests.records import results
 
 LADDER = (128, 256, 512, 1024)
 
@@ -134,7 +136,7 @@ def lines_named(axes: Axes, label: str) -> list[Any]:
 
 
 def test_axes_are_logarithmic_with_plain_ticks() -> None:
-    figure = figures.curves(crowded(), title="All")
+    figure = figures.curves(results(crowded()), title="All")
     assert len(figure.axes) == 2  # one a protocol
     for axes in figure.axes:
         assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
@@ -145,7 +147,7 @@ def test_axes_are_logarithmic_with_plain_ticks() -> None:
 
 
 def test_training_length_is_marked() -> None:
-    figure = figures.curves([evaluation("rope", [4.43, 9.05, 17.8, 29.6])], title="RoPE")
+    figure = figures.curves(results([evaluation("rope", [4.43, 9.05, 17.8, 29.6])]), title="RoPE")
     (mark,) = lines_named(figure.axes[0], "training length")
     assert list(mark.get_xdata()) == [128, 128]
     assert mark.get_linestyle() != "-"
@@ -153,7 +155,7 @@ def test_training_length_is_marked() -> None:
 
 
 def test_curve_goes_through_the_rows() -> None:
-    figure = figures.curves([evaluation("rope", [4.43, 9.05, 17.8, 29.6])], title="RoPE")
+    figure = figures.curves(results([evaluation("rope", [4.43, 9.05, 17.8, 29.6])]), title="RoPE")
     (curve,) = lines_named(figure.axes[0], "RoPE")
     assert list(curve.get_xdata()) == list(LADDER)
     assert list(curve.get_ydata()) == [4.43, 9.05, 17.8, 29.6]
@@ -162,7 +164,7 @@ def test_curve_goes_through_the_rows() -> None:
 
 
 def test_undefined_is_a_cross_at_the_top_with_its_reason() -> None:
-    figure = figures.curves([evaluation("learned", [5.46, None, None, None])], title="learned")
+    figure = figures.curves(results([evaluation("learned", [5.46, None, None, None])]), title="learned")
     axes = figure.axes[0]
     (cross,) = [line for line in axes.get_lines() if line.get_marker() == "x"]
     assert list(cross.get_xdata()) == [256]
@@ -172,22 +174,22 @@ def test_undefined_is_a_cross_at_the_top_with_its_reason() -> None:
 
 
 def test_undefined_everywhere_still_draws() -> None:
-    figure = figures.curves([evaluation("learned", [None, None, None, None])], title="learned")
+    figure = figures.curves(results([evaluation("learned", [None, None, None, None])]), title="learned")
     assert "learned: undefined at 128" in words(figure)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), None])
 def test_a_number_that_is_none_breaks_the_line(bad: float | None) -> None:
-    item = evaluation("rope", [4.43, 9.05])
-    item["rows"][1] |= {"ppl": bad, "status": "ok"}
-    figure = figures.curves([item], title="RoPE")
+    (item,) = results([evaluation("rope", [4.43, 9.05])])
+    rows = [item.rows[0], dataclasses.replace(item.rows[1], ppl=bad)]
+    figure = figures.curves([dataclasses.replace(item, rows=rows)], title="RoPE")
     (curve,) = lines_named(figure.axes[0], "RoPE")
     assert list(curve.get_xdata()) == [128]
     assert "RoPE: non-finite past 128" in words(figure)
 
 
 def test_huge_perplexity_is_drawn_at_the_cap_with_its_value() -> None:
-    figure = figures.curves([evaluation("rope", [4.43, 9.05, 2.04e6, 3e9])], title="RoPE")
+    figure = figures.curves(results([evaluation("rope", [4.43, 9.05, 2.04e6, 3e9])]), title="RoPE")
     axes = figure.axes[0]
     arrows = [line for line in axes.get_lines() if line.get_marker() == "^"]
     assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in arrows] == [(512, 1e4), (1024, 1e4)]
@@ -196,12 +198,12 @@ def test_huge_perplexity_is_drawn_at_the_cap_with_its_value() -> None:
 
 
 def test_no_text_overlaps_or_is_cut() -> None:
-    assert_readable(figures.curves(crowded(), title="Five encodings and RoPE rescaled " * 4))
+    assert_readable(figures.curves(results(crowded()), title="Five encodings and RoPE rescaled " * 4))
 
 
 def test_several_undefined_methods_do_not_overlap() -> None:
     items = [evaluation(pos, [5.0, 5.1, None, None]) for pos in ("learned", "sinusoidal", "t5")]
-    assert_readable(figures.curves(items, title="three edges"))
+    assert_readable(figures.curves(results(items), title="three edges"))
 
 
 def test_seeds_are_joined_by_the_geometric_mean() -> None:
@@ -209,41 +211,41 @@ def test_seeds_are_joined_by_the_geometric_mean() -> None:
         evaluation("rope", [4.0, 16.0], run="rope-s0", seed=0),
         evaluation("rope", [9.0, 25.0], run="rope-s1", seed=1),
     ]
-    (panel,) = figures.panels(seeds)
+    (panel,) = figures.panels(results(seeds))
     (line,) = panel.lines
     assert [point.ppl for point in line.points] == pytest.approx([6.0, 20.0])  # sqrt(4 * 9), sqrt(16 * 25)
     assert line.points[0].spread == (4.0, 9.0)
     assert line.points[0].low is None  # an interval over texts of one run says nothing of the mean of two
-    figure = figures.curves(seeds, title="two seeds")
+    figure = figures.curves(results(seeds), title="two seeds")
     thin = [line for line in figure.axes[0].get_lines() if line.get_linewidth() == 0.6]
     assert sorted(list(line.get_ydata()) for line in thin) == [[4.0, 16.0], [9.0, 25.0]]
 
 
 def test_one_undefined_seed_makes_the_point_undefined() -> None:
     seeds = [evaluation("rope", [4.0, 16.0], run="a", seed=0), evaluation("rope", [9.0, None], run="b", seed=1)]
-    (panel,) = figures.panels(seeds)
+    (panel,) = figures.panels(results(seeds))
     assert [point.status for point in panel.lines[0].points] == ["ok", "undefined"]
 
 
 def test_runs_of_one_seed_stay_apart_under_their_names() -> None:
     same = [evaluation("rope", [4.0], run="rope-a"), evaluation("rope", [9.0], run="rope-b")]
-    (panel,) = figures.panels(same)
+    (panel,) = figures.panels(results(same))
     assert [line.name for line in panel.lines] == ["RoPE (rope-a)", "RoPE (rope-b)"]
     again = [evaluation("rope", [4.0], run="rope-a"), evaluation("rope", [9.0], run="rope-a")]
-    (panel,) = figures.panels(again)
+    (panel,) = figures.panels(results(again))
     assert [point.ppl for line in panel.lines for point in line.points] == [9.0]  # the later evaluation
 
 
 def test_only_the_same_targets_share_a_panel() -> None:
     one, other = evaluation("rope", [4.0]), evaluation("alibi", [5.0])
-    assert len(figures.panels([one, other])) == 1
+    assert len(figures.panels(results([one, other]))) == 1
     other["protocol"]["targets_digest"] = "others"
-    assert len(figures.panels([one, other])) == 2
+    assert len(figures.panels(results([one, other]))) == 2
     other["protocol"]["targets_digest"] = None  # undefined at every ctx: no target was scored
-    assert len(figures.panels([one, other])) == 1
-    assert len(figures.panels([other, one])) == 1
+    assert len(figures.panels(results([one, other]))) == 1
+    assert len(figures.panels(results([other, one]))) == 1
     other["protocol"]["dtype"] = "bf16"
-    assert len(figures.panels([one, other])) == 2
+    assert len(figures.panels(results([one, other]))) == 2
 
 
 @pytest.mark.parametrize(
@@ -273,7 +275,7 @@ def test_long_ladders_keep_their_first_and_last_label() -> None:
     ladder = [128 * 2**k for k in range(10)]
     item = evaluation("alibi", [])
     item["rows"] = [row(ctx, 5.0 + 0.01 * k) for k, ctx in enumerate([*ladder, 70000])]
-    figure = figures.curves([item], title="ALiBi")
+    figure = figures.curves(results([item]), title="ALiBi")
     labels = [label.get_text() for label in figure.axes[0].get_xticklabels()]
     assert (labels[0], labels[-1]) == ("128", "70000")
     assert "16k" in labels
@@ -302,7 +304,7 @@ def test_labels_move_as_little_as_possible() -> None:
 
 def test_png_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "curves.png"
-    figures.save(figures.curves([evaluation("rope", [4.43, 9.05])], title="RoPE"), path)
+    figures.save(figures.curves(results([evaluation("rope", [4.43, 9.05])]), title="RoPE"), path)
     image = imread(path)
     assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert min(image.shape[:2]) > 300
@@ -321,18 +323,18 @@ def test_png_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.
 
 def test_hostile_names_draw_as_they_are() -> None:
     items = [evaluation("rope", [4.0], run="$\\frac{$ 位置 <b>"), evaluation("rope", [9.0], run="$x^{")]
-    figure = figures.curves(items, title="cost: $5 & more $")
+    figure = figures.curves(results(items), title="cost: $5 & more $")
     assert figures.png(figure).startswith(b"\x89PNG")
     assert "RoPE ($x^{)  9.00" in [text.get_text() for text in figure.axes[0].texts]
 
 
 def test_nothing_to_draw_says_so() -> None:
-    assert "no evaluation" in words(figures.curves([], title="Empty"))
+    assert "no evaluation" in words(figures.curves(results([]), title="Empty"))
 
 
 def test_pyplot_and_its_global_state_stay_out() -> None:
     code = (
-        "import sys; from ropelab import figures; assert 'matplotlib' not in sys.modules; "
+        "import sys; from ropelab.report import figures; assert 'matplotlib' not in sys.modules; "
         "figures.curves([], title='x'); assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

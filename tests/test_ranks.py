@@ -219,7 +219,7 @@ def test_evaluation_over_ranks_gives_the_numbers_of_one_process(
     assert ours.keys() == theirs.keys() >= {"nll.32", "nll.64"}
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     for rank in said:
-        assert rank["runs"]["evaluated"]["rows"] == json.loads(json.dumps(alone.result["rows"]))
+        assert rank["runs"]["evaluated"]["rows"] == json.loads(json.dumps(alone.result.to_json()["rows"]))
 
 
 @pytest.mark.parametrize(("count", "rows"), SCORED)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -22,6 +23,7 @@ from rich.console import Console
 
 from ropelab import report
 from ropelab.report.results import csv_text
+from tests.records import result, results
 
 LADDER = (128, 256, 512, 1024)
 HOSTILE = "</script><img src=x onerror=alert(1)>"
@@ -136,7 +138,8 @@ class Page(HTMLParser):
 
 def write(folder: Path, **more: Any) -> Path:
     given: dict[str, Any] = {"evals": EVALS, "verdicts": VERDICTS, "title": "Lengths", "notes": [], "manifest": {}}
-    return report.write_report(folder, **(given | more))
+    given |= more
+    return report.write_report(folder, **(given | {"evals": results(given["evals"])}))
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +160,9 @@ def test_files_are_all_there_and_nothing_else(folder: Path) -> None:
 
 
 def test_json_is_the_input(folder: Path) -> None:
-    assert json.loads((folder / "results.json").read_text(encoding="utf-8")) == {"evals": EVALS, "verdicts": VERDICTS}
+    assert json.loads((folder / "results.json").read_text(encoding="utf-8")) == {
+        "evals": [item.to_json() for item in results(EVALS)], "verdicts": VERDICTS,
+    }  # fmt: skip
 
 
 def test_csv_is_one_line_a_row(folder: Path) -> None:
@@ -179,10 +184,11 @@ FORMULAS = ("=HYPERLINK(1)", "+1+cmd", "-2+3", "@SUM(A1)", "\t=1", "\r=1", "-a\r
 @pytest.mark.parametrize("formula", FORMULAS)
 def test_no_text_of_a_stranger_is_a_formula_in_csv(formula: str) -> None:
     """Names, encodings and reasons behind an apostrophe; numbers, spelled ones too, stay numbers."""
-    row = {**EVALS[0]["rows"][0], "reason": formula, "nll": -0.5, "status": formula, "ppl": "-1e-3"}
-    protocol = {**EVALS[0]["protocol"], "name": formula}
+    item = result(EVALS[0])
+    row = dataclasses.replace(item.rows[0], reason=formula, nll=-0.5, status=formula, ppl="-1e-3")  # type: ignore[arg-type]
+    protocol = dataclasses.replace(item.protocol, name=formula)
     changed = {"run": formula, "pos": formula, "data": formula, "scaling": formula, "protocol": protocol, "rows": [row]}
-    (line,) = csv.DictReader(StringIO(csv_text([{**EVALS[0], **changed}]), newline=""))
+    (line,) = csv.DictReader(StringIO(csv_text([dataclasses.replace(item, **changed)]), newline=""))
     for key in ("run", "pos", "data", "scaling", "protocol", "reason", "status"):
         assert line[key] == "'" + formula.replace("\r", "\n"), key
     assert (line["nll"], line["ppl"]) == ("-0.5", "-1e-3")
@@ -369,7 +375,7 @@ def test_no_string_becomes_markup(tmp_path: Path) -> None:
 
 def test_numbers_that_do_not_exist_are_null_and_said(tmp_path: Path) -> None:
     odd = evaluation("rope", [4.43, 9.05, 17.8, 29.6])
-    odd["rows"][1] |= {"ppl": float("inf"), "nll": float("nan"), "ci95": [1.0, float("inf")]}
+    odd["rows"][1] |= {"ppl": None, "nll": None, "ci95": [1.0, None]}
     odd["rows"][2] |= {"ppl": None, "nll": None, "bits_per_byte": None, "ci95": None, "status": "non-finite"}
     odd["rows"][3] |= {"ci95": [20.0, None]}
     claim = verdict("INCONCLUSIVE", 0.3, 0.5, [None, float("inf")])
@@ -419,7 +425,7 @@ def told(renderable: object, width: int = 110) -> str:
 
 
 def test_terminal_table() -> None:
-    text = told(report.terminal_table(EVALS))
+    text = told(report.terminal_table(results(EVALS)))
     cells = [
         [cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in text.splitlines() if re.search("[│┃]", line)
     ]
@@ -436,7 +442,10 @@ def test_terminal_table() -> None:
 @pytest.mark.parametrize(("console", "least", "most"), [(110, 77, 100), (80, 60, 80), (40, 20, 40)])
 def test_caption_is_as_wide_as_the_console_allows(console: int, least: int, most: int) -> None:
     """Below a table of 30 columns the caption is not broken at 30; it breaks only where the next word has no room."""
-    lines = [line.rstrip() for line in told(report.terminal_table([evaluation("rope", [4.43])]), console).splitlines()]
+    lines = [
+        line.rstrip()
+        for line in told(report.terminal_table(results([evaluation("rope", [4.43])])), console).splitlines()
+    ]
     (end,) = [place for place, line in enumerate(lines) if line.startswith("└")]
     assert len(lines[end]) < 40
     caption = lines[end + 1 :]
@@ -447,11 +456,11 @@ def test_caption_is_as_wide_as_the_console_allows(console: int, least: int, most
 
 
 def test_table_without_an_evaluation_has_no_caption() -> None:
-    assert told(report.terminal_table([])).endswith("┘\n")
+    assert told(report.terminal_table(results([]))).endswith("┘\n")
 
 
 def test_terminal_shows_names_as_they_are() -> None:
-    text = told(report.terminal_table([evaluation("[red]mine[/red]", [4.43])]))
+    text = told(report.terminal_table(results([evaluation("[red]mine[/red]", [4.43])])))
     assert "[red]mine[/red]" in text
     claim = verdict("PASS", 1.28, 0.5, [1.05, 1.51]) | {"statement": "[bold]x[/bold] [/]"}
     assert "[bold]x[/bold] [/]" in told(report.verdict_table([claim]))

@@ -40,7 +40,7 @@ def trained(folder: Path, place: Path, *changes: str) -> RunDir:
 def ask(run: RunDir, folder: Path, ctx: str, scaling: tuple[str, ...] = (), *changes: str) -> dict[str, Any]:
     asked = settings(folder, "eval.protocol=last", "eval.last=4", "eval.tokens=200", f"eval.ctx={ctx}", *changes).eval
     method = config.load(list(scaling)).scaling if scaling else Method("none", {})
-    return evaluation.evaluate(run, asked, scaling=method, cache_dir=str(folder / "cache")).result
+    return evaluation.evaluate(run, asked, scaling=method, cache_dir=str(folder / "cache")).result.to_json()
 
 
 def lines(evals: list[dict[str, Any]]) -> dict[str, figures.Line]:
@@ -129,7 +129,7 @@ def test_ladders_of_one_question_are_one_line(run: RunDir, folder: Path) -> None
 def test_other_targets_are_not_joined(run: RunDir, folder: Path) -> None:
     ask(run, folder, "16,64")
     ask(run, folder, "16,32")
-    assert [[row["ctx"] for row in item["rows"]] for item in evaluations(run)] in (
+    assert [[row.ctx for row in item.rows] for item in evaluations(run)] in (
         [[16, 64], [16, 32]],
         [[16, 32], [16, 64]],
     )

@@ -94,7 +94,7 @@ def test_every_scaling_changes_what_it_should(zoo: dict[str, RunDir], folder: Pa
         chosen += ["scaling.factor=4"]
     resolved = settings(folder, "eval.last=4", "eval.tokens=200", "eval.protocol=last", "eval.ctx=16,64").eval
     method = config.load(chosen).scaling
-    scaled = evaluation.evaluate(zoo[pos], resolved, scaling=method, cache_dir=str(folder / "cache")).result
+    scaled = evaluation.evaluate(zoo[pos], resolved, scaling=method, cache_dir=str(folder / "cache")).result.to_json()
     plain = evaluate(zoo[pos], folder, "eval.protocol=last", "eval.ctx=16,64")
     assert scaled["scaling"] == scaling
     at_l, far = scaled["rows"]

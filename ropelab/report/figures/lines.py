@@ -298,7 +298,7 @@ def _line(items: list[EvalResult], name: str) -> Line:
 
 
 def _point(row: Row) -> Point:
-    has_number = row.ok and row.ppl is not None and row.ppl > 0
+    has_number = row.ok and row.ppl is not None and math.isfinite(row.ppl) and row.ppl > 0
     low, high = row.ci95 if has_number and row.ci95 is not None else (None, None)
     if low is None or high is None:
         low = high = None
