@@ -31,11 +31,16 @@ from ropelab.positions import (
     SinusoidalQK,
     bucket,
 )
+from ropelab.protocols import PROTOCOLS
 from ropelab.scalings import build
 
 THRESHOLD = 0.05  # nats per token above the loss at train_ctx: 5% of a perplexity, more than the noise of 64 documents
 LIMIT = 2**20  # tokens: no breakdown is looked for beyond
-PROTOCOLS = ("last", "sliding", "nonoverlapping")  # the sharpest first; of `prefix` the targets change with ctx
+# the sharpest first
+SHARPEST = tuple(sorted(
+    (name for name, kind in PROTOCOLS.items() if kind.shows_breakdown is not None),
+    key=lambda name: PROTOCOLS[name].shows_breakdown or 0,
+))  # fmt: skip
 CIRCLE = 2 * math.pi
 ROUNDING = 1 - 1e-9  # an angle that reaches the end of a range by the rules is not kept inside by rounding
 

@@ -13,6 +13,7 @@ from ropelab.config import Config, Method
 from ropelab.errors import ContextLengthError
 from ropelab.evaluation import EvalResult
 from ropelab.positions import PositionEncoding, Rope
+from ropelab.protocols import PROTOCOLS
 from ropelab.runs import OpenRun, encoding_of, recipe
 from ropelab.scalings import resolve_factor
 
@@ -78,10 +79,10 @@ def diagnose_run(manifest: Mapping[str, Any], evals: Sequence[EvalResult]) -> di
     as_trained = [item for item in own if _is_trained(item, trained) and item.window is None]
     # of `last` and `sliding` it is the end of a window only, which shows no bend
     reaching = [item for item in own if (curve := item.position_curve) and curve.edges[0] < trained.train.ctx]
-    by_position = ("nonoverlapping", "prefix", "sliding", "last")
+    by_position = tuple(sorted(PROTOCOLS, key=lambda name: PROTOCOLS[name].shows_positions))
     positions = breakdown.by_method(reaching, by_position, _targets(as_trained, by_position))
     evaluated = []
-    for key, item in breakdown.by_method(own, breakdown.PROTOCOLS, _targets(as_trained, breakdown.PROTOCOLS)).items():
+    for key, item in breakdown.by_method(own, breakdown.SHARPEST, _targets(as_trained, breakdown.SHARPEST)).items():
         scaling, factor, _ = key
         longest = max(row.ctx for row in item.rows)
         at = _evaluated_with(item, trained, original_ctx)

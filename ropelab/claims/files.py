@@ -31,8 +31,8 @@ from typing import Any
 import yaml  # type: ignore[import-untyped, unused-ignore]
 
 from ropelab import files
-from ropelab.config import PROTOCOLS
 from ropelab.errors import DamagedFileError
+from ropelab.protocols import PROTOCOLS
 
 TIERS = ("cpu", "gpu")
 CONTROLS = ("window", "unigram")
@@ -60,7 +60,7 @@ class Term:
     @property
     def targets(self) -> str:
         """The targets that are scored, in words: equal for terms whose losses may be subtracted."""
-        return f"prefix at ctx {self.ctx}" if self.protocol == "prefix" else self.protocol
+        return self.protocol if PROTOCOLS[self.protocol].same_targets else f"{self.protocol} at ctx {self.ctx}"
 
 
 @dataclass(frozen=True)
@@ -429,7 +429,7 @@ def load_claim(path: Path, config_dir: Path) -> Claim:
     root = _Section.of(path.name, "", _read(path), _CLAIM_KEYS)
     cell = _load_cell_of(root, path.parent, config_dir)
     runs = _load_runs(root, cell)
-    protocol = root.choice("protocol", PROTOCOLS)
+    protocol = root.choice("protocol", tuple(PROTOCOLS))
     scalings = _names(config_dir / "scaling")
     checks = [
         _load_check(_Section.of(path.name, f"checks[{i}]", check, None), runs, cell, protocol, scalings)
@@ -480,7 +480,7 @@ def _load_check(
     exact = "exact" in section.values
     section.refuse_others(("statement", "exact", "terms", "protocol") if exact else _CONTRAST_KEYS)
     if "protocol" in section.values:
-        protocol = section.choice("protocol", PROTOCOLS)
+        protocol = section.choice("protocol", tuple(PROTOCOLS))
 
     def term(key: str, text: object) -> Term:
         try:
@@ -570,13 +570,8 @@ def _check_ctx(cell: Cell, ctx: int, protocol: str) -> None:
         raise ValueError(
             f"ctx {ctx} is beyond the cell's longest, {cell.max_ctx}; add it to eval.ctx of {cell.name}.yaml"
         )
-    if protocol == "nonoverlapping" and cell.max_ctx % ctx:
-        nearest = min((c for c in range(1, cell.max_ctx + 1) if cell.max_ctx % c == 0), key=lambda c: abs(c - ctx))
-        raise ValueError(f"nonoverlapping needs a ctx that divides {cell.max_ctx}; nearest {nearest}, or use |last")
-    if protocol == "last" and 2 * cell.last > ctx:
-        raise ValueError(f"last scores {cell.last} targets and needs a ctx of at least {2 * cell.last}, not {ctx}")
-    if protocol == "sliding" and cell.stride > ctx:
-        raise ValueError(f"sliding moves by {cell.stride} targets and needs a ctx of at least that, not {ctx}")
+    kind = PROTOCOLS[protocol]
+    kind.check_term(ctx, cell.max_ctx, 0 if kind.parameter is None else getattr(cell, kind.parameter))
 
 
 def _check_weights(section: _Section, weighted: Sequence[tuple[Term, float]]) -> None:

@@ -18,7 +18,6 @@ from ropelab.config.load import (
 )
 from ropelab.config.schema import (
     FIRST_ENDINGS,
-    PROTOCOLS,
     Config,
     DataConfig,
     EvalConfig,
@@ -36,7 +35,6 @@ __all__ = [
     "FIRST_ENDINGS",
     "LAUNCHERS",
     "METHODS",
-    "PROTOCOLS",
     "Config",
     "DataConfig",
     "EvalConfig",

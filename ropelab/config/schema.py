@@ -10,10 +10,11 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any
 
+from ropelab.protocols import PROTOCOLS
+
 DTYPES = ("auto", "fp32", "bf16")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PARALLEL = ("auto", "ddp", "fsdp")
-PROTOCOLS = ("nonoverlapping", "sliding", "last", "prefix")
 BASELINES = ("unigram",)
 BOS = ("false", "true", "auto")
 WANDB_MODES = ("disabled", "offline", "online")
@@ -212,7 +213,7 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         _one_of("eval.split", self.split, ("test", "validation"))
-        _one_of("eval.protocol", self.protocol, PROTOCOLS)
+        _one_of("eval.protocol", self.protocol, tuple(PROTOCOLS))
         for key in ("stride", "last", "tokens"):
             _at_least(f"eval.{key}", getattr(self, key), 1)
         if self.baseline is not None:

@@ -16,11 +16,6 @@ from .plan import EvalPlan as EvalPlan
 from .plan import Resources as Resources
 from .plan import ladder_of as ladder_of
 from .plan import resolve as resolve
-from .protocols import MIN_DOCUMENTS as MIN_DOCUMENTS
-from .protocols import Layout as Layout
-from .protocols import Windows as Windows
-from .protocols import ladder as ladder
-from .protocols import lay_out as lay_out
 from .results import EvalResult as EvalResult
 from .results import PositionCurve as PositionCurve
 from .results import ProtocolRecord as ProtocolRecord
@@ -31,3 +26,8 @@ from .run_model import scorer_of as scorer_of
 from .scoring import score as score
 from .stored import Evaluated as Evaluated
 from .stored import evaluations as evaluations
+from .targets import MIN_DOCUMENTS as MIN_DOCUMENTS
+from .targets import Layout as Layout
+from .targets import Windows as Windows
+from .targets import ladder as ladder
+from .targets import lay_out as lay_out

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from ropelab.config import Config, DataConfig
 from ropelab.data import Split
-from ropelab.evaluation.protocols import MIN_DOCUMENTS, ladder
+from ropelab.evaluation.targets import MIN_DOCUMENTS, ladder
 
 
 def lacking_for(config: Config, split: Split) -> str | None:

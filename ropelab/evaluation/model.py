@@ -12,7 +12,7 @@ import torch
 from ropelab import data
 from ropelab.config import Config, DataConfig, Method
 from ropelab.evaluation.memory import Plan
-from ropelab.evaluation.protocols import Scorer
+from ropelab.evaluation.targets import Scorer
 from ropelab.positions import PositionEncoding
 from ropelab.progress import Progress
 

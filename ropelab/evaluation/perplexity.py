@@ -26,12 +26,13 @@ from ropelab.evaluation.intervals import row_interval
 from ropelab.evaluation.memory import Plan
 from ropelab.evaluation.model import LoadedModel, ModelAtCtx
 from ropelab.evaluation.plan import EvalPlan, Resources, bytes_of, finite, resolve
-from ropelab.evaluation.protocols import Scorer, Windows
 from ropelab.evaluation.results import EvalResult, PositionCurve, ProtocolRecord, Row
 from ropelab.evaluation.run_model import RunModel
 from ropelab.evaluation.scoring import position_curve, score, target_documents, target_tokens
 from ropelab.evaluation.stored import Evaluated, write_evaluation
+from ropelab.evaluation.targets import Scorer, Windows
 from ropelab.progress import Progress, silent
+from ropelab.protocols import PROTOCOLS
 from ropelab.runs import OpenRun, RunDir, open_run
 
 
@@ -135,7 +136,7 @@ class _Scored:
                 lacks = None
             self._score_ctx(ctx, here)
         self.rows.reverse()
-        if plan.targets.protocol == "last":
+        if PROTOCOLS[plan.targets.protocol].only_context_grows:
             at_train = next((row.nll for row in self.rows if row.ctx == plan.model.trained.train.ctx), None)
             if at_train is not None:
                 self.rows = [
@@ -179,7 +180,8 @@ class _Scored:
         plan = self.plan
         if self._baseline is not None:
             return self._baseline[tokens]
-        shares = plan.targets.protocol == "prefix" and not here.length_dependent and not plan.per_row
+        one_pass = PROTOCOLS[plan.targets.protocol].one_pass
+        shares = one_pass and not here.length_dependent and not plan.per_row
         if shares and self._longest is not None:
             # scores at a position do not depend on what follows, so the longest pass holds every shorter one
             self._advance(len(windows.start) * windows.ctx)
@@ -202,10 +204,13 @@ def _result(plan: EvalPlan, scored: _Scored, passes: Plan | None, precision: str
     config, model, targets = plan.config, plan.model, plan.targets
     scaling, methods = plan.ladder.scaling, plan.ladder.methods
     digests = [row.targets_digest for row in reversed(scored.rows) if row.ok]
+    kind = PROTOCOLS[targets.protocol]
+    own = {} if kind.parameter is None else {kind.parameter: targets.scored}
     protocol = ProtocolRecord(
         name=targets.protocol,
-        stride=config.stride if targets.protocol == "sliding" else None,
-        last=config.last if targets.protocol == "last" else None,
+        stride=own.pop("stride", None),
+        last=own.pop("last", None),
+        extra=own,
         span=targets.span,
         tokens=config.tokens,
         max_ctx=config.max_ctx,
@@ -214,7 +219,7 @@ def _result(plan: EvalPlan, scored: _Scored, passes: Plan | None, precision: str
         left_out=targets.left_out,
         unused=targets.unused,
         bos=plan.bos,
-        targets_digest=next(iter(digests), None) if targets.protocol != "prefix" else None,
+        targets_digest=next(iter(digests), None) if kind.same_targets else None,
         document_digests=[plan.text.split.digests[i] for i in targets.documents],
         authors=plan.authors,
         data_digest=plan.text.digest[:16],

@@ -19,9 +19,9 @@ from ropelab.distributed import ALONE, Ranks
 from ropelab.errors import RunError
 from ropelab.evaluation.memory import GB, Plan, free_bytes
 from ropelab.evaluation.model import EvaluatedModel, Text
-from ropelab.evaluation.protocols import Layout, ladder, lay_out
 from ropelab.evaluation.results import EvalResult
 from ropelab.evaluation.stored import intact_evaluation, labels
+from ropelab.evaluation.targets import Layout, ladder, lay_out
 from ropelab.positions import PositionEncoding
 from ropelab.progress import Progress, silent, tell
 from ropelab.runs import encoding_of

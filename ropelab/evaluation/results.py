@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
-from ropelab.config import PROTOCOLS
+from ropelab.protocols import PROTOCOLS, Protocol
 from ropelab.runs import Stored
 
 
@@ -73,6 +73,16 @@ class ProtocolRecord(Stored):
     data_digest: str | None = None
     tokenizer: str | None = None
     dtype: str | None = None
+
+    @property
+    def kind(self) -> Protocol:
+        return PROTOCOLS[self.name]
+
+    @property
+    def scored(self) -> int | None:
+        """The value of the protocol's own parameter: targets of a window; None where all of them count."""
+        key = self.kind.parameter
+        return None if key is None else getattr(self, key, self.extra.get(key))
 
 
 @dataclass(frozen=True, kw_only=True)

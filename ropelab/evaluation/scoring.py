@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ropelab.evaluation.protocols import Scorer, Windows
+from ropelab.evaluation.targets import Scorer, Windows
 
 
 def score(

@@ -94,7 +94,7 @@ def model_card(
 
 def _result_rows(item: EvalResult) -> list[tuple[Any, ...]]:
     protocol = item.protocol
-    how = protocol.name + "".join(f", {key} {n}" for key in ("stride", "last") if (n := getattr(protocol, key)))
+    how = protocol.name + (f", {protocol.kind.parameter} {protocol.scored}" if protocol.scored else "")
     if item.window:
         how += f", window {item.window}"
     if item.baseline:

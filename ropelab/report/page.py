@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ropelab.evaluation import EvalResult
+from ropelab.protocols import PROTOCOLS
 from ropelab.report.assets import STYLE
 from ropelab.report.breakdown import bend_section
 from ropelab.report.figures import WITHOUT_FACTOR, Line, Panel, Point, around, number, panels, protocol_words, styles
@@ -25,10 +26,10 @@ from ropelab.report.results import finite
 from ropelab.report.verdicts import nats, verdict_section
 
 EQUAL = 0.03  # nats; point estimates closer than this are called equal in words (3% of a perplexity)
-OWNER = {"stride": "sliding", "last": "last"}  # a parameter of one protocol says nothing in another
+# a parameter of one protocol says nothing in another
+OWNER = {kind.parameter: name for name, kind in PROTOCOLS.items() if kind.parameter is not None}
 PROTOCOL_KEYS = {
-    "stride": "targets per window (stride)",
-    "last": "targets per block (k)",
+    **{kind.parameter: kind.meaning for kind in PROTOCOLS.values() if kind.parameter is not None},
     "documents": "documents used",
     "left_out": "documents left out as too short",
     "span": "tokens of a block (span)",
@@ -117,7 +118,7 @@ def headline(evals: Sequence[EvalResult], verdicts: Sequence[Mapping[str, Any]])
             parts.append(f"{count['INCONCLUSIVE']} {'stays' if count['INCONCLUSIVE'] == 1 else 'stay'} open")
         sentences.append(_listed(parts) + ".")
     drawn = panels(evals)
-    panel = next((each for each in drawn if each.protocol.name == "last"), drawn[0] if drawn else None)
+    panel = next((each for each in drawn if each.protocol.kind.only_context_grows), drawn[0] if drawn else None)
     if panel is not None:
         sentences.append(_range_sentence(panel))
     return " ".join(sentences) or "There is nothing to report yet."
@@ -259,7 +260,7 @@ def _context_table(panel: Panel) -> str:
         control = windows.get(_family(line))
         walled = _loss(control, ctx) if control else None
         gain = None  # only `last` changes nothing but the context
-        if panel.protocol.name == "last" and start is not None and end is not None:
+        if panel.protocol.kind.only_context_grows and start is not None and end is not None:
             gain = start - end
         if end is None or (gain is None and walled is None):
             continue
@@ -327,8 +328,7 @@ def _commands(evals: Sequence[EvalResult], verdicts: Sequence[Mapping[str, Any]]
         words += [f"scaling.{key}={_setting(value)}" for key, value in item.changed["scaling_changed"].items()]
         if item.scaling not in ("none", *WITHOUT_FACTOR):
             words += ["--factor", "auto-row" if item.factor is None else f"{item.factor:g}"]
-        own = [key for key in ("stride", "last") if OWNER[key] == protocol.name]
-        asked = {key: getattr(protocol, key) for key in (*own, "max_ctx", "tokens")}
+        asked = {protocol.kind.parameter: protocol.scored, "max_ctx": protocol.max_ctx, "tokens": protocol.tokens}
         words += [f"eval.{key}={value}" for key, value in asked.items() if value is not None]
         if item.window is not None:
             words.append(f"eval.window={item.window}")

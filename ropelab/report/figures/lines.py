@@ -174,15 +174,7 @@ def _coloured(line: Line) -> tuple[str, str, str]:
 
 def protocol_words(protocol: ProtocolRecord) -> str:
     """What a protocol scores, in one clause."""
-    words = {
-        "nonoverlapping": "windows of ctx tokens side by side; the same targets at every ctx, "
-        "each with 1 to ctx tokens before it",
-        "sliding": f"{protocol.stride} targets a window, each with at least ctx − {protocol.stride} "
-        "tokens before it; the same targets at every ctx",
-        "last": f"the final {protocol.last} targets of each block; the targets stay, only the context grows",
-        "prefix": "one pass over the first ctx tokens of each document; the targets change with ctx",
-    }
-    return words[protocol.name]
+    return protocol.kind.words(protocol.scored)
 
 
 def protocol_facts(panel: Panel) -> str:
@@ -247,9 +239,8 @@ def ppl_limits(drawn: Panel) -> tuple[float, float]:
 def _scoring(item: EvalResult) -> str:
     """How an evaluation scored which text; with the targets digest it says what may be compared."""
     protocol = item.protocol
-    own = {"sliding": protocol.stride, "last": protocol.last}.get(protocol.name)
     what = (protocol.split, protocol.data_digest, protocol.span, protocol.documents, protocol.left_out)
-    return json.dumps([item.data, protocol.name, own, *what, protocol.bos, protocol.dtype])
+    return json.dumps([item.data, protocol.name, protocol.scored, *what, protocol.bos, protocol.dtype])
 
 
 def _panel(methods: Sequence[Sequence[EvalResult]]) -> Panel:

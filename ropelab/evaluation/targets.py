@@ -1,17 +1,4 @@
-"""Perplexity beyond the training length: protocols, windows, scoring. Knows tokens and losses, nothing of training.
-
-Document: tokens x_0 .. x_{n-1}. A target is an index t >= 1; x_0 is never scored. A window starts at token `a`, reads
-`ctx` tokens x_a .. x_{a+ctx-1} at positions 0 .. ctx-1 and predicts the targets a+1 .. a+ctx, of which the last
-`scored` count. Documents are never joined and no token is put before them; under `eval.bos` a checkpoint's
-beginning-of-text token is read in the place of x_a. With C the span's length (the largest ctx):
-
-    nonoverlapping  windows at 0, ctx, 2 ctx, ... over the first N targets, N a multiple of C; all targets count
-    sliding         `stride` targets at a time from target C - stride + 1 on, whatever the ctx; windows end with them
-    last            the final `last` targets of every block of C tokens: only the context grows
-    prefix          one window at 0: targets 1 .. ctx, so the targets differ with ctx
-
-Under the first three the targets are the same at every ctx. The definitions to the index are in docs/protocols.md.
-"""
+"""Which targets of which documents an evaluation scores, the same for every ctx of its ladder; and its windows."""
 
 from __future__ import annotations
 
@@ -25,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ropelab.config import EvalConfig
+from ropelab.protocols import PROTOCOLS
 
 LONGEST = 2**40  # tokens that --ctx can name: no text has so many
 MIN_DOCUMENTS = 6  # a span longer than the largest ctx is laid out only where this many documents hold it
@@ -85,20 +73,11 @@ class Layout:
 
     def windows(self, ctx: int) -> Windows:
         """The windows of one ctx of the ladder."""
+        protocol = PROTOCOLS[self.protocol]
         document: list[int] = []
         start: list[int] = []
         for number, units in enumerate(self.units):
-            extent = units * self.span  # targets 1..extent of this document
-            if self.protocol == "nonoverlapping":
-                starts: Sequence[int] = range(0, extent, ctx)
-            elif self.protocol == "sliding":
-                first = self.span - self.scored + 1
-                count = (extent - first + 1) // self.scored
-                starts = [first + j * self.scored + self.scored - 1 - ctx for j in range(count)]
-            elif self.protocol == "last":
-                starts = [(block + 1) * self.span - ctx for block in range(units)]
-            else:
-                starts = [0]
+            starts = protocol.starts(blocks=units, span=self.span, ctx=ctx, scored=self.scored)
             document += [number] * len(starts)
             start += starts
         return Windows(ctx, self.scored or ctx, np.array(document, np.int64), np.array(start, np.int64))
@@ -129,17 +108,12 @@ def lay_out(lengths: Sequence[int], contexts: tuple[int, ...], config: EvalConfi
     if config.max_ctx is not None and config.max_ctx < largest:
         raise ValueError(f"eval.max_ctx={config.max_ctx} is below the largest ctx, {largest}")
     span = max(largest, config.max_ctx or 0)
-    if config.protocol == "sliding" and config.stride > smallest:
-        raise ValueError(
-            f"eval.stride={config.stride} is above the smallest ctx; set eval.stride to {smallest} or less"
-        )
-    if config.protocol == "last" and config.last > smallest // 2:
-        raise ValueError(
-            f"eval.last={config.last} is above half of the smallest ctx; set it to {max(1, smallest // 2)} or less"
-        )
+    protocol = PROTOCOLS[config.protocol]
+    scored = 0 if protocol.parameter is None else int(getattr(config, protocol.parameter))
+    protocol.check(smallest, scored)
     longest = max(lengths, default=0)
     enlarged = False
-    if config.protocol == "nonoverlapping" and longest >= span + 1:
+    if protocol.whole_windows and longest >= span + 1:
         common = _common_span(lengths, contexts, span)
         enlarged, span = common > span, common
     usable = [i for i, length in enumerate(lengths) if length >= span + 1]
@@ -157,10 +131,9 @@ def lay_out(lengths: Sequence[int], contexts: tuple[int, ...], config: EvalConfi
             f"the ladder divides a span of {span} tokens only, and eval.tokens={config.tokens} holds {len(used)} such "
             f"documents; set eval.tokens={span * min(MIN_DOCUMENTS, len(usable))} or more, or use --protocol last"
         )
-    if config.protocol == "prefix":
+    if protocol.one_pass:
         quota = 1  # one pass over the head of each document
     units = tuple(min(quota, (lengths[i] - 1) // span) for i in used)
-    scored = {"sliding": config.stride, "last": config.last}.get(config.protocol, 0)
     return Layout(
         config.protocol, contexts, span, scored, tuple(used), units, len(lengths) - len(usable), len(usable) - len(used)
     )
