@@ -3,8 +3,8 @@
     python scripts/count_calls.py [RUNS_DIR]
 
 Trains a run of two layers there first, unless it holds one (without a folder, in a temporary one). Prints one JSON
-object: distinct functions of ropelab and the files they are in, up to the first forward pass of the model, and how
-often what should happen once happened, up to the end.
+object: distinct functions of ropelab and the files they are in, up to the first forward pass of the model, its text
+prepared, and how often what should happen once happened, up to the end.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def command(*arguments: str) -> None:
         sys.argv = kept
 
 
-def count(runs_dir: Path) -> dict[str, Any]:
+def count(runs_dir: Path, *settings: str) -> dict[str, Any]:
     """The counts of an evaluation of the newest run in a folder."""
     calls: Counter[tuple[str, str]] = Counter()
     before: set[CodeType] = set()
