@@ -12,10 +12,10 @@ PACKAGE = Path(ropelab.__file__).parent
 
 # From the ground up: what stands on a floor imports from the floors below it only. A package stands for all its files.
 FLOORS = (
-    ("__init__", "errors", "progress", "attention"),
+    ("__init__", "errors", "progress", "plugins", "attention"),
     ("files", "distributed"),
-    ("config", "devices", "report"),
-    ("positions", "data", "claims"),
+    ("config", "devices"),
+    ("positions", "data", "claims", "report"),
     ("scalings", "model"),
     ("runs",),
     ("evaluation",),

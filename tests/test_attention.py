@@ -13,13 +13,18 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ropelab.attention import Attend, Bias, attend, by_distance, digits, recomputed
-from ropelab.positions import Decay, slopes
+from ropelab.positions import CumulativeDecay, slopes
 
 CPU = torch.device("cpu")
 
 
 def reference(
-    q: Tensor, k: Tensor, v: Tensor, bias: Bias, far: tuple[Tensor, Tensor] | None = None, decay: Decay | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Bias,
+    far: tuple[Tensor, Tensor] | None = None,
+    decay: CumulativeDecay | None = None,
 ) -> Tensor:
     """Causal attention query by query and key by key in fp64: q, k (B, H, T, D), v (B, H, T, E)."""
     q, k, v = q.double(), k.double(), v.double()
@@ -44,8 +49,8 @@ def reference(
             if bias.by_query is not None:
                 score = score + bias.by_query(*(q.new_tensor([[x]]).float() for x in (i, i - j)))[:, 0, 0].double()
             if decay is not None:
-                fallen = decay.total[:, :, i].double() - decay.total[:, :, j].double()
-                score = score - (fallen if decay.gain is None else decay.gain[:, :, i].double() * fallen)
+                fallen = decay.cumsum[:, :, i].double() - decay.cumsum[:, :, j].double()
+                score = score - (fallen if decay.gate is None else decay.gate[:, :, i].double() * fallen)
             seen.append(j)
             scores.append(score)
         weights = torch.stack(scores, dim=-1).softmax(-1)  # (B, H, seen)
@@ -108,7 +113,7 @@ def check_against_the_loop(case: dict[str, Any], device: torch.device, *, rtol: 
     gain = torch.rand(2, 3, length, generator=generator).to(device).requires_grad_()
     decay = None
     if case["decay"] != "none":
-        decay = Decay(steps.cumsum(-1), gain if case["decay"] == "gained" else None)
+        decay = CumulativeDecay(steps.cumsum(-1), gain if case["decay"] == "gained" else None)
     bias = Bias(
         by_distance=-learned[0].abs().cumsum(1) if case["bias"] else None,
         by_query=(lambda i, d: learned[1][:, None, None] * torch.log1p(d) / (1 + i)) if case["by_query"] else None,
@@ -170,7 +175,7 @@ def test_gradients_of_steps_do_not_drift_along_a_long_text() -> None:
     scores = q.double() @ k.double().mT / 4 - (total[..., None] - total[..., None, :])
     future = torch.ones(length, length, dtype=torch.bool).triu_(1)
     expected = scores.masked_fill(future, -math.inf).softmax(-1) @ v.double()
-    out = Attend(length, bias=Bias(decays=True), device=CPU, training=True)(q, k, v, decay=Decay(total))
+    out = Attend(length, bias=Bias(decays=True), device=CPU, training=True)(q, k, v, decay=CumulativeDecay(total))
     got, want = (torch.autograd.grad((x * weights).sum(), steps, retain_graph=True)[0] for x in (out, expected))
     assert (got - want).abs().max() < 1e-5 * want.abs().max()
 
@@ -203,7 +208,7 @@ def test_decays_are_exact_late_in_a_long_text() -> None:
     steps = torch.full((1, 1, 64), 1e-3, dtype=torch.float64)
     steps[..., 0] = 1e5
     attending = Attend(64, bias=Bias(decays=True), device=CPU, training=False)
-    mask = attending._mask(32, 64, 0, Decay(steps.cumsum(-1)))  # (1, 1, 32, 64)
+    mask = attending._mask(32, 64, 0, CumulativeDecay(steps.cumsum(-1)))  # (1, 1, 32, 64)
     assert mask[0, 0, 8, 30].item() == pytest.approx(-1e-3 * (40 - 30), rel=1e-5)
     assert mask[0, 0, 31, 1].item() == pytest.approx(-1e-3 * (63 - 1), rel=1e-5)
 
@@ -332,7 +337,7 @@ def test_training_keeps_no_scores(kind: str) -> None:
         "by query": Bias(by_query=lambda i, d: q.mean() * torch.log1p(d)[None].expand(2, -1, -1)),
         "decays": Bias(decays=True),
     }[kind]
-    decay = Decay(torch.rand(1, 2, length).cumsum(-1).requires_grad_()) if kind == "decays" else None
+    decay = CumulativeDecay(torch.rand(1, 2, length).cumsum(-1).requires_grad_()) if kind == "decays" else None
     held: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:

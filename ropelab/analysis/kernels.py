@@ -29,11 +29,11 @@ def training_kernels(config: Config, methods: list[Method], contexts: list[int])
             dtype = resolve_dtype((config.train if use == "training" else config.eval).dtype, device)
             scaling = resolve_factor(config.scaling, longest=ctx, original_ctx=config.train.ctx)
             encoding = build(method, scaling, Geometry.of(config.model, config.train.ctx)).to(device)
-            encoding.progress(0.0 if use == "training" else 1.0)
+            encoding.set_training_fraction(0.0 if use == "training" else 1.0)
             window = None if use == "training" else config.eval.window
             try:
                 record = encoding(torch.arange(ctx, device=device), ctx=ctx)
-                bias = bias_of(record, decays=ENCODINGS[method.name].reads_content, window=window)
+                bias = bias_of(record, decays=ENCODINGS[method.name].content_dependent, window=window)
                 training = use == "training"
                 kernel = choose_kernel(device, ctx, training=training, bias=bias.within(ctx), dtype=dtype)
             except ContextLengthError:

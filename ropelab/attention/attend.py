@@ -135,7 +135,7 @@ class Attend:
         if self.kernel == "materialised":
             assert self.mask is not None
             # a total over the text outgrows what bf16 can tell apart
-            mask = self.mask if decay is None else self.mask + decays.faded(decay.total, decay.gain, 0, self.length, 0)
+            mask = self.mask if decay is None else self.mask + decays.faded(decay.cumsum, decay.gate, 0, self.length, 0)
             return _materialised(q, k, v, mask)
         if self.kernel == "digits":
             from ropelab.attention.digits import attend_with_slopes
@@ -145,7 +145,7 @@ class Attend:
         if self.kernel == "triton" and decay is not None:
             from ropelab.attention.triton_kernels import attend_with_decays
 
-            return attend_with_decays(q, k, v, decay.total, decay.gain, window=self.bias.window)
+            return attend_with_decays(q, k, v, decay.cumsum, decay.gate, window=self.bias.window)
         if self.kernel == "triton" and self.bias.by_query is not None:
             return self._in_bands(q, k, v, self.bias.by_query)
         if self.kernel == "triton":
@@ -157,7 +157,7 @@ class Attend:
             return recomputed(q, k, v, self.mask[0], window=None, rows=BLOCK)
         if self.kernel == "recomputed" and decay is not None:
             rows = self._rows(q, self.length)
-            return decays.recomputed(q, k, v, decay.total, decay.gain, window=self.bias.window, rows=rows)
+            return decays.recomputed(q, k, v, decay.cumsum, decay.gate, window=self.bias.window, rows=rows)
         if not self.bias.pairwise:
             kernel = recomputed if torch.is_grad_enabled() else by_distance.blocks
             return kernel(q, k, v, self.by_distance, window=self.bias.window, rows=BLOCK)
@@ -279,7 +279,7 @@ class Attend:
             mask = by_distance.mask(self.by_distance, start, stop, first).flip(1)[None]  # (1, H or 1, rows, keys)
             mask = mask if by_query is None else mask + by_query
         if decay is not None:
-            mask = mask + decays.faded(decay.total, decay.gain, start, stop, first)
+            mask = mask + decays.faded(decay.cumsum, decay.gate, start, stop, first)
         if self.bias.block is not None:
             i = torch.arange(start, stop, device=self.device) // self.bias.block  # (rows,)
             j = torch.arange(first, stop, device=self.device) // self.bias.block  # (keys,)

@@ -3,6 +3,8 @@
 from ropelab.config.load import (
     LAUNCHERS,
     METHODS,
+    About,
+    about,
     changed,
     choices,
     config_dir,
@@ -13,7 +15,6 @@ from ropelab.config.load import (
     nearest,
     own_launcher,
     parse_scaling,
-    summaries,
     to_dict,
 )
 from ropelab.config.schema import (
@@ -37,6 +38,7 @@ __all__ = [
     "LAUNCHERS",
     "METHODS",
     "PROTOCOLS",
+    "About",
     "Config",
     "DataConfig",
     "EvalConfig",
@@ -47,6 +49,7 @@ __all__ = [
     "SplitNames",
     "TrackConfig",
     "TrainConfig",
+    "about",
     "changed",
     "check_for_hydra",
     "choices",
@@ -61,6 +64,5 @@ __all__ = [
     "own_launcher",
     "parse_scaling",
     "run_with_hydra",
-    "summaries",
     "to_dict",
 ]

@@ -17,9 +17,9 @@ from ropelab.errors import RunError
 from ropelab.evaluation.memory import Plan, plan
 from ropelab.evaluation.model import At, Loaded, Subject, Text
 from ropelab.model import GPT
-from ropelab.positions import PositionEncoding
+from ropelab.positions import PositionEncoding, encoding_digest
 from ropelab.progress import Progress
-from ropelab.runs import RunDir, check_applied, load_model, run_tokenizer, set_encoding, spectrum_digest, trained_config
+from ropelab.runs import RunDir, check_applied, load_model, run_tokenizer, set_encoding, trained_config
 
 
 class TrainedRun(Subject):
@@ -65,7 +65,7 @@ class _LoadedRun(Loaded):
 
     def at(self, ctx: int, method: Method, encoding: PositionEncoding) -> At:
         set_encoding(self._model, encoding)
-        spectrum = spectrum_digest(encoding, ctx)
+        spectrum = encoding_digest(encoding, ctx)
         idle = check_applied(method, self._plain, self._original_ctx, ctx, spectrum)
         return At(spectrum, idle, encoding.length_dependent, self._scorer)
 

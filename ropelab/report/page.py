@@ -15,9 +15,10 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ropelab.config import about
 from ropelab.report.assets import STYLE
 from ropelab.report.breakdown import bend_section
-from ropelab.report.figures import WITHOUT_FACTOR, Line, Panel, Point, around, number, panels, protocol_words, styles
+from ropelab.report.figures import Line, Panel, Point, around, number, panels, protocol_words, styles
 from ropelab.report.markup import esc, section
 from ropelab.report.plot import curve_section, plot_scripts
 from ropelab.report.results import finite
@@ -325,7 +326,7 @@ def _commands(evals: Sequence[Mapping[str, Any]], verdicts: Sequence[Mapping[str
         words += ["--protocol", protocol["name"], "--scaling", item["scaling"]]
         changed = item.get("scaling_changed") or {}
         words += [f"scaling.{key}={_setting(value)}" for key, value in changed.items()]
-        if item["scaling"] not in ("none", *WITHOUT_FACTOR):
+        if about("scaling", item["scaling"]).has_factor:
             words += ["--factor", "auto-row" if item.get("factor") is None else f"{item['factor']:g}"]
         own = [key for key in ("stride", "last") if OWNER[key] == protocol["name"]]
         words += [f"eval.{key}={protocol[key]}" for key in (*own, "max_ctx", "tokens") if protocol.get(key) is not None]

@@ -21,4 +21,3 @@ from .models import check_applied as check_applied
 from .models import encoding_of as encoding_of
 from .models import load_model as load_model
 from .models import set_encoding as set_encoding
-from .models import spectrum_digest as spectrum_digest
