@@ -12,8 +12,8 @@ PACKAGE = Path(ropelab.__file__).parent
 
 # From the ground up: what stands on a floor imports from the floors below it only. A package stands for all its files.
 FLOORS = (
-    ("__init__", "errors", "progress", "plugins", "attention"),
-    ("files", "distributed"),
+    ("__init__", "errors", "progress", "plugins"),
+    ("files", "distributed", "attention"),
     ("config", "devices"),
     ("positions", "data", "claims", "report"),
     ("scalings", "model"),

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ropelab.attention import KERNELS, choose_kernel
+from ropelab.attention import Request, choose_kernel
 from ropelab.config import Config, Method
 from ropelab.devices import DTYPE_NAMES, resolve_device, resolve_dtype
 from ropelab.errors import ContextLengthError
@@ -34,8 +34,7 @@ def training_kernels(config: Config, methods: list[Method], contexts: list[int])
             try:
                 record = encoding(torch.arange(ctx, device=device), ctx=ctx)
                 bias = bias_of(record, decays=ENCODINGS[method.name].content_dependent, window=window)
-                training = use == "training"
-                kernel = choose_kernel(device, ctx, training=training, bias=bias.within(ctx), dtype=dtype)
+                kernel = choose_kernel(Request(ctx, bias.within(ctx), device, use == "training", dtype))
             except ContextLengthError:
                 kernel = None  # a learned table past its end
             rows.append(
@@ -45,8 +44,8 @@ def training_kernels(config: Config, methods: list[Method], contexts: list[int])
                     "ctx": ctx,
                     "device": device.type,
                     "dtype": DTYPE_NAMES[dtype],
-                    "kernel": kernel,
-                    "what": "undefined at this length" if kernel is None else KERNELS[kernel],
+                    "kernel": None if kernel is None else kernel.name,
+                    "what": "undefined at this length" if kernel is None else kernel.summary,
                 }
             )
     return rows
