@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ropelab.attention import Attend, Bias
 from ropelab.config import ModelConfig
-from ropelab.positions import STD, Decay, PositionEncoding, Positions, Rotation
+from ropelab.positions import STD, CumulativeDecay, PositionEncoding, Positions, Rotation
 
 NORM_EPS = 1e-5
 ALIGNED = {"cuda": 64}  # what the rows of the head must be a multiple of for the fast matrix products of a device
@@ -49,6 +49,10 @@ def _rotated(q: Tensor, k: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
         rotate(q, rotation.cos_q, rotation.sin_q, interleaved=rotation.interleaved),
         rotate(k, rotation.cos_k, rotation.sin_k, interleaved=rotation.interleaved),
     )
+
+
+ContentBias = Callable[[Tensor], CumulativeDecay | None]
+"""A layer's normalised input (B, T, C) -> the bias that the encoding computes from it."""
 
 
 class Prepared(NamedTuple):
@@ -92,8 +96,8 @@ class Block(nn.Module):
             q, k = _rotated(q, k, record.rotation)
         return q, k, v, far
 
-    def forward(self, x: Tensor, prepared: Prepared, content: Callable[[Tensor], Decay | None] | None) -> Tensor:
-        """x (B, T, C) -> (B, T, C). `content` is what the encoding reads off this layer's input, if it does."""
+    def forward(self, x: Tensor, prepared: Prepared, content: ContentBias | None) -> Tensor:
+        """x (B, T, C) -> (B, T, C). `content`: the bias computed from this layer's input, if any."""
         if not torch.is_grad_enabled() and x.shape[1] > pieces_of(x.device):
             return self._in_pieces(x, prepared, content)
         normed = self.norm_attention(x)
@@ -108,7 +112,7 @@ class Block(nn.Module):
         out: Tensor = x + self.mlp_out(F.gelu(self.mlp_in(self.norm_mlp(x))))
         return out
 
-    def _in_pieces(self, x: Tensor, prepared: Prepared, content: Callable[[Tensor], Decay | None] | None) -> Tensor:
+    def _in_pieces(self, x: Tensor, prepared: Prepared, content: ContentBias | None) -> Tensor:
         """The same in place and without a gradient; all but the attention for one piece of the sequence at a time.
 
         Of a long sequence only x, q, k, v and what attention makes of them exist in full.
@@ -163,13 +167,13 @@ class GPT(nn.Module):
         | token table                           | N(0, 0.02), or the encoding's `token_std` |
         | attention_out, mlp_out                | N(0, 0.02 / sqrt(2 n_layer)) (GPT-2)      |
         | other matrices                        | N(0, 0.02)                                |
-        | parameters of an encoding             | its `draw`                                |
+        | parameters of an encoding             | its `init_parameter`                                |
         """
         for name, parameter in self.named_parameters():
             key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
             if name.startswith("encoding."):
-                drawn = self.encoding.draw(name.removeprefix("encoding."), parameter.shape, generator)
+                drawn = self.encoding.init_parameter(name.removeprefix("encoding."), parameter.shape, generator)
                 if drawn is not None:
                     parameter.copy_(drawn)
             elif parameter.dim() >= 2:
@@ -180,9 +184,9 @@ class GPT(nn.Module):
                     std = STD / (2 * self.config.n_layer) ** 0.5
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
 
-    def progress(self, done: float) -> None:
-        """Tell the encoding what share of the training is over, 0 .. 1."""
-        if self.encoding.progress(done):
+    def set_training_fraction(self, done: float) -> None:
+        """Tell the encoding the fraction of the training that is done, 0 .. 1."""
+        if self.encoding.set_training_fraction(done):
             self._prepared = None
 
     def prepare(self, length: int, *, window: int | None = None, positions: Tensor | None = None) -> Prepared:
@@ -204,7 +208,7 @@ class GPT(nn.Module):
                 record = self.encoding(torch.arange(length, device=device), ctx=length)
             else:
                 record = _by_sequence(self.encoding(positions.flatten(), ctx=length), positions)
-            bias = bias_of(record, decays=self.encoding.reads_content, window=window)
+            bias = bias_of(record, decays=self.encoding.content_dependent, window=window)
             attend = Attend(length, bias=bias, device=device, training=self.training, dtype=dtype)
         prepared = Prepared(record, attend)
         if positions is None and next(self.encoding.parameters(), None) is None:
@@ -218,10 +222,10 @@ class GPT(nn.Module):
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for layer, block in enumerate(self.blocks):
             if recompute:
-                content = self.content(layer)
+                content = self.content_bias(layer)
                 x = checkpoint(block, x, prepared, content, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, prepared, self.content(layer))
+                x = block(x, prepared, self.content_bias(layer))
         out: Tensor = self.norm_out(x)
         return out
 
@@ -230,9 +234,9 @@ class GPT(nn.Module):
         x: Tensor = self.tokens(tokens) * self.encoding.token_scale()
         return x if prepared.record.embedding is None else x + prepared.record.embedding
 
-    def content(self, layer: int) -> Callable[[Tensor], Decay | None] | None:
-        """What the encoding reads off the input of a layer; None where it reads nothing."""
-        return functools.partial(self.encoding.content, layer) if self.encoding.reads_content else None
+    def content_bias(self, layer: int) -> ContentBias | None:
+        """The bias that the encoding computes from the input of a layer; None where it computes none."""
+        return functools.partial(self.encoding.content_bias, layer) if self.encoding.content_dependent else None
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (..., C) -> scores of the V - 1 tokens that can be predicted; the separator has none."""

@@ -12,10 +12,10 @@ PACKAGE = Path(ropelab.__file__).parent
 
 # From the ground up: what stands on a floor imports from the floors below it only. A package stands for all its files.
 FLOORS = (
-    ("__init__", "errors", "progress", "attention", "protocols"),
-    ("files", "distributed"),
-    ("config", "devices", "claims"),
-    ("positions", "data"),
+    ("__init__", "errors", "progress", "plugins"),
+    ("files", "distributed", "attention", "protocols"),
+    ("config", "devices"),
+    ("positions", "data", "claims"),
     ("scalings", "model"),
     ("runs",),
     ("evaluation",),

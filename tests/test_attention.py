@@ -12,14 +12,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ropelab.attention import Attend, Bias, attend, by_distance, digits, recomputed
-from ropelab.positions import Decay, slopes
+from ropelab.attention import KERNELS, Attend, Bias, Request, by_distance, choose_kernel, scores
+from ropelab.attention.kernels import chunked_recompute, slope_dims, triton
+from ropelab.positions import CumulativeDecay, slopes
 
 CPU = torch.device("cpu")
 
 
 def reference(
-    q: Tensor, k: Tensor, v: Tensor, bias: Bias, far: tuple[Tensor, Tensor] | None = None, decay: Decay | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Bias,
+    far: tuple[Tensor, Tensor] | None = None,
+    decay: CumulativeDecay | None = None,
 ) -> Tensor:
     """Causal attention query by query and key by key in fp64: q, k (B, H, T, D), v (B, H, T, E)."""
     q, k, v = q.double(), k.double(), v.double()
@@ -44,8 +50,8 @@ def reference(
             if bias.by_query is not None:
                 score = score + bias.by_query(*(q.new_tensor([[x]]).float() for x in (i, i - j)))[:, 0, 0].double()
             if decay is not None:
-                fallen = decay.total[:, :, i].double() - decay.total[:, :, j].double()
-                score = score - (fallen if decay.gain is None else decay.gain[:, :, i].double() * fallen)
+                fallen = decay.cumsum[:, :, i].double() - decay.cumsum[:, :, j].double()
+                score = score - (fallen if decay.gate is None else decay.gate[:, :, i].double() * fallen)
             seen.append(j)
             scores.append(score)
         weights = torch.stack(scores, dim=-1).softmax(-1)  # (B, H, seen)
@@ -108,7 +114,7 @@ def check_against_the_loop(case: dict[str, Any], device: torch.device, *, rtol: 
     gain = torch.rand(2, 3, length, generator=generator).to(device).requires_grad_()
     decay = None
     if case["decay"] != "none":
-        decay = Decay(steps.cumsum(-1), gain if case["decay"] == "gained" else None)
+        decay = CumulativeDecay(steps.cumsum(-1), gain if case["decay"] == "gained" else None)
     bias = Bias(
         by_distance=-learned[0].abs().cumsum(1) if case["bias"] else None,
         by_query=(lambda i, d: learned[1][:, None, None] * torch.log1p(d) / (1 + i)) if case["by_query"] else None,
@@ -126,13 +132,12 @@ def check_against_the_loop(case: dict[str, Any], device: torch.device, *, rtol: 
     theirs = torch.autograd.grad((expected * weights).sum(), tensors, allow_unused=True, retain_graph=True)
 
     chosen = Attend(length, bias=bias, device=device, training=case["training"])
-    kernels = {chosen.kernel}
-    if not chosen.bias.scored:
-        kernels |= {"materialised", "blocks"}
-        kernels |= set() if chosen.bias.decays and chosen.kernel != "recomputed" else {"recomputed"}
-    before = attend.BLOCK, recomputed.ROWS, recomputed.HELD
-    attend.BLOCK, recomputed.ROWS = case["rows"], max(1, case["rows"] // 2)
-    recomputed.HELD = 1 if case["seed"] % 2 else before[2]  # one sequence at a time, or all
+    request = Request(length, chosen.bias, device, case["training"], torch.float32)
+    # ALiBi's digits are checked below, Triton in its interpreter
+    kernels = {kernel.name for kernel in KERNELS if kernel.supports(request)} - {"digits", "triton"} | {chosen.kernel}
+    before = scores.BLOCK, chunked_recompute.ROWS, chunked_recompute.HELD
+    scores.BLOCK, chunked_recompute.ROWS = case["rows"], max(1, case["rows"] // 2)
+    chunked_recompute.HELD = 1 if case["seed"] % 2 else before[2]  # one sequence at a time, or all
     try:
         for kernel in sorted(kernels):
             attending = Attend(length, bias=bias, device=device, training=case["training"], kernel=kernel)
@@ -148,7 +153,7 @@ def check_against_the_loop(case: dict[str, Any], device: torch.device, *, rtol: 
                 got = torch.zeros_like(want) if got is None else got
                 torch.testing.assert_close(got, want.expand_as(got), rtol=10 * rtol, atol=2 * atol)
     finally:
-        attend.BLOCK, recomputed.ROWS, recomputed.HELD = before
+        scores.BLOCK, chunked_recompute.ROWS, chunked_recompute.HELD = before
 
 
 @pytest.mark.parametrize("gained", ["plain", "gained"])
@@ -170,7 +175,7 @@ def test_gradients_of_steps_do_not_drift_along_a_long_text() -> None:
     scores = q.double() @ k.double().mT / 4 - (total[..., None] - total[..., None, :])
     future = torch.ones(length, length, dtype=torch.bool).triu_(1)
     expected = scores.masked_fill(future, -math.inf).softmax(-1) @ v.double()
-    out = Attend(length, bias=Bias(decays=True), device=CPU, training=True)(q, k, v, decay=Decay(total))
+    out = Attend(length, bias=Bias(decays=True), device=CPU, training=True)(q, k, v, decay=CumulativeDecay(total))
     got, want = (torch.autograd.grad((x * weights).sum(), steps, retain_graph=True)[0] for x in (out, expected))
     assert (got - want).abs().max() < 1e-5 * want.abs().max()
 
@@ -203,7 +208,7 @@ def test_decays_are_exact_late_in_a_long_text() -> None:
     steps = torch.full((1, 1, 64), 1e-3, dtype=torch.float64)
     steps[..., 0] = 1e5
     attending = Attend(64, bias=Bias(decays=True), device=CPU, training=False)
-    mask = attending._mask(32, 64, 0, Decay(steps.cumsum(-1)))  # (1, 1, 32, 64)
+    mask = attending._scores.mask(32, 64, 0, CumulativeDecay(steps.cumsum(-1)))  # (1, 1, 32, 64)
     assert mask[0, 0, 8, 30].item() == pytest.approx(-1e-3 * (40 - 30), rel=1e-5)
     assert mask[0, 0, 31, 1].item() == pytest.approx(-1e-3 * (63 - 1), rel=1e-5)
 
@@ -217,7 +222,7 @@ def test_a_block_mask_on_a_cpu_is_a_view_of_one_vector() -> None:
 
 def test_dense_blocks_stay_within_their_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     """A bias by query is never asked for more than DENSE numbers at a time."""
-    monkeypatch.setattr(attend, "DENSE", 2**12)
+    monkeypatch.setattr(scores, "DENSE", 2**12)
     asked = []
 
     def by_query(i: Tensor, distance: Tensor) -> Tensor:
@@ -283,14 +288,14 @@ SLOPES = Bias(torch.zeros(1, 128), slopes=torch.ones(1))
 def test_the_kernel_is_a_fixed_rule(
     device: str, training: bool, length: int, dtype: torch.dtype, bias: Bias, kernel: str, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(attend, "has_triton", lambda: True)
-    assert attend.choose_kernel(torch.device(device), length, training=training, bias=bias, dtype=dtype) == kernel
+    monkeypatch.setattr(triton, "has_triton", lambda: True)
+    assert choose_kernel(Request(length, bias, torch.device(device), training, dtype)).name == kernel
 
 
 def test_a_gpu_without_triton_computes_the_scores_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attend, "has_triton", lambda: False)
+    monkeypatch.setattr(triton, "has_triton", lambda: False)
     chosen = [
-        attend.choose_kernel(torch.device("cuda"), 128, training=training, bias=bias, dtype=BF16)
+        choose_kernel(Request(128, bias, torch.device("cuda"), training, BF16)).name
         for bias in (DISTANCE, QUERY, Bias(decays=True))
         for training in (True, False)
     ]
@@ -332,7 +337,7 @@ def test_training_keeps_no_scores(kind: str) -> None:
         "by query": Bias(by_query=lambda i, d: q.mean() * torch.log1p(d)[None].expand(2, -1, -1)),
         "decays": Bias(decays=True),
     }[kind]
-    decay = Decay(torch.rand(1, 2, length).cumsum(-1).requires_grad_()) if kind == "decays" else None
+    decay = CumulativeDecay(torch.rand(1, 2, length).cumsum(-1).requires_grad_()) if kind == "decays" else None
     held: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -363,7 +368,7 @@ def alibi(length: int, heads: int = 12) -> tuple[Tensor, Tensor, Tensor]:
 def test_digits_give_alibis_weights_in_bf16(length: int, bound: float) -> None:
     """Total variation of the last queries' weights against ALiBi in fp64; a position in one bf16 number is far off."""
     q, k, slope = alibi(length)
-    wide_q, wide_k = digits.augment(q, k, slope)
+    wide_q, wide_k = slope_dims.augment(q, k, slope)
     distance = torch.arange(length - 1, -1, -1).double()
     plain = (q[:, :, -1:].double() @ k.double().transpose(-2, -1)) / 8  # (1, H, 1, T)
     expected = torch.softmax(plain - slope.double()[None, :, None, None] * distance, dim=-1)
@@ -381,7 +386,7 @@ def test_attention_with_digits_equals_the_plain_loop() -> None:
     q, k, v = (torch.randn(2, 3, 37, 8, generator=generator).requires_grad_() for _ in range(3))
     slope = torch.tensor([0.5, 0.1, 0.003])
     expected = reference(q, k, v, Bias(-slope[:, None] * torch.arange(37)))
-    out = digits.attend_with_slopes(q, k, v, slope)
+    out = slope_dims.attend_with_slopes(q, k, v, slope)
     torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
     weights = torch.randn(expected.shape, generator=generator)
     theirs = torch.autograd.grad((expected * weights).sum(), (q, k, v))

@@ -18,7 +18,7 @@ import torch
 from typer.testing import CliRunner
 
 from ropelab import bench, cli, config, devices
-from ropelab.attention import choose_kernel
+from ropelab.attention import Request, choose_kernel
 from ropelab.bench import accuracy, ours, peers, timing
 from ropelab.bench.train import causal_flops_per_token, flops_per_token
 from ropelab.cli.bench import WIDTH, written
@@ -211,7 +211,7 @@ def test_every_kernel_is_timed_beside_the_floor(monkeypatch: pytest.MonkeyPatch)
     assert row["backend"] in ("flash", "math")
     for label, bias, _ in ATTENTION._biases(tiny(), 64, torch.device("cpu")):
         for use, training in (("forward", False), ("with gradients", True)):
-            chosen = choose_kernel(torch.device("cpu"), 64, training=training, bias=bias, dtype=torch.float32)
+            chosen = choose_kernel(Request(64, bias, torch.device("cpu"), training, torch.float32)).name
             assert [key[2] for key, row in rows.items() if key[:2] == (label, use) and row["chosen"]] == [chosen]
 
 

@@ -75,9 +75,11 @@ def test_every_corpus_composes(name: str) -> None:
 
 def test_every_method_file_has_a_summary_and_a_paper() -> None:
     for group in ("pos", "scaling"):
-        found = config.summaries(group)
-        assert sorted(found) == names(group)
-        assert all(summary and paper for summary, paper in found.values())
+        for name in names(group):
+            told = config.about(group, name)
+            assert told.label
+            assert told.summary
+            assert told.paper
 
 
 def test_a_configuration_survives_json() -> None:

@@ -17,8 +17,7 @@ from ropelab.config import Config, EvalConfig, Method
 from ropelab.model import GPT
 from ropelab.positions import Geometry, Spectrum
 from ropelab.runs import NO_SCALING, RunDir, build_model
-from ropelab.scalings import SCALINGS, build
-from ropelab.scalings.base import Scaling
+from ropelab.scalings import SCALINGS, Scaling, build
 
 SHAPE = [
     "model.n_layer=2",
@@ -226,11 +225,10 @@ def test_a_scaling_that_changes_nothing_is_refused(
         resolved = settings(folder, "eval.ctx=32,", "eval.tokens=200").eval
         method = config.load(["scaling=llama3", "scaling.factor=8", "scaling.original_ctx=10000000"]).scaling
         evaluation.evaluate(runs["rope"], resolved, scaling=method, cache_dir=str(folder / "cache"))
-    monkeypatch.setitem(SCALINGS, "ntk", Scaling(lambda inv_freq, **keys: Spectrum(inv_freq)))
+    monkeypatch.setattr(SCALINGS["ntk"], "spectrum", lambda self, inv_freq, **keys: Spectrum(inv_freq))
     with pytest.raises(ValueError, match="scaling=ntk changes no pair"):
         evaluate(runs["rope"], folder, "eval.ctx=32", scaling="ntk:8")
-    stub = SCALINGS["block_causal"]._replace(apply=lambda encoding, **keys: None)
-    monkeypatch.setitem(SCALINGS, "block_causal", stub)
+    monkeypatch.setattr(SCALINGS["block_causal"], "record", Scaling.record)
     with pytest.raises(ValueError, match="scaling=block_causal changed nothing at 32"):
         evaluate(runs["rope"], folder, "eval.ctx=32,", scaling="block_causal")
 

@@ -314,7 +314,7 @@ def test_what_transformers_has_no_place_for_is_refused_with_the_reason(pos: str,
     if "factor" in method.parameters:
         method = Method(scaling, {**method.parameters, "factor": 4.0})
     model = runs.build_model(resolved, 257, scaling=method, original_ctx=CTX)
-    model.progress(1.0)
+    model.set_training_fraction(1.0)
     with pytest.raises(ValueError, match=reason):
         export._target(model, resolved.pos, method, CTX, CTX, None)
 
@@ -335,13 +335,13 @@ def test_an_export_that_transformers_reads_otherwise_fails(
     trained: Callable[[str], RunDir], place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A wrong factor in the configuration, which transformers takes without complaint."""
-    right = rotary.written
+    right = rotary.to_hf_rope
 
-    def wrong(*arguments: Any, **named: Any) -> rotary.Written:
+    def wrong(*arguments: Any, **named: Any) -> rotary.HfRope:
         made = right(*arguments, **named)
-        return made._replace(type_={**made.type_, "factor": 2.0})
+        return made._replace(parameters={**made.parameters, "factor": 2.0})
 
-    monkeypatch.setattr(rotary, "written", wrong)
+    monkeypatch.setattr(rotary, "to_hf_rope", wrong)
     done = invoke("export", trained("rope").path, "-o", tmp_path / "out", "--scaling", "linear", "--factor", 4,
                   *place.settings)  # fmt: skip
     assert done.exit_code == 1

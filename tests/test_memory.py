@@ -37,7 +37,7 @@ def test_a_sequence_in_pieces_is_the_whole_sequence(pos: str, scaling: str, monk
     if "factor" in scaled.parameters:
         scaled = Method(scaled.name, {**scaled.parameters, "factor": 4.0})
     net = GPT(SHAPE, 12, build(method("pos", pos), scaled, Geometry(16, 2, 16 if pos != "learned" else 30, 2)), seed=0)
-    net.progress(1.0)
+    net.set_training_fraction(1.0)
     net.eval()
     tokens = torch.randint(0, 11, (2, 30), generator=torch.Generator().manual_seed(0))
     whole = net(tokens)
@@ -61,7 +61,7 @@ def _taken(pos: str, ctx: int) -> tuple[int, int]:
 
     resolved = config.load([f"pos={pos}", "model.n_layer=1", "model.d_model=256"])
     net = runs.build_model(resolved, 257, scaling=runs.NO_SCALING, original_ctx=128).eval()
-    net.progress(1.0)
+    net.set_training_fraction(1.0)
     scorer = evaluation.scorer_of(net, window=None, dtype=torch.float32)
     tokens = np.random.default_rng(0).integers(0, 256, (1, ctx + 1))
     scorer(tokens[:, :65], tokens[:, 2:66])  # libraries load their kernels on the first call

@@ -40,9 +40,9 @@ def test_every_other_choice_composes(group: str) -> None:
 
 @pytest.mark.parametrize("group", ["pos", "scaling"])
 def test_every_method_says_what_it_is(group: str) -> None:
-    for name, (summary, paper) in config.summaries(group).items():
-        assert summary, name
-        assert paper, name
+    for name in config.choices(group):
+        assert config.about(group, name).summary, name
+        assert config.about(group, name).paper, name
 
 
 def test_the_claims_and_the_demo_load() -> None:

@@ -20,8 +20,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from ropelab.config import Method, choices, load
 from ropelab.errors import ContextLengthError
 from ropelab.positions import ENCODINGS, Far, Geometry, PositionEncoding, Positions, Rope, Rotation, bucket
-from ropelab.scalings import SCALINGS, applied_parameters, build, resolve_factor
-from ropelab.scalings.base import ROTARY
+from ropelab.scalings import SCALINGS, build, make_scaling, resolve_factor
 
 _spec = importlib.util.spec_from_file_location(
     "make_goldens", Path(__file__).parent.parent / "scripts" / "make_goldens.py"
@@ -63,10 +62,10 @@ def drawn(name: str, scaling: Method, geometry: Geometry, seed: int = 0) -> Posi
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter_name, parameter in encoding.named_parameters():
-            start = encoding.draw(parameter_name, parameter.shape, generator)
+            start = encoding.init_parameter(parameter_name, parameter.shape, generator)
             if start is not None:
                 parameter.copy_(start)
-    encoding.progress(1.0)
+    encoding.set_training_fraction(1.0)
     return encoding
 
 
@@ -159,15 +158,15 @@ def test_contract_of_every_encoding(name: str) -> None:
     check_record(encoding(torch.arange(16), ctx=16), 16, geometry)
     assert not list(encoding.buffers())
     assert set(encoding.state_dict()) == {parameter for parameter, _ in encoding.named_parameters()}
-    decay = encoding.content(1, torch.randn(3, 16, 32))
-    assert (decay is not None) == encoding.reads_content
+    decay = encoding.content_bias(1, torch.randn(3, 16, 32))
+    assert (decay is not None) == encoding.content_dependent
     if decay is not None:
-        assert decay.total.shape == (3, 4, 16)
-        assert decay.total.dtype == torch.float64
-        assert (decay.total.diff(dim=-1) >= 0).all()
-        if decay.gain is not None:
-            assert decay.gain.shape == (3, 4, 16)
-            assert (decay.gain >= 0).all()
+        assert decay.cumsum.shape == (3, 4, 16)
+        assert decay.cumsum.dtype == torch.float64
+        assert (decay.cumsum.diff(dim=-1) >= 0).all()
+        if decay.gate is not None:
+            assert decay.gate.shape == (3, 4, 16)
+            assert (decay.gate >= 0).all()
 
 
 APPLICABLE = [
@@ -273,12 +272,12 @@ def test_no_positions_are_said_by_none_and_by_drope_once_it_has_dropped_them() -
     assert build(method("pos", "none"), NONE, geometry)(torch.arange(40), ctx=40) == empty
     drope = build(method("pos", "drope", drop_after=0.75), NONE, geometry)
     trained = build(method("pos", "rope"), NONE, geometry)
-    assert not drope.progress(0.0)
-    assert not drope.progress(0.74)
+    assert not drope.set_training_fraction(0.0)
+    assert not drope.set_training_fraction(0.74)
     assert same(said(drope, 40), said(trained, 40))
-    assert drope.progress(0.75)
+    assert drope.set_training_fraction(0.75)
     assert drope(torch.arange(40), ctx=40) == empty
-    assert not drope.progress(1.0)
+    assert not drope.set_training_fraction(1.0)
 
 
 def test_sinusoidal_is_the_formula_of_the_paper() -> None:
@@ -588,7 +587,7 @@ def test_longrope_chooses_its_list_by_the_length_and_spares_the_first_tokens() -
     encoding = rope(8, 16, scaling)
     assert encoding.length_dependent
     for ctx, factors in ((16, short), (17, long), (128, long)):
-        angles = encoding.angles(torch.arange(ctx), ctx)
+        angles = encoding.angles(torch.arange(ctx), encoding.spectrum(ctx))
         for n in (0, 2, 3, ctx - 1):
             for i in range(4):
                 expected = n * 10000 ** (-i / 4) / (1 if n < 3 else factors[i])
@@ -897,11 +896,10 @@ def test_every_scaling_applies_to_an_encoding_or_is_refused(name: str, pos: str)
     plain, scaled = drawn(pos, NONE, geometry), drawn(pos, chosen, geometry, seed=1)
     scaled.load_state_dict(plain.state_dict(), strict=True)
     assert not list(scaled.buffers())
-    parameters = applied_parameters(chosen, geometry.ctx)
     idle = []
     for ctx in (2, 16, 17, 63, 64, 65, 128, 129, 256):
         before, after = said(plain, ctx), said(scaled, ctx)
-        idle.append(scaling.idle(parameters, ctx))
+        idle.append(make_scaling(chosen, geometry.ctx).is_identity(ctx))
         # an undefined length stays one, for scalings that do not define it
         undefined = before is None and after is None
         assert same(before, after) == (idle[-1] or undefined), ctx
@@ -914,7 +912,7 @@ def test_what_scalings_declare() -> None:
     """Names that exist; only spectral scalings follow the length; what is for evaluation only."""
     for name, scaling in SCALINGS.items():
         assert scaling.applies_to is None or set(scaling.applies_to) <= set(ENCODINGS)
-        assert not scaling.spectral or scaling.applies_to == ROTARY
+        assert not scaling.spectral or scaling.applies_to == ("rope", "p_rope")
         assert scaling.dynamic == name.startswith("dynamic_")
         assert scaling.evaluation_only == (name in ("rerope", "self_extend"))
 

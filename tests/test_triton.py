@@ -26,7 +26,8 @@ from torch import Tensor
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
-from ropelab.attention import attend, bands, triton_kernels
+from ropelab.attention import row_bands, select, triton_kernels
+from ropelab.attention.kernels import triton as kernels_of_triton
 from ropelab.attention.triton_kernels import Launch, Launches, attend_by_distance, attend_by_query, attend_with_decays
 from ropelab.config import Method, ModelConfig
 from ropelab.model import GPT
@@ -105,7 +106,7 @@ def check_bands_against_the_loop(
     packed = torch.randn(batch, length, 3, heads, d_head, generator=generator).to(DEVICE, dtype).requires_grad_()
     q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)  # three of (B, H, T, D)
     full = (3 * torch.randn(heads, length, length, generator=generator)).to(DEVICE).requires_grad_()
-    made = bands.make(by_query(full), first, length, device=DEVICE, again=bool(seed % 2))
+    made = row_bands.make(by_query(full), first, length, device=DEVICE, again=bool(seed % 2))
     weights = torch.randn(batch, heads, length - first, d_head, generator=generator).to(DEVICE)
     expected = plain(q, k, v, full, window)[:, :, first:]
     out = attend_by_query(q[:, :, first:], k, v, made, window=window)
@@ -179,7 +180,7 @@ def test_output_and_gradients_equal_the_plain_loop(seed: int, monkeypatch: pytes
 def test_a_bias_by_query_equals_the_plain_loop(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Random shapes; bands that end within a tile and within a block of queries, queries that begin late, windows."""
     rng = random.Random(seed)
-    monkeypatch.setattr(bands, "BAND", rng.choice([32, 48, 64]))
+    monkeypatch.setattr(row_bands, "BAND", rng.choice([32, 48, 64]))
     monkeypatch.setattr(triton_kernels, "LAUNCHES", dict.fromkeys(triton_kernels.LAUNCHES, SMALL))
     length = rng.randint(1, 130)
     check_bands_against_the_loop(
@@ -248,7 +249,7 @@ def test_gradients_of_a_bias_are_equal_bit_by_bit(kind: str) -> None:
     attended: Callable[..., Tensor]
     attended, *shape = {
         "by distance": (attend_by_distance, 2, 130),
-        "by query": (attend_by_query, 2, bands.numbers(0, 130)),
+        "by query": (attend_by_query, 2, row_bands.numel(0, 130)),
         "decays": (functools.partial(attend_with_decays, gain=None), 3, 2, 130),
     }[kind]
     bias = torch.randn(shape, generator=generator).to(DEVICE).requires_grad_()
@@ -270,17 +271,17 @@ def test_a_training_step_equals_the_plain_one(pos: str, shared: bool, monkeypatc
     tokens = torch.randint(0, 49, (1, 41), generator=torch.Generator().manual_seed(0)).to(DEVICE)
 
     def step(kernel: str) -> list[Tensor]:
-        monkeypatch.setattr(attend, "choose_kernel", lambda *_, **__: kernel)
+        monkeypatch.setattr(select, "choose_kernel", lambda request: select.kernel_named(kernel, request))
         loss = model.nll(model(tokens[:, :-1]), tokens[:, 1:]).mean()
         return [loss, *torch.autograd.grad(loss, list(model.parameters()))]
 
-    monkeypatch.setattr(bands, "BAND", 16)
-    monkeypatch.setattr(attend, "SHORT_BY_QUERY_TRITON", 40 if shared else 39)
-    monkeypatch.setattr(attend, "DENSE_BANDS", 16 * 2 * 40)  # blocks of one band
+    monkeypatch.setattr(row_bands, "BAND", 16)
+    monkeypatch.setattr(kernels_of_triton, "SHARED", 40 if shared else 39)
+    monkeypatch.setattr(kernels_of_triton, "HELD", 16 * 2 * 40)  # blocks of one band
     expected = step("materialised")
     made = []
-    make = bands.make
-    monkeypatch.setattr(bands, "make", lambda *args, **options: made.append(args[1:]) or make(*args, **options))
+    make = row_bands.make
+    monkeypatch.setattr(row_bands, "make", lambda *args, **options: made.append(args[1:]) or make(*args, **options))
     for got, want in zip(step("triton"), expected, strict=True):
         # rounding is left of the gradient of the network's last bias, which changes nothing
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-8 + 1e-5 * want.abs().max().item())
@@ -341,8 +342,8 @@ def test_compilation_keeps_one_graph_and_the_numbers() -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 2, 40, 16, generator=generator).to(DEVICE).requires_grad_() for _ in range(3))
     vector = torch.randn(2, 40, generator=generator).to(DEVICE).requires_grad_()
-    in_bands = torch.randn(2, bands.numbers(0, 40), generator=generator).to(DEVICE).requires_grad_()
-    for bias, band, cases in ((vector, 0, (True, False)), (in_bands, bands.BAND, (True,))):
+    in_bands = torch.randn(2, row_bands.numel(0, 40), generator=generator).to(DEVICE).requires_grad_()
+    for bias, band, cases in ((vector, 0, (True, False)), (in_bands, row_bands.BAND, (True,))):
         torch.library.opcheck(triton_kernels._attend, (q, k, v, bias, 30, band))
         out, lse = (x.detach() for x in triton_kernels._attend(q, k, v, bias, 30, band))
         inputs = tuple(x.detach() for x in (q, q, k, v, bias, out, lse))
@@ -416,7 +417,7 @@ def test_kernels_compile_for_gpus_and_once_for_all_lengths(
         vector = torch.zeros(1, length, requires_grad=True).expand(4, -1)
         due = torch.zeros(batch, length, 4, 64, dtype=torch.bfloat16).transpose(1, 2)
         attend_by_distance(q, k, v, vector, window=window).backward(due)
-        bias = torch.zeros(4, bands.numbers(0, length), requires_grad=True)
+        bias = torch.zeros(4, row_bands.numel(0, length), requires_grad=True)
         attend_by_query(q, k, v, bias, window=window).backward(due)
         total = torch.zeros(batch, 4, length, dtype=torch.float64, requires_grad=True)
         attend_with_decays(q, k, v, total, None, window=window).backward(due)

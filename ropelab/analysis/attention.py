@@ -31,7 +31,7 @@ def attention_weights(model: GPT, tokens: Tensor, queries: int) -> Iterator[Tens
     prepared = model.prepare(length)
     x = model.embed(tokens, prepared)
     for layer, block in enumerate(model.blocks):
-        content = model.content(layer)
+        content = model.content_bias(layer)
         normed = block.norm_attention(x)  # type: ignore[operator]
         q, k, _, far = block.heads(normed, prepared.record)  # type: ignore[operator]
         decay = None if content is None else content(normed)

@@ -21,15 +21,10 @@ from ropelab.config import Config, Method
 from ropelab.errors import ContextLengthError
 from ropelab.evaluation import EvalResult, Row
 from ropelab.positions import (
-    T5,
     Geometry,
     PositionEncoding,
     Positions,
     Rope,
-    Sinusoidal,
-    SinusoidalFairseq,
-    SinusoidalQK,
-    bucket,
 )
 from ropelab.protocols import PROTOCOLS
 from ropelab.scalings import build
@@ -191,7 +186,8 @@ def predict(at: At, *, trained: Trained | None, length: int, original_ctx: int) 
                 return None
         except ContextLengthError as error:
             return None, str(error)
-        return _unmet(encoding, ctx, length)
+        why = encoding.unmet(ctx, length)
+        return None if why is None else (None, why)
 
     ladder = sorted({min(LIMIT, max(1, math.ceil(original_ctx * 2.0**k))) for k in range(-20, 21)})
     good = 0
@@ -201,12 +197,7 @@ def predict(at: At, *, trained: Trained | None, length: int, original_ctx: int) 
             break
         good = ctx
     else:
-        if rotary:
-            why = "no pair is asked for an angle that training did not show"
-        elif isinstance(encoding, T5):
-            why = "training met every bucket of distances: no prediction"
-        else:
-            why = "theory names no length: no prediction"
+        why = "no pair is asked for an angle that training did not show" if rotary else encoding.unlimited
         return {"breaks_from": None, "pair": None, "why": why}
     while bad - good > 1:
         middle = (good + bad) // 2
@@ -221,18 +212,6 @@ def predict(at: At, *, trained: Trained | None, length: int, original_ctx: int) 
 def rotates(encoding: PositionEncoding, ctx: int) -> bool:
     """DroPE's rotation is dropped at the end of training."""
     return encoding(torch.arange(1), ctx=ctx).rotation is not None
-
-
-def _unmet(encoding: PositionEncoding, ctx: int, length: int) -> tuple[int | None, str] | None:
-    """What an encoding without rotation says at ctx that `length` trained positions did not show."""
-    if isinstance(encoding, Sinusoidal | SinusoidalFairseq | SinusoidalQK):
-        if ctx > length and CIRCLE * encoding.base > length:
-            return None, "positions past training have vectors that the model never met"
-    elif isinstance(encoding, T5):
-        reached = bucket(torch.tensor([length - 1, ctx - 1]), encoding.buckets, encoding.max_distance)
-        if reached[1] > reached[0]:
-            return None, "distances fall into a bucket that training never reached"
-    return None
 
 
 # --- the observed breakdown -----------------------------------------------------------------------------------------

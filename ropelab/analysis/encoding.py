@@ -12,14 +12,13 @@ from ropelab.analysis.breakdown import Trained
 from ropelab.config import Config, Method
 from ropelab.positions import (
     Drope,
+    FixedTable,
     Geometry,
     Learned,
     PositionEncoding,
     Positions,
     Rope,
     Sinusoidal,
-    SinusoidalFairseq,
-    SinusoidalQK,
     Xpos,
 )
 from ropelab.scalings import build, resolve_factor
@@ -31,7 +30,7 @@ def start(config: Config, method: Method, original_ctx: int) -> PositionEncoding
     generator = torch.Generator().manual_seed(config.seed)
     with torch.no_grad():
         for name, parameter in encoding.named_parameters():
-            if (drawn := encoding.draw(name, parameter.shape, generator)) is not None:
+            if (drawn := encoding.init_parameter(name, parameter.shape, generator)) is not None:
                 parameter.copy_(drawn)
     return encoding
 
@@ -121,7 +120,7 @@ def _bias(record: Positions, ctx: int) -> dict[str, Any] | None:
 def _embedding(encoding: PositionEncoding, record: Positions, ctx: int, *, run: bool) -> dict[str, Any]:
     table: list[list[float]] | None = None
     scale = None
-    if isinstance(encoding, Sinusoidal | SinusoidalFairseq | SinusoidalQK):
+    if isinstance(encoding, FixedTable):
         table = encoding.table(torch.arange(ctx)).tolist()
         scale = float(encoding.scale.detach()) if isinstance(encoding, Sinusoidal) else None
     elif isinstance(encoding, Learned) and run and record.embedding is not None:
@@ -139,7 +138,7 @@ def _notes(encoding: PositionEncoding, method: Method, record: Positions, ctx: i
             else f"this is the rotation of the first {encoding.drop_after:g} of the training; after that, and in "
             "evaluation, there are no positions"
         )
-    elif encoding.reads_content:
+    elif encoding.content_dependent:
         notes.append("position is read off the text itself, layer by layer: there is nothing to show without a text")
     elif not any(part is not None for part in (*record[:4], record.query_bias)):
         notes.append("nothing is said of position: the causal mask is the only order signal")
@@ -150,7 +149,7 @@ def _notes(encoding: PositionEncoding, method: Method, record: Positions, ctx: i
     if next(encoding.parameters(), None) is not None and not run:
         if isinstance(encoding, Learned):
             notes.append("the table starts as noise, and training gives it its meaning: show a RUN to see it")
-        elif not encoding.reads_content and not isinstance(encoding, Sinusoidal):
+        elif not encoding.content_dependent and not isinstance(encoding, Sinusoidal):
             notes.append("this is how training starts, before anything is learned: show a RUN to see what became of it")
     if record.far is not None:
         group = method.parameters.get("group")

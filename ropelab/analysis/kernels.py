@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ropelab.attention import KERNELS, choose_kernel
+from ropelab.attention import Request, choose_kernel
 from ropelab.config import Config, Method
 from ropelab.devices import DTYPE_NAMES, resolve_device, resolve_dtype
 from ropelab.errors import ContextLengthError
@@ -29,13 +29,12 @@ def training_kernels(config: Config, methods: list[Method], contexts: list[int])
             dtype = resolve_dtype((config.train if use == "training" else config.eval).dtype, device)
             scaling = resolve_factor(config.scaling, longest=ctx, original_ctx=config.train.ctx)
             encoding = build(method, scaling, Geometry.of(config.model, config.train.ctx)).to(device)
-            encoding.progress(0.0 if use == "training" else 1.0)
+            encoding.set_training_fraction(0.0 if use == "training" else 1.0)
             window = None if use == "training" else config.eval.window
             try:
                 record = encoding(torch.arange(ctx, device=device), ctx=ctx)
-                bias = bias_of(record, decays=ENCODINGS[method.name].reads_content, window=window)
-                training = use == "training"
-                kernel = choose_kernel(device, ctx, training=training, bias=bias.within(ctx), dtype=dtype)
+                bias = bias_of(record, decays=ENCODINGS[method.name].content_dependent, window=window)
+                kernel = choose_kernel(Request(ctx, bias.within(ctx), device, use == "training", dtype))
             except ContextLengthError:
                 kernel = None  # a learned table past its end
             rows.append(
@@ -45,8 +44,8 @@ def training_kernels(config: Config, methods: list[Method], contexts: list[int])
                     "ctx": ctx,
                     "device": device.type,
                     "dtype": DTYPE_NAMES[dtype],
-                    "kernel": kernel,
-                    "what": "undefined at this length" if kernel is None else KERNELS[kernel],
+                    "kernel": None if kernel is None else kernel.name,
+                    "what": "undefined at this length" if kernel is None else kernel.summary,
                 }
             )
     return rows

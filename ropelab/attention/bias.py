@@ -19,7 +19,7 @@ class Bias(NamedTuple):
     window: int | None = None  # keys with 0 <= i - j < window are seen
     block: int | None = None  # keys of the query's own block of so many tokens, and of the block before it, are seen
     far: int | None = None  # keys this many tokens back or more have scores of their own
-    decays: bool = False  # each layer takes gain_i (total_i - total_j) of its own
+    decays: bool = False  # each layer takes gate_i (cumsum_i - cumsum_j) of its own
     scale: Tensor | None = None  # (T,) fp32: factor on the scores of query i
     cap: float | None = None  # c tanh(score / c) in place of a score, before anything is added: Gemma 2's
 
@@ -30,6 +30,11 @@ class Bias(NamedTuple):
             block=None if self.block is None or 2 * self.block >= length else self.block,
             far=None if self.far is None or self.far >= length else self.far,
         )
+
+    def only(self, field: str) -> bool:
+        """Is this field all that is added to a score, but for a window?"""
+        rest = self._replace(**{field: self._field_defaults[field], "window": None})
+        return bool(getattr(self, field)) and rest.plain
 
     @property
     def pairwise(self) -> bool:

@@ -31,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ropelab.attention import bands
+from ropelab.attention import row_bands
 from ropelab.attention.by_distance import anti_diagonals
 
 LOG2E = tl.constexpr(1.4426950408889634)  # log2(e): GPUs have an instruction for 2^x
@@ -132,7 +132,7 @@ def _of_head(bias, stride, pair, heads, keys, BAND: tl.constexpr):
 def _of_query(row, offset, length, BAND: tl.constexpr):
     """Positions of queries that are `row` rows past the first, at `offset`, of `length`; where their bias begins.
 
-    By distance (BAND 0) that is the position, from where keys go backwards; in bands see `bands`; decays (BAND < 0)
+    By distance (BAND 0) that is the position, from where keys go backwards; in bands see `row_bands`; decays (BAND < 0)
     have a number of each query and key. Rows past the end are taken for the last, so that no row sees nothing and none
     reads past the bias.
     """
@@ -410,31 +410,31 @@ def attend_by_distance(q: Tensor, k: Tensor, v: Tensor, vector: Tensor, *, windo
 
 
 def attend_by_query(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, *, window: int | None) -> Tensor:
-    """The same with a bias in bands, (H, N) fp32 as `bands.make` lays it out, for queries that may begin late.
+    """The same with a bias in bands, (H, N) fp32 as `row_bands.make` lays it out, for queries that may begin late.
 
     k, v (B, H, T, D); q (B, H, Q, D) are the last Q of the T positions, those that the bias was made for.
     -> (B, H, Q, D).
     """
     length = k.shape[2]
-    assert bias.shape == (q.shape[1], bands.numbers(length - q.shape[2], length))
-    out: Tensor = _attend(q, k, v, bias, length if window is None else min(window, length), bands.BAND)[0]
+    assert bias.shape == (q.shape[1], row_bands.numel(length - q.shape[2], length))
+    out: Tensor = _attend(q, k, v, bias, length if window is None else min(window, length), row_bands.BAND)[0]
     return out
 
 
 def attend_with_decays(
-    q: Tensor, k: Tensor, v: Tensor, total: Tensor, gain: Tensor | None, *, window: int | None
+    q: Tensor, k: Tensor, v: Tensor, cumsum: Tensor, gate: Tensor | None, *, window: int | None
 ) -> Tensor:
-    """The same with gain_i (total_i - total_j) taken from the scores of each sequence, as in `decays`.
+    """The same with gate_i (cumsum_i - cumsum_j) taken from the scores of each sequence, as in `kernels.decay`.
 
-    total (B, H, T) fp64, gain (B, H, T) fp32 or None for 1. -> (B, H, T, D).
+    cumsum (B, H, T) fp64, gate (B, H, T) fp32 or None for 1. -> (B, H, T, D).
     """
     length = q.shape[2]
     assert q.shape == k.shape
-    assert total.shape == q.shape[:3]
-    # a total as the sum of two fp32 numbers, of which the small one carries the gradient
-    large = total.detach().float()
-    small = (total - large).float()
-    parts = torch.stack((large, small, torch.ones_like(large) if gain is None else gain.float()))  # (3, B, H, T)
+    assert cumsum.shape == q.shape[:3]
+    # a sum over the text as that of two fp32 numbers, of which the small one carries the gradient
+    large = cumsum.detach().float()
+    small = (cumsum - large).float()
+    parts = torch.stack((large, small, torch.ones_like(large) if gate is None else gate.float()))  # (3, B, H, T)
     out: Tensor = _attend(q, k, v, parts, length if window is None else min(window, length), -1)[0]
     return out
 

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ropelab import config as configs
 from ropelab import devices, runs
-from ropelab.attention import Attend, Bias, augment, choose_kernel
+from ropelab.attention import Attend, Bias, Request, augment, choose_kernel
 from ropelab.bench.accuracy import accuracy
 from ropelab.bench.timing import best, machine, synchroniser
 from ropelab.config import Config
@@ -80,7 +80,7 @@ def _at(config: Config, ctx: int, device: torch.device, dtype: torch.dtype, roun
     for label, bias, wanted in _biases(config, ctx, device):
         for use in uses:
             grads = use == "with gradients"
-            choice = choose_kernel(device, ctx, training=grads, bias=bias, dtype=dtype)
+            choice = choose_kernel(Request(ctx, bias.within(ctx), device, grads, dtype)).name
             chosen.add(Key(label, use, choice))
             for kernel in dict.fromkeys([choice, *_kernels(bias, ctx, device, grads=grads)]):
                 with torch.set_grad_enabled(grads):

@@ -75,7 +75,7 @@ def _scorer(config: Config) -> tuple[GPT, Callable[..., NDArray[np.float32]]]:
     device = devices.resolve_device(config.device)
     torch.set_float32_matmul_precision(matmul_precision(device, config.model.d_model))
     model = model_of(config).eval()
-    model.progress(1.0)
+    model.set_training_fraction(1.0)
     return model, scorer_of(model, window=None, dtype=resolve_dtype(config.eval.dtype, device))
 
 

@@ -31,6 +31,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped, unused-ignore]
 
 from ropelab import files
+from ropelab.config import about
 from ropelab.errors import DamagedFileError
 from ropelab.protocols import PROTOCOLS
 
@@ -555,7 +556,7 @@ def _factor(scaling: str | None, text: str | None) -> float | None:
             raise ValueError("scaling none has no factor")
         return None
     if text is None:
-        if scaling.startswith("dynamic"):
+        if about("scaling", scaling).dynamic:
             return 1.0
         raise ValueError(f"scaling {scaling} needs a factor, such as {scaling}:4")
     factor = parse_number(text)
@@ -663,7 +664,7 @@ def changes_spectrum(claim: Claim, term: Term) -> bool:
     """Whether a term's scaling must show in its spectrum: a dynamic one is RoPE itself up to L."""
     if term.scaling is None or term.scaling == "none":
         return False
-    return not (term.scaling.startswith("dynamic") and term.ctx <= claim.train_ctx(term.run))
+    return not (about("scaling", term.scaling).dynamic and term.ctx <= claim.train_ctx(term.run))
 
 
 def _needed_terms(claim: Claim, check: Check) -> list[Term]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -89,34 +88,24 @@ TITLES = {
 }
 
 
-def _applies_to(name: str) -> list[str] | None:
-    """The encodings that a scaling is for, from the head of its YAML: the list needs no torch. None: any."""
-    from ropelab import config
-
-    head = (config.config_dir() / "scaling" / f"{name}.yaml").read_text(encoding="utf-8")
-    found = re.search(r"^# applies to: (.*)$", head, re.M)
-    return None if found is None or found.group(1) == "any" else found.group(1).split(", ")
-
-
 def _list_methods(*, as_json: bool) -> None:
     from ropelab import config
 
-    table = {group: config.summaries(group) for group in config.METHODS}
-    applies = {name: _applies_to(name) for name in table["scaling"]}
+    table = {group: {name: config.about(group, name) for name in config.choices(group)} for group in config.METHODS}
     if as_json:
         listed: dict[str, Any] = {
-            g: {n: {"summary": s, "paper": p} for n, (s, p) in rows.items()} for g, rows in table.items()
+            g: {n: {"summary": one.summary, "paper": one.paper} for n, one in rows.items()} for g, rows in table.items()
         }
-        for name, encodings in applies.items():
-            listed["scaling"][name]["applies_to"] = encodings
+        for name, one in table["scaling"].items():
+            listed["scaling"][name]["applies_to"] = one.applies_to
         print_json(listed)
         return
     for group, rows in table.items():
         print_text(TITLES[group])
-        for name, (summary, paper) in rows.items():
+        for name, (_, summary, paper, applies_to, *_) in rows.items():
             print_text(f"  {name:<20} {summary}")
             if group == "scaling" and name != "none":
-                paper = f"for {', '.join(applies[name] or ['any encoding'])}" + ("" if paper == "-" else f"; {paper}")
+                paper = f"for {', '.join(applies_to or ['any encoding'])}" + ("" if paper == "-" else f"; {paper}")
             if paper != "-":
                 print_text(f"  {'':<20} {paper}")
         print_text()
@@ -267,12 +256,12 @@ def _print_numbers(numbers: dict[str, Any]) -> None:
     """The numbers of a method as text."""
     from ropelab import config
 
-    summary, paper = config.summaries("pos")[numbers["pos"]]
-    print_text(f"pos {numbers['pos']}: {summary}\n  {paper}")
+    told = config.about("pos", numbers["pos"])
+    print_text(f"pos {numbers['pos']}: {told.summary}\n  {told.paper}")
     if numbers["scaling"] != "none":
-        summary, paper = config.summaries("scaling")[numbers["scaling"]]
+        told = config.about("scaling", numbers["scaling"])
         factor = "" if numbers["factor"] is None else f", factor {numbers['factor']:g}"
-        print_text(f"scaling {numbers['scaling']}{factor}: {summary}\n  {paper}")
+        print_text(f"scaling {numbers['scaling']}{factor}: {told.summary}\n  {told.paper}")
     print_text(
         f"train_ctx {numbers['train_ctx']}, ctx {numbers['ctx']}, {numbers['n_head']} heads of {numbers['d_head']}"
     )

@@ -3,6 +3,8 @@
 from ropelab.config.load import (
     LAUNCHERS,
     METHODS,
+    About,
+    about,
     changed,
     choices,
     config_dir,
@@ -13,7 +15,6 @@ from ropelab.config.load import (
     nearest,
     own_launcher,
     parse_scaling,
-    summaries,
     to_dict,
 )
 from ropelab.config.schema import (
@@ -35,6 +36,7 @@ __all__ = [
     "FIRST_ENDINGS",
     "LAUNCHERS",
     "METHODS",
+    "About",
     "Config",
     "DataConfig",
     "EvalConfig",
@@ -45,6 +47,7 @@ __all__ = [
     "SplitNames",
     "TrackConfig",
     "TrainConfig",
+    "about",
     "changed",
     "check_for_hydra",
     "choices",
@@ -59,6 +62,5 @@ __all__ = [
     "own_launcher",
     "parse_scaling",
     "run_with_hydra",
-    "summaries",
     "to_dict",
 ]

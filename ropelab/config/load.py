@@ -17,7 +17,7 @@ import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ropelab import files
 from ropelab.config.schema import (
@@ -81,14 +81,30 @@ def choices(group: str) -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in (config_dir() / group).glob("*.yaml")))
 
 
-def summaries(group: str) -> dict[str, tuple[str, str]]:
-    """(summary, paper) of every file of a group, from the comments at its head."""
-    found = {}
-    for name in choices(group):
-        head = (config_dir() / group / f"{name}.yaml").read_text(encoding="utf-8")
-        values = {key: re.search(rf"^# {key}: (.*)$", head, re.M) for key in ("summary", "paper")}
-        found[name] = tuple(match.group(1) if match else "" for match in values.values())
-    return typing.cast(dict[str, tuple[str, str]], found)
+class About(NamedTuple):
+    """What a reader is told of a method: the lines `# key: value` at the head of its YAML, which needs no torch."""
+
+    label: str  # in tables and legends
+    summary: str = ""
+    paper: str = "-"
+    applies_to: tuple[str, ...] | None = None  # of a scaling: names of encodings; None: any
+    dynamic: bool = False  # of a scaling: its factor follows ctx, and `auto` is 1
+    has_factor: bool = True
+
+
+@functools.cache
+def about(group: str, name: str) -> About:
+    """The head of a method's YAML; of a name that has none the name itself."""
+    if name not in choices(group):
+        return About(name)
+    text = (config_dir() / group / f"{name}.yaml").read_text(encoding="utf-8")
+    head = dict(re.findall(r"^# (label|summary|paper|applies to|dynamic): (.*)$", text, re.M))
+    to = head.get("applies to", "any")
+    return About(
+        head.get("label", name), head.get("summary", ""), head.get("paper", "-"),
+        None if to == "any" else tuple(to.split(", ")), head.get("dynamic") == "yes",
+        "factor" in _defaults(group, name),
+    )  # fmt: skip
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

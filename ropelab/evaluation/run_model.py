@@ -15,9 +15,9 @@ from ropelab.devices import matmul_precision
 from ropelab.evaluation.memory import Plan, plan
 from ropelab.evaluation.model import EvaluatedModel, LoadedModel, ModelAtCtx, Text
 from ropelab.model import GPT
-from ropelab.positions import PositionEncoding
+from ropelab.positions import PositionEncoding, encoding_digest
 from ropelab.progress import Progress
-from ropelab.runs import OpenRun, check_applied, set_encoding, spectrum_digest
+from ropelab.runs import OpenRun, check_applied, set_encoding
 
 
 class RunModel(EvaluatedModel):
@@ -64,7 +64,7 @@ class _LoadedRun(LoadedModel):
 
     def at(self, ctx: int, method: Method, encoding: PositionEncoding) -> ModelAtCtx:
         set_encoding(self._model, encoding)
-        spectrum = spectrum_digest(encoding, ctx)
+        spectrum = encoding_digest(encoding, ctx)
         idle = check_applied(method, self._plain, self._original_ctx, ctx, spectrum)
         return ModelAtCtx(spectrum, idle, encoding.length_dependent, self._scorer)
 

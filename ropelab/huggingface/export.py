@@ -28,6 +28,17 @@ from ropelab.progress import Progress, silent
 from ropelab.runs import RunDir, open_run, save_tensors, set_encoding
 from ropelab.scalings import resolve_factor
 
+# fields of the record -> why they are not exported
+UNKNOWN = {
+    "query_bias": "a bias of the query's index and the distance",
+    "far": "other scores for distant keys",
+    "logit_scale": "a factor on the scores that depends on the query",
+    "block": "attention in blocks",
+    "qk_embedding": "positions added to what queries and keys are made of, in every layer",
+}
+KNOWN = ("embedding", "bias", "rotation", "slopes")  # fields that a model of transformers has a place for
+assert {*UNKNOWN, *KNOWN} == {*Positions._fields}
+
 TOLERANCE = 1e-3  # of the parity report: nats, and of logits the share of the largest
 
 
@@ -128,10 +139,10 @@ def _target(model: GPT, pos: Method, scaling: Method, original_ctx: int, train_c
     ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     if record.rotation is not None:
         assert isinstance(encoding, Rope)
-        written = rotary.written(encoding, pos, scaling, original_ctx=original_ctx, max_ctx=max_ctx)
+        written = rotary.to_hf_rope(encoding, pos, scaling, original_ctx=original_ctx, max_ctx=max_ctx)
         share = encoding.rotated / shape.d_head
-        own = {"rope_theta": written.base, "partial_rotary_factor": share, **written.type_}
-        older = None if written.type_["rope_type"] == "default" else written.type_
+        own = {"rope_theta": written.base, "partial_rotary_factor": share, **written.parameters}
+        older = None if written.parameters["rope_type"] == "default" else written.parameters
         config = {
             "architectures": ["GPTNeoXForCausalLM"], "model_type": "gpt_neox", "vocab_size": entries,
             "hidden_size": shape.d_model, "num_hidden_layers": shape.n_layer, "num_attention_heads": shape.n_head,
@@ -142,8 +153,8 @@ def _target(model: GPT, pos: Method, scaling: Method, original_ctx: int, train_c
             "rope_parameters": own, "rope_scaling": older, "rope_theta": written.base,
             "rotary_emb_base": written.base, "rotary_pct": share, **ids, **known,
         }  # fmt: skip
-        if written.type_["rope_type"] == "longrope":  # where transformers 4 looks for the length of the switch
-            config["original_max_position_embeddings"] = written.type_["original_max_position_embeddings"]
+        if written.parameters["rope_type"] == "longrope":  # where transformers 4 looks for the length of the switch
+            config["original_max_position_embeddings"] = written.parameters["original_max_position_embeddings"]
         interleaved = encoding.rotated if encoding.interleaved else 0
         return Target("gpt_neox", config, weights.to_family("gpt_neox", state, shape, interleaved=interleaved), None)
     longest = max_ctx or 8 * train_ctx
@@ -178,18 +189,11 @@ def _record(encoding: PositionEncoding, pos: Method, scaling: Method, original_c
     except ContextLengthError:
         record = encoding(torch.arange(1), ctx=1)
     named = f"pos={pos.name}" if scaling.name == "none" else f"pos={pos.name} under scaling={scaling.name}"
-    if encoding.reads_content:
+    refused = next((name for name in UNKNOWN if getattr(record, name) is not None), None)
+    if encoding.content_dependent:
         why = "a bias that the text decides"
-    elif record.query_bias is not None:
-        why = "a bias of the query's index and the distance"
-    elif record.far is not None:
-        why = "other scores for distant keys"
-    elif record.logit_scale is not None:
-        why = "a factor on the scores that depends on the query"
-    elif record.block is not None:
-        why = "attention in blocks"
-    elif record.qk_embedding is not None:
-        why = "positions added to what queries and keys are made of, in every layer"
+    elif refused is not None:
+        why = UNKNOWN[refused]
     elif pos.name == "xpos":
         why = "queries and keys scaled by their position"
     elif record.bias is not None and record.slopes is None:

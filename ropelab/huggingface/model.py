@@ -37,13 +37,12 @@ from ropelab.evaluation import (
 from ropelab.huggingface import adapter as adapters
 from ropelab.huggingface import attention, checkpoint, recorded, rotary
 from ropelab.model import logits_held
-from ropelab.positions import Geometry, PositionEncoding, Positions, Rope
+from ropelab.positions import Geometry, PositionEncoding, Positions, Rope, encoding_digest
 from ropelab.progress import Progress
-from ropelab.runs import NO_SCALING, check_applied, encoding_of, is_run, spectrum_digest
-from ropelab.scalings import SCALINGS, applied_parameters, build
+from ropelab.runs import NO_SCALING, check_applied, encoding_of, is_run
+from ropelab.scalings import SCALINGS, build, make_scaling
 
 VERSION = 2  # of the evaluation of checkpoints: raised when its numbers change
-OF_SCORES = ("rerope", "self_extend", "temperature", "block_causal")  # scalings of scores and masks, no bias added
 
 
 class Checkpoint(EvaluatedModel):
@@ -191,7 +190,7 @@ class Checkpoint(EvaluatedModel):
 
     def check(self, config: EvalConfig, scaling: Method | None) -> None:
         """`ValueError` for lengths, scalings and controls that the checkpoint cannot have, before any work."""
-        scores = scaling is not None and scaling.name in OF_SCORES
+        scores = scaling is not None and _of_scores(scaling)
         self._ours = config.window is not None or scores
         if self._ours and not attention.handed_over(self._skeleton):
             asked = f"scaling={scaling.name}" if scaling is not None and scores else "eval.window"
@@ -209,7 +208,7 @@ class Checkpoint(EvaluatedModel):
                     "nothing that ropelab can reach"
                 )
             if not SCALINGS[scaling.name].spectral:
-                able = ", ".join(name for name, method in SCALINGS.items() if method.spectral or name in OF_SCORES)
+                able = ", ".join(name for name, method in SCALINGS.items() if method.spectral or method.of_scores)
                 raise ValueError(f"scaling={scaling.name} is not for a checkpoint; with --hf there are {able}")
         trained = self.trained.scaling
         if scaling is not None and not self.rotary and scaling != trained and not (scores and trained.name == "none"):
@@ -276,7 +275,7 @@ class Checkpoint(EvaluatedModel):
         )
         held = logits_held(device, training=False)
         local = int(getattr(body, "sliding_window", None) or ctx)
-        far = self._ours and encoding.change is not None and encoding(torch.arange(ctx), ctx=ctx).far is not None
+        far = self._ours and encoding.scaling is not None and encoding(torch.arange(ctx), ctx=ctx).far is not None
 
         def needed(tokens: int) -> int:
             length = min(tokens, ctx)
@@ -338,11 +337,9 @@ class _LoadedCheckpoint(LoadedModel):
     def at(self, ctx: int, method: Method, encoding: PositionEncoding) -> ModelAtCtx:
         if self._rotary is None:
             self._set_scores(ctx, method, encoding)
-            idle = method.name in OF_SCORES and SCALINGS[method.name].idle(
-                applied_parameters(method, self._source.original_ctx), ctx
-            )
+            idle = _of_scores(method) and make_scaling(method, self._source.original_ctx).is_identity(ctx)
             says = f"{self._source.digest} {self._source.trained.pos.name}"
-            if method.name in OF_SCORES and not idle:
+            if _of_scores(method) and not idle:
                 says += f" {method}"
             spectrum = hashlib.sha256(says.encode()).hexdigest()
             return ModelAtCtx(spectrum, idle, False, self._scorer(ctx), warnings=self._warnings)
@@ -357,7 +354,7 @@ class _LoadedCheckpoint(LoadedModel):
         else:
             self._set_turns(ctx, method, encoding)
         self._set_scores(ctx, method, encoding)
-        spectrum = spectrum_digest(encoding, ctx)
+        spectrum = encoding_digest(encoding, ctx)
         idle = check_applied(method, self._plain, self._source.original_ctx, ctx, spectrum)
         return ModelAtCtx(
             spectrum, idle, encoding.length_dependent, self._scorer(ctx), self._scaled_layers(method), self._warnings
@@ -411,11 +408,11 @@ class _LoadedCheckpoint(LoadedModel):
 
     def _set_scores(self, ctx: int, method: Method, encoding: PositionEncoding) -> None:
         """Put our attention where the model's would not do."""
-        if self._window is None and method.name not in OF_SCORES:
+        if self._window is None and not _of_scores(method):
             return
         if self._layers is None:
             self._layers = attention.Layers(self._model, self._rotary)
-        said = encoding(torch.arange(ctx), ctx=ctx) if method.name in OF_SCORES else Positions()
+        said = encoding(torch.arange(ctx), ctx=ctx) if _of_scores(method) else Positions()
         self._layers.set(said, self._window)
 
     def _scorer(self, ctx: int) -> Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float32]]:
@@ -451,6 +448,11 @@ def _otherwise(ctx: int, method: Method, found: str) -> str:
         f"at {ctx} tokens the loaded model does not turn as RoPE under scaling={method.name} does: {found}; its "
         "numbers would be those of something else"
     )
+
+
+def _of_scores(method: Method) -> bool:
+    """Is it a scaling of scores and masks, which any model can be given?"""
+    return method.name in SCALINGS and SCALINGS[method.name].of_scores
 
 
 def layer_words(reached: Sequence[bool], kinds: Sequence[str] | None) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ropelab import config as configs
 from ropelab.config import Method
 from ropelab.positions import Rope, Spectrum
-from ropelab.scalings import SCALINGS
+from ropelab.scalings import HfRope, make_scaling, proportional_rope
 
 OTHER_MODALITIES = ("vision", "visual", "audio", "speech")
 LOCAL = ("sliding", "local", "chunked")  # layers that see a window only: a scaling leaves them as they were trained
@@ -232,83 +232,23 @@ class Plain(NamedTuple):
     pairs: int
 
 
-class Written(NamedTuple):
-    """What a rotary encoding comes to in a configuration."""
-
-    base: float
-    type_: dict[str, Any]  # rope_type and its keys, without base and share of the dimensions
-    max_ctx: int  # max_position_embeddings, from which `dynamic` takes its original length
-
-
-def written(encoding: Rope, pos: Method, scaling: Method, *, original_ctx: int, max_ctx: int | None) -> Written:
+def to_hf_rope(encoding: Rope, pos: Method, scaling: Method, *, original_ctx: int, max_ctx: int | None) -> HfRope:
     """A rotary encoding under a scaling (its factor a number) in transformers' words.
 
     `max_ctx`: the longest text that the model is said to hold; None: original_ctx times the factor. `ValueError` with
     the reason where transformers has no word for it.
     """
-    name, given = scaling.name, dict(scaling.parameters)
-    original_ctx = given.get("original_ctx") or original_ctx
-    factor = given.get("factor", 1.0)
-    pairs = encoding.rotated // 2
-    reach = max_ctx or math.ceil(original_ctx * factor)
-    if pos.name == "p_rope" and name not in ("none", "linear"):
-        raise ValueError(f"scaling={name} on p-RoPE: transformers' `proportional` knows only a linear factor")
     if pos.name == "p_rope":
-        return Written(encoding.base, _proportional(pos.parameters["p"], factor), reach)
-    kind: dict[str, Any]
-    base = encoding.base
-    match name:
-        case "none":
-            kind = {"rope_type": "default"}
-        case "linear":
-            kind = {"rope_type": "linear", "factor": factor}
-        case "ntk":  # a larger base is all it is
-            kind, base = {"rope_type": "default"}, base * factor ** (pairs / (pairs - 1))
-        case "dynamic_ntk":
-            if max_ctx not in (None, original_ctx):
-                raise ValueError("--max-ctx: transformers' `dynamic` reads the original length there; leave it out")
-            kind, reach = {"rope_type": "dynamic", "factor": factor}, original_ctx
-        case "yarn" | "ntk_by_parts":
-            if given["ramp"] != "index":
-                raise ValueError(
-                    f"scaling={name} with ramp={given['ramp']}: transformers has YaRN's released ramp only"
-                )
-            kind = {
-                "rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original_ctx,
-                "beta_fast": given["beta_fast"], "beta_slow": given["beta_slow"], "truncate": given["truncate"],
-                "attention_factor": encoding.spectrum(reach).attention_factor,
-            }  # fmt: skip
-        case "llama3":
-            kind = {
-                "rope_type": "llama3", "factor": factor, "original_max_position_embeddings": original_ctx,
-                "low_freq_factor": given["low_freq_factor"], "high_freq_factor": given["high_freq_factor"],
-            }  # fmt: skip
-        case "longrope":
-            if given["start_tokens"]:
-                raise ValueError(
-                    "scaling=longrope with start_tokens: transformers turns all positions alike; search for factors "
-                    "with search.start_tokens=[0]"
-                )
-            kind = {
-                "rope_type": "longrope", "factor": factor, "original_max_position_embeddings": original_ctx,
-                "short_factor": list(given["short_factors"] or given["long_factors"]),
-                "long_factor": list(given["long_factors"]),
-                "attention_factor": encoding.spectrum(reach).attention_factor,
-            }  # fmt: skip
-        case "proportional":
-            if pos.parameters["fraction"] != 1:
-                raise ValueError("scaling=proportional on partial rotary: transformers spreads it over the whole head")
-            kind = _proportional(given["p"], factor)
-        case _ if SCALINGS[name].dynamic:
-            raise ValueError(f"scaling={name} follows the length in a way that transformers does not know")
-        case _:
-            raise ValueError(f"scaling={name}: transformers has nothing like it")
-    return Written(base, kind, reach)
-
-
-def _proportional(p: float, factor: float) -> dict[str, Any]:
-    scaled = {} if factor == 1 else {"factor": factor}
-    return {"rope_type": "proportional", "partial_rotary_factor": float(p), **scaled}
+        if scaling.name not in ("none", "linear"):
+            raise ValueError(
+                f"scaling={scaling.name} on p-RoPE: transformers' `proportional` knows only a linear factor"
+            )
+        factor = scaling.parameters.get("factor", 1.0)
+        reach = max_ctx or math.ceil((scaling.parameters.get("original_ctx") or original_ctx) * factor)
+        return HfRope(encoding.base, proportional_rope(pos.parameters["p"], factor), reach)
+    if scaling.name == "none":
+        return HfRope(encoding.base, {"rope_type": "default"}, max_ctx or original_ctx)
+    return make_scaling(scaling, original_ctx).to_hf_rope(encoding, max_ctx=max_ctx)
 
 
 # --- a loaded model -------------------------------------------------------------------------------------------------
@@ -573,7 +513,7 @@ def difference(read: Turns, encoding: Rope, ctx: int, *, relative: float) -> str
         return f"its attention factor is {found.attention_factor:.6g} where {asked.attention_factor:.6g} is due"
     if read.cos.shape[1] != len(asked.inv_freq):
         return f"it turns {read.cos.shape[1]} pairs where {len(asked.inv_freq)} are due"
-    angles = encoding.angles(torch.arange(ctx), ctx)  # (T, R/2) fp64
+    angles = encoding.angles(torch.arange(ctx), asked)  # (T, R/2) fp64
     at = [0, 1, *(t for t in (ctx // 2, ctx - 1) if t > 1)]  # positions
     for position in at:
         due = angles[position]

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from ropelab.positions.base import Geometry, PositionEncoding, Positions, distances
+from ropelab.positions.base import Geometry, PositionEncoding, distances
+from ropelab.positions.record import Positions
 
 
 def slopes(n_head: int) -> Tensor:
@@ -23,6 +24,8 @@ def slopes(n_head: int) -> Tensor:
 
 class Alibi(PositionEncoding):
     """Score of query i and key j lowered by slope x (i - j); Press et al. 2022 (2108.12409), section 3."""
+
+    name = "alibi"
 
     def __init__(self, geometry: Geometry) -> None:
         super().__init__()

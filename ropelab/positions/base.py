@@ -1,19 +1,19 @@
-"""What an encoding has to say: positions in, a record of tensors out.
+"""The base of all encodings: positions in, a record of tensors out.
 
-An encoding computes everything once per forward pass; the model knows only the record. Letters of the shapes:
-B sequences, T positions, C model width, H heads, R rotated dimensions of a head. N positions are T, or B x T where
-every sequence has positions of its own.
+An encoding computes everything once per forward pass; the model knows only the record. Letters of the shapes as in
+`record`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+import copy
+from typing import ClassVar, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
-from ropelab.config import ModelConfig
+from ropelab.config import ModelConfig, about
+from ropelab.positions.record import CumulativeDecay, Positions, Spectrum
 
 STD = 0.02  # GPT-2's initial standard deviation
 
@@ -35,99 +35,71 @@ class Geometry(NamedTuple):
         return self.d_model // self.n_head
 
 
-class Rotation(NamedTuple):
-    """Cosines and sines of the rotary angles, an attention factor folded in; every tensor (N, R/2) fp32."""
+class ScalingLike(Protocol):
+    """A scaling as an encoding sees it; the methods are in `ropelab.scalings`."""
 
-    cos_q: Tensor
-    sin_q: Tensor
-    cos_k: Tensor
-    sin_k: Tensor
-    interleaved: bool = False  # pairs (2i, 2i+1) instead of (i, i + R/2)
+    @property
+    def length_dependent(self) -> bool:
+        """Does the record at a position depend on ctx?"""
+        ...
 
-    def at(self, rows: slice) -> Rotation:
-        """The angles of some positions."""
-        return Rotation(self.cos_q[rows], self.sin_q[rows], self.cos_k[rows], self.sin_k[rows], self.interleaved)
+    def record(self, encoding: PositionEncoding, positions: Tensor, *, ctx: int) -> Positions:
+        """The record of the scaled encoding, from that of the encoding itself."""
+        ...
 
-
-class Far(NamedTuple):
-    """A second rotation, whose scores replace the first one's where a key is `window` or more tokens back."""
-
-    rotation: Rotation
-    window: int
-    query_at: Tensor  # (N,) int64, the positions that it turns queries to
-    key_at: Tensor  # (N,) int64, and keys
-
-    def at(self, rows: slice) -> Far:
-        """The same for some positions."""
-        return Far(self.rotation.at(rows), self.window, self.query_at[rows], self.key_at[rows])
-
-
-class Decay(NamedTuple):
-    """A bias that the text decides: gain_i (total_i - total_j) is taken from the score of query i and key j."""
-
-    total: Tensor  # (B, H, T) fp64 where the device has it, never falling along T
-    gain: Tensor | None = None  # (B, H, T) fp32 >= 0, of the query; None: 1
-
-
-QueryBias = Callable[[Tensor, Tensor], Tensor]
-"""(query index (Q, 1) fp32, distance (Q, K) fp32 >= 0) -> (H, Q, K) fp32, added to the scores."""
-
-
-class Positions(NamedTuple):
-    """All that one encoding says about N positions. A field that it does not use is None."""
-
-    embedding: Tensor | None = None  # (N, C) fp32, added to the token embeddings
-    rotation: Rotation | None = None  # applied to the queries and keys of every layer
-    bias: Tensor | None = None  # (H, T) fp32: bias[h, i - j] is added to the score of query i and key j
-    slopes: Tensor | None = None  # (H,) fp32 where the bias is -slopes[h] (i - j): a kernel may compute it itself
-    qk_embedding: Tensor | None = None  # (N, C) fp32, added before the query and key projections of every layer
-    far: Far | None = None  # another score for distant keys
-    logit_scale: Tensor | None = None  # (T,) fp32: scores of query i are multiplied by it, before any bias
-    query_bias: QueryBias | None = None  # a bias of the query's index and the distance
-    block: int | None = (
-        None  # block-causal: a query sees the keys of its own block of so many tokens and the one before
-    )
-
-    def at(self, rows: slice) -> Positions:
-        """What of this queries and keys at `rows` see before their scores; the rest is as it was."""
-        return self._replace(
-            qk_embedding=None if self.qk_embedding is None else self.qk_embedding[rows],
-            rotation=None if self.rotation is None else self.rotation.at(rows),
-            far=None if self.far is None else self.far.at(rows),
-        )
+    def spectrum(self, inv_freq: Tensor, *, base: float, ctx: int) -> Spectrum:
+        """The spectrum in use, from inv_freq (R/2,) fp64 as trained."""
+        ...
 
 
 class PositionEncoding(nn.Module):
     """Base of all encodings. A parameter-free encoding owns no tensors: its `state_dict` is empty.
 
-    A subclass implements `record`; `forward` is that, and what a scaling makes of it.
+    A subclass with a `name` is in the table of encodings; it implements `record`. Its label, summary and paper stand in
+    the head of its YAML, where a list of methods can be read without torch.
     """
 
+    name: ClassVar[str]
+    label: ClassVar[str]
+    summary: ClassVar[str]
+    paper: ClassVar[str]
     any_positions: ClassVar[bool] = False  # may positions be other than 0..T-1? Not with a bias by distance
-    reads_content: ClassVar[bool] = False  # does `content` return a Decay?
+    content_dependent: ClassVar[bool] = False  # does `content_bias` return a CumulativeDecay?
+    unlimited: ClassVar[str] = "theory names no length: no prediction"  # why `unmet` answers None at every length
     length_dependent: bool = False  # does the record at a position depend on ctx?
     pairwise_numbers: int = 0  # kept in training for each query and key beside a bias: the hidden layer of a network
-    change: Callable[[Positions, Tensor, int], Positions] | None = (
-        None  # a scaling's: (record, positions, ctx) -> record
-    )
+    scaling: ScalingLike | None = None
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "name" in vars(cls):
+            cls.label, cls.summary, cls.paper, *_ = about("pos", cls.name)
+
+    def with_scaling(self, scaling: ScalingLike) -> Self:
+        """The encoding under a scaling: another object, of the same parameters."""
+        scaled = copy.copy(self)
+        scaled.scaling = scaling
+        scaled.length_dependent = self.length_dependent or scaling.length_dependent
+        return scaled
 
     def forward(self, positions: Tensor, *, ctx: int) -> Positions:
         """The record of positions (N,) int64 in sequences of `ctx` tokens. `ContextLengthError` where undefined."""
-        said = self.record(positions, ctx=ctx)
-        return said if self.change is None else self.change(said, positions, ctx)
+        if self.scaling is None:
+            return self.record(positions, ctx=ctx)
+        return self.scaling.record(self, positions, ctx=ctx)
 
     def record(self, positions: Tensor, *, ctx: int) -> Positions:
-        """What the encoding says by itself: positions (N,) int64 -> record. `ContextLengthError` where undefined."""
+        """The record of positions (N,) int64, but for what a scaling changes in it. `ContextLengthError` as above."""
         raise NotImplementedError
 
-    def content(self, layer: int, x: Tensor) -> Decay | None:
-        """The bias that layer `layer` (0 ..) reads off its normalised input x (B, T, C); None for most encodings."""
+    def content_bias(self, layer: int, x: Tensor) -> CumulativeDecay | None:
+        """The bias that layer `layer` (0 ..) computes from its normalised input x (B, T, C); None for most."""
         return None
 
-    def progress(self, done: float) -> bool:
-        """Told before every step what share of the training is over, 0 .. 1; 1 before an evaluation.
+    def set_training_fraction(self, done: float) -> bool:
+        """Called before every step with the fraction of the training that is done, 0 .. 1; with 1 before an evaluation.
 
-        Returns whether the encoding says something else from now on.
+        Returns whether the record is another one from now on.
         """
         return False
 
@@ -139,12 +111,16 @@ class PositionEncoding(nn.Module):
         """Standard deviation of the initial token table (GPT-2: 0.02)."""
         return STD
 
-    def draw(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor | None:
-        """The start of the parameter `name`, drawn from a generator of its own; None: as the constructor set it.
+    def init_parameter(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor | None:
+        """The initial value of the parameter `name`, from a generator of its own; None: as the constructor set it.
 
         Here: matrices and tables N(0, 0.02), scalars and vectors as they were set.
         """
         return torch.randn(shape, generator=generator) * STD if len(shape) >= 2 else None
+
+    def unmet(self, ctx: int, trained: int) -> str | None:
+        """What at ctx tokens a training on `trained` positions did not show, in words; None: nothing, or unknown."""
+        return None
 
 
 def distances(positions: Tensor) -> Tensor:

@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ropelab.positions.base import Decay, Geometry
-from ropelab.positions.content import ReadsContent, per_layer, project, running_total
+from ropelab.positions.base import Geometry
+from ropelab.positions.content import ContentDependent, cumulative_sum, per_layer, project
+from ropelab.positions.record import CumulativeDecay
 
 VARIANTS = ("v3", "released", "unweighted")
 
 
-class Cable(ReadsContent):
+class Cable(ContentDependent):
     """Veisi et al. 2025 (2503.08067): the score of query i and key j falls by what the tokens j+1 .. i add up to.
 
     | variant      | step of a token         | weight of the query      |
@@ -26,6 +27,8 @@ class Cable(ReadsContent):
     which is kept here: it is no part of the encoding.
     """
 
+    name = "cable"
+
     def __init__(self, geometry: Geometry, *, variant: str) -> None:
         super().__init__()
         if variant not in VARIANTS:
@@ -34,9 +37,9 @@ class Cable(ReadsContent):
         self.steps = per_layer(geometry, bias=0.0 if self.released else None)
         self.weights = per_layer(geometry, bias=None) if variant == "v3" else None
 
-    def content(self, layer: int, x: Tensor) -> Decay:
+    def content_bias(self, layer: int, x: Tensor) -> CumulativeDecay:
         steps = project(self.steps[layer], x)  # (B, T, H)
-        total = running_total(F.softplus(steps) if self.released else torch.relu(steps))
+        cumsum = cumulative_sum(F.softplus(steps) if self.released else torch.relu(steps))
         if self.weights is None:
-            return Decay(total)
-        return Decay(total, F.softplus(project(self.weights[layer], x)).transpose(1, 2))
+            return CumulativeDecay(cumsum)
+        return CumulativeDecay(cumsum, F.softplus(project(self.weights[layer], x)).transpose(1, 2))

@@ -1,17 +1,18 @@
-"""What the encodings that read the text share: per-layer projections in fp32 and the running total of their steps."""
+"""What the content-dependent encodings share: per-layer projections in fp32 and the cumulative sum of their steps."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from ropelab.positions.base import Geometry, PositionEncoding, Positions
+from ropelab.positions.base import Geometry, PositionEncoding
+from ropelab.positions.record import Positions
 
 
-class ReadsContent(PositionEncoding):
-    """Says nothing by position: a subclass implements `content`, from the normalised input of each layer."""
+class ContentDependent(PositionEncoding):
+    """Base of the biases computed from the text: a subclass implements `content_bias`."""
 
-    reads_content = True
+    content_dependent = True
 
     def record(self, positions: Tensor, *, ctx: int) -> Positions:
         return Positions()
@@ -35,10 +36,10 @@ def project(layer: nn.Module, x: Tensor) -> Tensor:
         return out
 
 
-def running_total(steps: Tensor) -> Tensor:
+def cumulative_sum(steps: Tensor) -> Tensor:
     """Steps (B, T, H) fp32 >= 0 -> their sum up to and with each token, (B, H, T) fp64; fp32 on MPS, which has no fp64.
 
-    Scores see differences of it: in fp32 those of neighbours would be lost in a total of many tokens.
+    Scores see differences of it: in fp32 those of neighbours would be lost in a sum of many tokens.
     """
     wide = torch.float32 if steps.device.type == "mps" else torch.float64
     return steps.transpose(1, 2).to(wide).cumsum(dim=-1)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ropelab.positions.base import Geometry, Positions
+from ropelab.positions.base import Geometry
+from ropelab.positions.record import Positions
 from ropelab.positions.rope import Rope
 
 
@@ -15,6 +16,8 @@ class Drope(Rope):
     rotation at once, which is how a finished RoPE run is recalibrated: `ropelab train --from RUN --pos drope`.
     """
 
+    name = "drope"
+
     def __init__(self, geometry: Geometry, *, base: float, layout: str, fraction: float, drop_after: float) -> None:
         super().__init__(geometry, base=base, layout=layout, fraction=fraction)
         if not 0 <= drop_after < 1:
@@ -22,7 +25,7 @@ class Drope(Rope):
         self.drop_after = drop_after
         self.dropped = drop_after == 0
 
-    def progress(self, done: float) -> bool:
+    def set_training_fraction(self, done: float) -> bool:
         before, self.dropped = self.dropped, done >= self.drop_after
         return self.dropped != before
 

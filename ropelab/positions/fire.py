@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ropelab.positions.base import Geometry, PositionEncoding, Positions
+from ropelab.positions.base import Geometry, PositionEncoding
+from ropelab.positions.record import Positions
 
 # Numbers in the hidden layer that are alive at once: on a CPU they stay in its cache (1 MiB; 11 times faster than 64
 # MiB), elsewhere few launches count (256 MiB).
@@ -45,6 +46,8 @@ class Fire(PositionEncoding):
     the same numbers up to rounding; in training it comes from the network.
     """
 
+    name = "fire"
+
     def __init__(self, geometry: Geometry, *, width: int, c: float, threshold: int | None, eps: float) -> None:
         super().__init__()
         if width < 1:
@@ -63,7 +66,7 @@ class Fire(PositionEncoding):
         self.output = nn.Linear(width, geometry.n_head)
         self.pairwise_numbers = width
 
-    def draw(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor | None:
+    def init_parameter(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor | None:
         if name in ("c", "threshold_factor"):
             return None
         inputs = 1 if name.startswith("hidden") else self.output.in_features

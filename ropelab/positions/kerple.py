@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ropelab.positions.base import Geometry, PositionEncoding, Positions, distances
+from ropelab.positions.base import Geometry, PositionEncoding, distances
+from ropelab.positions.record import Positions
 
 
 class _Kerple(PositionEncoding):
@@ -29,11 +30,11 @@ class _Kerple(PositionEncoding):
         self.r1 = nn.Parameter(torch.full((geometry.n_head,), self.DRAWN_BELOW[0] / 2))
         self.r2 = nn.Parameter(torch.full((geometry.n_head,), self.DRAWN_BELOW[1] / 2))
 
-    def draw(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor | None:
+    def init_parameter(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor | None:
         return torch.rand(shape, generator=generator) * self.DRAWN_BELOW[("r1", "r2").index(name)]
 
     @torch.no_grad()
-    def progress(self, done: float) -> bool:
+    def set_training_fraction(self, done: float) -> bool:
         self.r1.clamp_(self.LOW)
         self.r2.clamp_(self.LOW, self.HIGHEST_R2)
         return False
@@ -46,6 +47,8 @@ class _Kerple(PositionEncoding):
 class KerpleLog(_Kerple):
     """-r1 log(1 + r2 (i - j)) is added to the score."""
 
+    name = "kerple_log"
+
     DRAWN_BELOW = (2.0, 1.0)
 
     def record(self, positions: Tensor, *, ctx: int) -> Positions:
@@ -55,6 +58,8 @@ class KerpleLog(_Kerple):
 
 class KerplePower(_Kerple):
     """-r1 (i - j)^r2 is added to the score, r2 <= 2. ALiBi is r2 = 1 with fixed r1."""
+
+    name = "kerple_power"
 
     HIGHEST_R2 = 2.0
     DRAWN_BELOW = (1.0, 2.0)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
 from ropelab.errors import ContextLengthError
-from ropelab.positions.base import Geometry, PositionEncoding, Positions
+from ropelab.positions.base import Geometry, PositionEncoding
+from ropelab.positions.record import Positions
 
 
 class Learned(PositionEncoding):
@@ -19,15 +18,13 @@ class Learned(PositionEncoding):
     `scaling=clamp` or `scaling=interpolate` says which experiment it is.
     """
 
-    read: Callable[[Tensor, Tensor, int], Tensor] | None = None  # a scaling's: (table, positions (N,), ctx) -> (N, C)
+    name = "learned"
 
     def __init__(self, geometry: Geometry) -> None:
         super().__init__()
         self.table = nn.Parameter(torch.zeros(geometry.ctx, geometry.d_model))  # (L, C), drawn by the model's init
 
     def record(self, positions: Tensor, *, ctx: int) -> Positions:
-        if self.read is not None:
-            return Positions(embedding=self.read(self.table, positions, ctx))
         rows = self.table.shape[0]
         if ctx > rows:
             raise ContextLengthError(

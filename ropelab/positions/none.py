@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ropelab.positions.base import Geometry, PositionEncoding, Positions
+from ropelab.positions.base import Geometry, PositionEncoding
+from ropelab.positions.record import Positions
 
 
 class NoPositions(PositionEncoding):
     """Says nothing. Haviv et al. 2022 (2203.16634); Kazemnejad et al. 2023 (2305.19466)."""
+
+    name = "none"
 
     def __init__(self, geometry: Geometry) -> None:
         super().__init__()

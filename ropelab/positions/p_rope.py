@@ -15,6 +15,8 @@ class PRope(Rope):
     (`pos.fraction` of rope), which spreads the whole spectrum over fewer pairs. `proportional` in transformers.
     """
 
+    name = "p_rope"
+
     def __init__(self, geometry: Geometry, *, base: float, layout: str, p: float) -> None:
         super().__init__(geometry, base=base, layout=layout, fraction=1.0)
         if not 0 <= p <= 1:

@@ -5,43 +5,11 @@ from __future__ import annotations
 import torch
 
 from ropelab.config import Method, ModelConfig
-from ropelab.positions.alibi import Alibi
+from ropelab.plugins import registered
 from ropelab.positions.base import Geometry, PositionEncoding
-from ropelab.positions.cable import Cable
-from ropelab.positions.drope import Drope
-from ropelab.positions.fire import Fire
-from ropelab.positions.fox import Fox
-from ropelab.positions.kerple import KerpleLog, KerplePower
-from ropelab.positions.learned import Learned
-from ropelab.positions.none import NoPositions
-from ropelab.positions.p_rope import PRope
-from ropelab.positions.rope import Rope
-from ropelab.positions.sandwich import Sandwich
-from ropelab.positions.sinusoidal import Sinusoidal, SinusoidalFairseq, SinusoidalQK, SinusoidalScaled
-from ropelab.positions.t5 import T5
-from ropelab.positions.xpos import Xpos
 
-# The explicit tables of names: a new encoding is one file here, one line in this table, one `configs/pos/NAME.yaml`.
-ENCODINGS: dict[str, type[PositionEncoding]] = {
-    "none": NoPositions,
-    "sinusoidal": Sinusoidal,
-    "sinusoidal_fairseq": SinusoidalFairseq,
-    "sinusoidal_scaled": SinusoidalScaled,
-    "sinusoidal_qk": SinusoidalQK,
-    "learned": Learned,
-    "alibi": Alibi,
-    "t5": T5,
-    "kerple_log": KerpleLog,
-    "kerple_power": KerplePower,
-    "sandwich": Sandwich,
-    "fire": Fire,
-    "cable": Cable,
-    "fox": Fox,
-    "rope": Rope,
-    "p_rope": PRope,
-    "xpos": Xpos,
-    "drope": Drope,
-}
+# Filled from the modules of this package: a new encoding is one file here and one `configs/pos/NAME.yaml`.
+ENCODINGS: dict[str, type[PositionEncoding]] = registered(__package__, PositionEncoding)
 
 
 def learned_numbers(pos: Method, model: ModelConfig, ctx: int) -> tuple[int, int]:

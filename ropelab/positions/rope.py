@@ -1,22 +1,12 @@
-"""RoPE: rotary position embedding, and the place where a scaling of its spectrum is applied."""
+"""RoPE: rotary position embedding."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ropelab.positions.base import Geometry, PositionEncoding, Positions, Rotation
-
-
-class Spectrum(NamedTuple):
-    """What a scaling makes of a rotary spectrum."""
-
-    inv_freq: Tensor  # (R/2,) fp64, radians per token
-    attention_factor: float = 1.0  # multiplies cosines and sines, so scores get its square
-    start_tokens: int = 0  # positions below keep the angles of the unscaled spectrum
+from ropelab.positions.base import Geometry, PositionEncoding
+from ropelab.positions.record import Positions, Rotation, Spectrum
 
 
 class Rope(PositionEncoding):
@@ -26,6 +16,8 @@ class Rope(PositionEncoding):
     (the paper, GPT-J). `fraction` rotates the first R = fraction x d_head dimensions only, with the frequencies
     spread over R (GPT-NeoX `rotary_pct`). Angles are computed in fp64 and stored in fp32.
     """
+
+    name = "rope"
 
     any_positions = True
 
@@ -46,8 +38,8 @@ class Rope(PositionEncoding):
         if self.rotated == 0:
             raise ValueError(f"pos.fraction={fraction} of a head dimension of {geometry.d_head} rotates no pair")
         self.base = base
+        self.fraction = fraction
         self.interleaved = layout == "interleaved"
-        self.scaling: Callable[..., Spectrum] | None = None
 
     def inv_freq(self) -> Tensor:
         """The spectrum as trained: radians per token of every pair, (R/2,) fp64, fastest first."""
@@ -57,22 +49,21 @@ class Rope(PositionEncoding):
     def spectrum(self, ctx: int) -> Spectrum:
         """The spectrum in use in a sequence of `ctx` tokens, with its attention factor and unscaled start tokens."""
         plain = self.inv_freq()
-        return Spectrum(plain) if self.scaling is None else self.scaling(plain, base=self.base, ctx=ctx)
+        return Spectrum(plain) if self.scaling is None else self.scaling.spectrum(plain, base=self.base, ctx=ctx)
 
-    def angles(self, positions: Tensor, ctx: int) -> Tensor:
-        """Angles of all pairs at positions (N,) int64: (N, R/2) fp64 radians, on the CPU."""
-        used = self.spectrum(ctx)
+    def angles(self, positions: Tensor, used: Spectrum) -> Tensor:
+        """Angles of all pairs at positions (N,) int64 under a spectrum: (N, R/2) fp64 radians, on the CPU."""
         at = positions.cpu().double()[:, None]  # (N, 1)
         if used.start_tokens == 0:
             return at * used.inv_freq
         return torch.where(at < used.start_tokens, at * self.inv_freq(), at * used.inv_freq)
 
-    def rotation(self, angles: Tensor, attention_factor: float, device: torch.device) -> Rotation:
-        """The same rotation for queries and keys: angles (N, R/2) fp64 -> cosines and sines in fp32."""
-        cos = (angles.cos() * attention_factor).float().to(device)
-        sin = (angles.sin() * attention_factor).float().to(device)
+    def rotation(self, positions: Tensor, used: Spectrum) -> Rotation:
+        """The same rotation for queries and keys at positions (N,) int64 under a spectrum."""
+        angles = self.angles(positions, used)  # (N, R/2) fp64
+        cos = (angles.cos() * used.attention_factor).float().to(positions.device)
+        sin = (angles.sin() * used.attention_factor).float().to(positions.device)
         return Rotation(cos, sin, cos, sin, self.interleaved)
 
     def record(self, positions: Tensor, *, ctx: int) -> Positions:
-        factor = self.spectrum(ctx).attention_factor
-        return Positions(rotation=self.rotation(self.angles(positions, ctx), factor, positions.device))
+        return Positions(rotation=self.rotation(positions, self.spectrum(ctx)))

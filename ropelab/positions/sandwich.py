@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ropelab.positions.base import Geometry, PositionEncoding, Positions
+from ropelab.positions.base import Geometry, PositionEncoding
+from ropelab.positions.record import Positions
 
 BASE = 10000.0  # of the sinusoids
 
@@ -18,6 +19,8 @@ class Sandwich(PositionEncoding):
     at distance 0 and negative beyond. d is a free number that sets the depth of the bias; NeMo takes the head
     dimension. Nothing is learned.
     """
+
+    name = "sandwich"
 
     def __init__(self, geometry: Geometry, *, d: int) -> None:
         super().__init__()

@@ -7,19 +7,37 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ropelab.positions.base import Geometry, PositionEncoding, Positions
+from ropelab.positions.base import Geometry, PositionEncoding
+from ropelab.positions.record import Positions
 
 RMS_OF_TABLE = math.sqrt(0.5)  # a row of sines and cosines has mean square 1/2
 
 
-def _check(d_model: int, base: float) -> None:
-    if d_model % 2:
-        raise ValueError(f"sinusoidal positions need an even model.d_model, not {d_model}")
-    if not base > 1:
-        raise ValueError(f"pos.base must be > 1, not {base}")
+class FixedTable(PositionEncoding):
+    """Base of the encodings whose vectors, one a position, are computed by a formula."""
+
+    any_positions = True
+
+    def __init__(self, geometry: Geometry, *, base: float) -> None:
+        super().__init__()
+        if geometry.d_model % 2:
+            raise ValueError(f"sinusoidal positions need an even model.d_model, not {geometry.d_model}")
+        if not base > 1:
+            raise ValueError(f"pos.base must be > 1, not {base}")
+        self.d_model = geometry.d_model
+        self.base = base  # the slowest wavelength is 2 pi base
+
+    def table(self, positions: Tensor) -> Tensor:
+        """The bare table, (T, C) fp32; angles in fp64."""
+        raise NotImplementedError
+
+    def unmet(self, ctx: int, trained: int) -> str | None:
+        if ctx > trained and 2 * math.pi * self.base > trained:
+            return "positions past training have vectors that the model never met"
+        return None
 
 
-class Sinusoidal(PositionEncoding):
+class Sinusoidal(FixedTable):
     """Vaswani et al. 2017 (1706.03762), section 3.5: table[p, 2i] = sin(p base^(-2i/C)), table[p, 2i+1] = cos(...).
 
     The table is multiplied by one learned scalar, which starts where its rows have the root mean square of freshly
@@ -27,17 +45,13 @@ class Sinusoidal(PositionEncoding):
     scalar is trained in the units of an embedding, so that it can grow as fast as the tokens do.
     """
 
-    any_positions = True
+    name = "sinusoidal"
 
     def __init__(self, geometry: Geometry, *, base: float) -> None:
-        super().__init__()
-        _check(geometry.d_model, base)
-        self.d_model = geometry.d_model
-        self.base = base
+        super().__init__(geometry, base=base)
         self.scale = nn.Parameter(torch.tensor(self.token_std(geometry.d_model) / RMS_OF_TABLE))
 
     def table(self, positions: Tensor) -> Tensor:
-        """The bare table, (T, C) fp32; angles in fp64."""
         k = torch.arange(0, self.d_model, 2, dtype=torch.float64)
         angles = positions.cpu().double()[:, None] * self.base ** (-k / self.d_model)  # (T, C/2)
         # (T, C/2, 2) -> (T, C): sine and cosine of a frequency side by side
@@ -53,12 +67,13 @@ class SinusoidalScaled(Sinusoidal):
     The frequencies are those of Vaswani et al.; only the order of the columns and the start of the scalar differ.
     """
 
+    name = "sinusoidal_scaled"
+
     def __init__(self, geometry: Geometry, *, base: float) -> None:
         super().__init__(geometry, base=base)
         self.scale = nn.Parameter(torch.tensor(geometry.d_model**-0.5))
 
     def table(self, positions: Tensor) -> Tensor:
-        """The bare table, (T, C) fp32; angles in fp64."""
         paired = super().table(positions)
         return torch.cat((paired[:, 0::2], paired[:, 1::2]), dim=-1)
 
@@ -66,34 +81,29 @@ class SinusoidalScaled(Sinusoidal):
 FAIRSEQ_FIRST = 2  # fairseq's first position: the padding index, 1, comes before it
 
 
-def _fairseq_check(name: str, d_model: int, base: float) -> None:
-    _check(d_model, base)
-    if d_model < 4:
-        raise ValueError(f"{name} needs model.d_model >= 4, not {d_model}")
+class _FairseqTable(FixedTable):
+    """Sines, then cosines, exponents k / (C/2 - 1), positions from 2."""
+
+    def __init__(self, geometry: Geometry, *, base: float) -> None:
+        super().__init__(geometry, base=base)
+        if geometry.d_model < 4:
+            raise ValueError(f"{self.name} needs model.d_model >= 4, not {geometry.d_model}")
+
+    def table(self, positions: Tensor) -> Tensor:
+        half = self.d_model // 2
+        k = torch.arange(half, dtype=torch.float64)
+        angles = (positions.cpu().double() + FAIRSEQ_FIRST)[:, None] * self.base ** (-k / (half - 1))  # (T, C/2)
+        return torch.cat((angles.sin(), angles.cos()), dim=-1).float()
 
 
-def _fairseq_table(positions: Tensor, d_model: int, base: float) -> Tensor:
-    """positions (T,) int64 -> (T, C) fp32: sines then cosines, exponents k / (C/2 - 1); angles in fp64."""
-    half = d_model // 2
-    k = torch.arange(half, dtype=torch.float64)
-    angles = (positions.cpu().double() + FAIRSEQ_FIRST)[:, None] * base ** (-k / (half - 1))  # (T, C/2)
-    return torch.cat((angles.sin(), angles.cos()), dim=-1).float()
-
-
-class SinusoidalFairseq(PositionEncoding):
+class SinusoidalFairseq(_FairseqTable):
     """Sinusoidal as fairseq builds it and the ALiBi paper ran it (Press et al. 2022, 2108.12409, section 2.2).
 
     Sines then cosines, exponents k / (C/2 - 1), positions from 2 (padding index 1 comes before them), the tokens
     multiplied by sqrt(C) on an N(0, 1/C) table so that they have root mean square 1; the table is not scaled.
     """
 
-    any_positions = True
-
-    def __init__(self, geometry: Geometry, *, base: float) -> None:
-        super().__init__()
-        _fairseq_check("sinusoidal_fairseq", geometry.d_model, base)
-        self.d_model = geometry.d_model
-        self.base = base
+    name = "sinusoidal_fairseq"
 
     def token_scale(self) -> float:
         return math.sqrt(self.d_model)
@@ -101,15 +111,11 @@ class SinusoidalFairseq(PositionEncoding):
     def token_std(self, d_model: int) -> float:
         return float(d_model**-0.5)
 
-    def table(self, positions: Tensor) -> Tensor:
-        """The bare table, (T, C) fp32; angles in fp64."""
-        return _fairseq_table(positions, self.d_model, self.base)
-
     def record(self, positions: Tensor, *, ctx: int) -> Positions:
         return Positions(embedding=self.table(positions).to(positions.device))
 
 
-class SinusoidalQK(PositionEncoding):
+class SinusoidalQK(_FairseqTable):
     """Position-infused attention: fairseq's table added in every layer to what queries and keys are projected from.
 
     Press et al. 2021 (Shortformer, 2012.15832): q = W_q (x + p), k = W_k (x + p), v = W_v x, and nothing is added to
@@ -118,17 +124,7 @@ class SinusoidalQK(PositionEncoding):
     takes out their size before p is added.
     """
 
-    any_positions = True
-
-    def __init__(self, geometry: Geometry, *, base: float) -> None:
-        super().__init__()
-        _fairseq_check("sinusoidal_qk", geometry.d_model, base)
-        self.d_model = geometry.d_model
-        self.base = base
-
-    def table(self, positions: Tensor) -> Tensor:
-        """The bare table, (T, C) fp32; angles in fp64."""
-        return _fairseq_table(positions, self.d_model, self.base)
+    name = "sinusoidal_qk"
 
     def record(self, positions: Tensor, *, ctx: int) -> Positions:
         return Positions(qk_embedding=self.table(positions).to(positions.device))

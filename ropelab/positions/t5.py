@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ropelab.positions.base import Geometry, PositionEncoding, Positions
+from ropelab.positions.base import Geometry, PositionEncoding
+from ropelab.positions.record import Positions
 
 
 def bucket(distance: Tensor, buckets: int, max_distance: int) -> Tensor:
@@ -32,6 +33,9 @@ class T5(PositionEncoding):
     is shared by all layers, as in T5, and starts at 0: no preference.
     """
 
+    name = "t5"
+    unlimited = "training met every bucket of distances: no prediction"
+
     def __init__(self, geometry: Geometry, *, buckets: int, max_distance: int, scale: float) -> None:
         super().__init__()
         if buckets < 2:
@@ -45,9 +49,13 @@ class T5(PositionEncoding):
         self.scale = scale
         self.table = nn.Parameter(torch.zeros(buckets, geometry.n_head))
 
-    def draw(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor | None:
+    def init_parameter(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor | None:
         return torch.zeros(shape)
 
     def record(self, positions: Tensor, *, ctx: int) -> Positions:
         rows = bucket(torch.arange(positions.shape[0]), self.buckets, self.max_distance).to(self.table.device)
         return Positions(bias=(self.table[rows] * self.scale).t().contiguous())  # (T, H) -> (H, T)
+
+    def unmet(self, ctx: int, trained: int) -> str | None:
+        reached = bucket(torch.tensor([trained - 1, ctx - 1]), self.buckets, self.max_distance)
+        return "distances fall into a bucket that training never reached" if reached[1] > reached[0] else None

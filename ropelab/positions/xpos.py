@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ropelab.errors import ContextLengthError
-from ropelab.positions.base import Geometry, Positions, Rotation
+from ropelab.positions.base import Geometry
+from ropelab.positions.record import Positions, Rotation
 from ropelab.positions.rope import Rope
 
 # What the size of a query's pair times that of a key's may come to. With the growth of the factors below the largest
@@ -27,6 +28,8 @@ class Xpos(Rope):
     `ContextLengthError` beyond `longest` tokens, where a query before a distant key would overflow fp32.
     """
 
+    name = "xpos"
+
     any_positions = False
     length_dependent = True
 
@@ -40,7 +43,7 @@ class Xpos(Rope):
         self.scale_base = scale_base
 
     def zeta(self) -> Tensor:
-        """Decay of every pair per scale_base tokens, (d/2,) fp64 in (0, 1), fast pairs first."""
+        """CumulativeDecay of every pair per scale_base tokens, (d/2,) fp64 in (0, 1), fast pairs first."""
         share = torch.arange(0, self.rotated, 2, dtype=torch.float64) / self.rotated
         return (share + self.gamma) / (1 + self.gamma)
 
@@ -59,7 +62,7 @@ class Xpos(Rope):
             )
         exponents = (positions.cpu().double() - ctx // 2)[:, None] / self.scale_base  # (T, 1)
         scale = self.zeta() ** exponents  # (T, d/2) fp64
-        angles = self.angles(positions, ctx)  # (T, d/2) fp64
+        angles = self.angles(positions, self.spectrum(ctx))  # (T, d/2) fp64
         cos, sin = angles.cos(), angles.sin()
         parts = (cos * scale, sin * scale, cos / scale, sin / scale)
         cos_q, sin_q, cos_k, sin_k = (part.float().to(positions.device) for part in parts)

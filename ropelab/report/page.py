@@ -15,11 +15,12 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ropelab.config import about
 from ropelab.evaluation import EvalResult
 from ropelab.protocols import PROTOCOLS
 from ropelab.report.assets import STYLE
 from ropelab.report.breakdown import bend_section
-from ropelab.report.figures import WITHOUT_FACTOR, Line, Panel, Point, around, number, panels, protocol_words, styles
+from ropelab.report.figures import Line, Panel, Point, around, number, panels, protocol_words, styles
 from ropelab.report.markup import esc, section
 from ropelab.report.plot import curve_section, plot_scripts
 from ropelab.report.results import finite
@@ -326,7 +327,7 @@ def _commands(evals: Sequence[EvalResult], verdicts: Sequence[Mapping[str, Any]]
         words = ["ropelab", "eval", item.run, "--ctx", ",".join(lengths) + ("," if len(lengths) == 1 else "")]
         words += ["--protocol", protocol.name, "--scaling", item.scaling]
         words += [f"scaling.{key}={_setting(value)}" for key, value in item.changed["scaling_changed"].items()]
-        if item.scaling not in ("none", *WITHOUT_FACTOR):
+        if about("scaling", item.scaling).has_factor:
             words += ["--factor", "auto-row" if item.factor is None else f"{item.factor:g}"]
         asked = {protocol.kind.parameter: protocol.scored, "max_ctx": protocol.max_ctx, "tokens": protocol.tokens}
         words += [f"eval.{key}={value}" for key, value in asked.items() if value is not None]

@@ -18,7 +18,6 @@ from .models import check_applied as check_applied
 from .models import encoding_of as encoding_of
 from .models import restored_model as restored_model
 from .models import set_encoding as set_encoding
-from .models import spectrum_digest as spectrum_digest
 from .open import OpenRun as OpenRun
 from .open import config_of as config_of
 from .open import open_run as open_run

@@ -1,8 +1,7 @@
-"""The model of a run and the encodings that it can be given; and whether a scaling did change what it is told."""
+"""The model of a run and the encodings that it can be given; and whether a scaling did change the record."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 
 import torch
@@ -11,8 +10,8 @@ from torch import Tensor
 from ropelab.config import Config, Method
 from ropelab.errors import ContextLengthError
 from ropelab.model import GPT
-from ropelab.positions import Geometry, PositionEncoding
-from ropelab.scalings import SCALINGS, applied_parameters, build
+from ropelab.positions import Geometry, PositionEncoding, encoding_digest
+from ropelab.scalings import build, make_scaling
 
 NO_SCALING = Method("none", {})
 
@@ -26,7 +25,7 @@ def build_model(config: Config, n_vocab: int, *, scaling: Method, original_ctx: 
 def encoding_of(trained: Config, scaling: Method, original_ctx: int) -> PositionEncoding:
     """The encoding of a finished run under a scaling, without its trained tensors. `ValueError` as `build`."""
     encoding = build(trained.pos, scaling, Geometry.of(trained.model, original_ctx))
-    encoding.progress(1.0)
+    encoding.set_training_fraction(1.0)
     return encoding
 
 
@@ -49,7 +48,7 @@ def restored_model(
         model.load_state_dict(weights, strict=True)
     except RuntimeError as error:  # other names or shapes
         raise ValueError(str(error).splitlines()[-1].strip()) from None
-    model.progress(1.0)
+    model.set_training_fraction(1.0)
     return model.eval()
 
 
@@ -59,40 +58,17 @@ def set_encoding(model: GPT, encoding: PositionEncoding) -> None:
     model.encoding = encoding.to(model.tokens.weight.device)
 
 
-def spectrum_digest(encoding: PositionEncoding, ctx: int) -> str:
-    """sha256 of all that an encoding says at a length: two evaluations with equal digests had equal positions.
-
-    Of a bias by query it takes the last query's. `ContextLengthError` where the encoding is undefined.
-    """
-    device = next((p.device for p in encoding.parameters()), None)
-    with torch.no_grad():
-        record = encoding(torch.arange(ctx, device=device), ctx=ctx)
-        by_query = None
-        if record.query_bias is not None:
-            last = torch.full((1, 1), ctx - 1.0, device=device)
-            by_query = record.query_bias(last, torch.arange(ctx, device=device, dtype=torch.float32)[None])
-    hasher = hashlib.sha256()
-    far = (None, None) if record.far is None else (record.far.rotation, record.far.window)
-    parts = (record.embedding, record.qk_embedding, record.bias, by_query, record.logit_scale, *(record.rotation or ()))
-    for part in (*parts, *(far[0] or ()), far[1], record.block):
-        if isinstance(part, Tensor):
-            hasher.update(part.cpu().contiguous().numpy().tobytes())
-        elif isinstance(part, int):
-            hasher.update(f"{part};".encode())
-    return hasher.hexdigest()
-
-
 def check_applied(method: Method, plain: PositionEncoding, original_ctx: int, ctx: int, digest: str) -> bool:
-    """A scaling that was asked for must have changed what the encoding says, and must not where it is idle.
+    """Whether a scaling is the identity, by its definition, at this ctx with these parameters.
 
-    `plain` is the run's encoding without it, `digest` that of the scaled one. Returns whether it is idle, by its
-    definition, at this ctx with these parameters. `ValueError` where it changed nothing and should have.
+    `plain` is the run's encoding without it, `digest` that of the scaled one. `ValueError` where it is not and yet
+    changed nothing.
     """
     if method.name == "none":
         return False
-    idle = SCALINGS[method.name].idle(applied_parameters(method, original_ctx), ctx)
+    idle = make_scaling(method, original_ctx).is_identity(ctx)
     try:
-        unchanged = digest == spectrum_digest(plain, ctx)
+        unchanged = digest == encoding_digest(plain, ctx)
     except ContextLengthError:
         unchanged = False  # undefined without the scaling
     if unchanged and not idle:
@@ -100,5 +76,5 @@ def check_applied(method: Method, plain: PositionEncoding, original_ctx: int, ct
             f"scaling={method.name} changed nothing at {ctx} tokens, so its number would be that of the plain model; "
             "choose other parameters, or leave it out"
         )
-    assert unchanged or not idle, f"scaling={method.name} is idle at {ctx}, and changed what the encoding says"
+    assert unchanged or not idle, f"scaling={method.name} is the identity at {ctx}, and changed the record"
     return idle

@@ -1,10 +1,16 @@
-"""TODO: scalings."""
+"""Scalings: changes of a trained encoding for longer contexts, and the table of names."""
 
-from ropelab.scalings.registry import SCALINGS, applied_parameters, build, resolve_factor
+from ropelab.scalings.base import HfRope, Scaling, SpectralScaling
+from ropelab.scalings.proportional import proportional_rope
+from ropelab.scalings.registry import SCALINGS, build, make_scaling, resolve_factor
 
 __all__ = [
     "SCALINGS",
-    "applied_parameters",
+    "HfRope",
+    "Scaling",
+    "SpectralScaling",
     "build",
+    "make_scaling",
+    "proportional_rope",
     "resolve_factor",
 ]

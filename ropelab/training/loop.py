@@ -103,7 +103,7 @@ def steps(
     broken = torch.zeros((), device=device)
     waiting: list[tuple[int, float, Tensor]] = []  # step, lr, (loss, norm of the gradient)
     for step in range(start + 1, config.steps + 1):
-        model.progress((step - 1) / config.steps)
+        model.set_training_fraction((step - 1) / config.steps)
         windows = to_device(batch_at(step), device)  # (batch_size, ctx + 1)
         places = None if positions_at is None else to_device(positions_at(step), device)  # (batch_size, ctx)
         lr = lr_at(step, config)

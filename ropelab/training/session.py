@@ -29,7 +29,7 @@ from ropelab.model import GPT
 from ropelab.positions import ENCODINGS, Geometry
 from ropelab.progress import Progress, tell
 from ropelab.runs import RunDir, build_model, run_tokenizer
-from ropelab.scalings import SCALINGS, applied_parameters, build, resolve_factor
+from ropelab.scalings import SCALINGS, build, make_scaling, resolve_factor
 from ropelab.training.compiling import compiles, training_kernel
 from ropelab.training.loop import Loss, Step, validation_nll
 from ropelab.training.optimizer import build_optimizer, load_optimizer_tensors, optimizer_tensors
@@ -276,7 +276,7 @@ class Session:
         }  # fmt: skip
         if done.settled and (self.is_last(step) or step % train.eval_every == 0):
             model.eval()
-            model.progress(step / train.steps)
+            model.set_training_fraction(step / train.steps)
             line["val_nll"] = validation_nll(
                 model, self._validation, dtype=self.dtype, batch=self._micro, loss=self.loss, ranks=self.ranks
             )
@@ -379,7 +379,7 @@ def training_scaling(config: Config, original_ctx: int) -> Method:
         original_ctx = scaling.parameters.get("original_ctx") or original_ctx
         factor = 1.0 if dynamic else max(1.0, config.train.ctx / original_ctx)
     resolved = Method(scaling.name, {**scaling.parameters, "factor": float(factor)})
-    if not dynamic and SCALINGS[scaling.name].idle(applied_parameters(resolved, original_ctx), config.train.ctx):
+    if not dynamic and make_scaling(resolved, original_ctx).is_identity(config.train.ctx):
         raise ValueError(f"scaling={scaling.name} with factor {factor:g} changes nothing; give scaling.factor=4, say")
     return resolved
 

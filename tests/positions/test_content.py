@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ropelab.positions import Decay, Geometry, PositionEncoding, slopes
+from ropelab.positions import CumulativeDecay, Geometry, PositionEncoding, slopes
 from ropelab.positions.cable import VARIANTS, Cable
-from ropelab.positions.content import running_total
+from ropelab.positions.content import cumulative_sum
 from ropelab.positions.fox import Fox
 from ropelab.scalings import build
 from tests.test_positions import NONE, method
@@ -32,16 +32,16 @@ def make(name: str, seed: int = 0, geometry: Geometry = GEOMETRY, **changes: obj
     return encoding
 
 
-def read(encoding: PositionEncoding, layer: int, x: Tensor) -> Decay:
-    decay = encoding.content(layer, x)
+def read(encoding: PositionEncoding, layer: int, x: Tensor) -> CumulativeDecay:
+    decay = encoding.content_bias(layer, x)
     assert decay is not None
     return decay
 
 
-def bias(decay: Decay) -> Tensor:
+def bias(decay: CumulativeDecay) -> Tensor:
     """(B, H, T, T): what is added to the score of query i and key j <= i; 0 in the future."""
-    fallen = decay.total[..., :, None] - decay.total[..., None, :]
-    return -(fallen if decay.gain is None else decay.gain[..., :, None] * fallen).tril().float()
+    fallen = decay.cumsum[..., :, None] - decay.cumsum[..., None, :]
+    return -(fallen if decay.gate is None else decay.gate[..., :, None] * fallen).tril().float()
 
 
 def softplus(z: float) -> float:
@@ -66,7 +66,7 @@ def test_fox_gates_start_as_in_the_authors_code() -> None:
     assert list(names) == [f"gates.{layer}.{kind}" for layer in range(3) for kind in ("weight", "bias")]
     generator = torch.Generator().manual_seed(0)
     for name, parameter in names.items():
-        start = encoding.draw(name, parameter.shape, generator)
+        start = encoding.init_parameter(name, parameter.shape, generator)
         if name.endswith("bias"):
             assert start is None
             assert parameter.eq(0).all()
@@ -141,16 +141,16 @@ def test_cable_with_constant_steps_is_alibi(variant: str, heads: int, length: in
 @pytest.mark.parametrize(("name", "changes"), ALL)
 def test_the_record_is_empty_and_the_decay_has_its_shape(name: str, changes: dict[str, Any]) -> None:
     encoding = make(name, **changes)
-    assert encoding.reads_content
+    assert encoding.content_dependent
     assert all(part is None for part in encoding(torch.arange(32), ctx=32))
     decay = read(encoding, 1, torch.randn(2, 32, 16))
     for part in decay:
         if part is not None:
             assert part.shape == (2, 4, 32)
-            assert part.dtype == (torch.float64 if part is decay.total else torch.float32)
+            assert part.dtype == (torch.float64 if part is decay.cumsum else torch.float32)
             assert part.ge(0).all()
-    assert decay.total.diff(dim=-1).ge(0).all()
-    assert (decay.gain is not None) == (changes == {"variant": "v3"})
+    assert decay.cumsum.diff(dim=-1).ge(0).all()
+    assert (decay.gate is not None) == (changes == {"variant": "v3"})
 
 
 @pytest.mark.parametrize(("name", "changes"), ALL)
@@ -173,14 +173,14 @@ def test_mixed_precision_does_not_touch_it(name: str, changes: dict[str, Any]) -
     for a, b in zip(plain, mixed, strict=True):
         assert (a is None) == (b is None)
         if a is not None and b is not None:
-            assert b.dtype == (torch.float64 if b is mixed.total else torch.float32)
+            assert b.dtype == (torch.float64 if b is mixed.cumsum else torch.float32)
             assert torch.equal(a, b)
 
 
 def test_a_long_total_tells_neighbours_apart() -> None:
     """131072 steps: each difference of neighbours is the step that was added, where an fp32 total would lose it."""
     steps = torch.rand(1, 131072, 2, generator=torch.Generator().manual_seed(0))
-    found = running_total(steps)
+    found = cumulative_sum(steps)
     torch.testing.assert_close(found.diff(dim=-1), steps[:, 1:].transpose(1, 2).double(), rtol=0, atol=1e-9)
     assert found[0, 0, -1].item() == pytest.approx(math.fsum(steps[0, :, 0].tolist()), rel=1e-12)
 

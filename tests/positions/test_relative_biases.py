@@ -31,7 +31,7 @@ def drawn(encoding: PositionEncoding, seed: int = 0) -> PositionEncoding:
     """The encoding with the parameters that a model would start from."""
     with torch.no_grad():
         for name, parameter in encoding.named_parameters():
-            start = encoding.draw(name, parameter.shape, torch.Generator().manual_seed(seed))
+            start = encoding.init_parameter(name, parameter.shape, torch.Generator().manual_seed(seed))
             if start is not None:
                 assert start.shape == parameter.shape
                 parameter.copy_(start)
@@ -107,7 +107,7 @@ def test_t5_starts_without_a_preference() -> None:
 def test_kerple_is_the_formula_of_the_paper(name: str, seed: int) -> None:
     """-r1 log(1 + r2 d) and -r1 d^r2, in fp64 from the same parameters, within 1e-6 to distance 131071."""
     encoding = drawn(make(name), seed)
-    encoding.progress(0.0)
+    encoding.set_training_fraction(0.0)
     found = bias(encoding, LONG)
     r1s, r2s = encoding.get_parameter("r1").tolist(), encoding.get_parameter("r2").tolist()
     for h, (r1, r2) in enumerate(zip(r1s, r2s, strict=True)):
@@ -151,7 +151,7 @@ def test_kerple_parameters_are_moved_back_into_their_bounds_and_can_leave_them()
         encoding.r2.copy_(torch.tensor([-1.0, 3.0]))
     due = [[-0.01 * d**0.01 for d in range(5)], [-0.5 * d**2 for d in range(5)]]
     torch.testing.assert_close(bias(encoding, 5), torch.tensor(due))  # within the bounds even before the projection
-    encoding.progress(0.5)
+    encoding.set_training_fraction(0.5)
     assert encoding.r1.tolist() == pytest.approx([0.01, 0.5])
     assert encoding.r2.tolist() == pytest.approx([0.01, 2.0])
     bias(encoding, 5).sum().backward()
@@ -167,7 +167,7 @@ def test_kerple_log_has_no_upper_bound() -> None:
     with torch.no_grad():
         encoding.r1.fill_(7)
         encoding.r2.fill_(50)
-    encoding.progress(0.5)
+    encoding.set_training_fraction(0.5)
     assert bias(encoding, 3)[0, 2].item() == pytest.approx(-7 * math.log(101), rel=1e-6)
 
 
@@ -269,8 +269,8 @@ def test_a_gradient_reaches_every_parameter(name: str) -> None:
         i = torch.arange(12.0)[:, None]
         said.append(record.query_bias(i, (i - torch.arange(12.0)).clamp(min=0)))
     for layer in range(2):
-        decay = encoding.content(layer, torch.randn(3, 12, 32))
-        assert (decay is not None) == encoding.reads_content
+        decay = encoding.content_bias(layer, torch.randn(3, 12, 32))
+        assert (decay is not None) == encoding.content_dependent
         if decay is not None:
             said += [part for part in decay if part is not None]
     parameters = dict(encoding.named_parameters())

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from ropelab.positions import Geometry, Sinusoidal, SinusoidalQK
-from ropelab.positions.sinusoidal import SinusoidalScaled
+from ropelab.positions import Geometry, Sinusoidal
+from ropelab.positions.sinusoidal import SinusoidalQK, SinusoidalScaled
 from ropelab.scalings import build
 from tests.test_positions import NONE, method
 
@@ -31,7 +31,7 @@ def test_scaled_equals_x_transformers(x_transformers: Any) -> None:
 def test_scaled_keeps_its_start_when_a_model_draws_its_weights() -> None:
     encoding = build(method("pos", "sinusoidal_scaled"), NONE, GEOMETRY)
     assert [name for name, _ in encoding.named_parameters()] == ["scale"]
-    assert encoding.draw("scale", torch.Size([]), torch.Generator()) is None
+    assert encoding.init_parameter("scale", torch.Size([]), torch.Generator()) is None
 
 
 def test_scaled_has_the_columns_of_vaswani_in_another_order() -> None:

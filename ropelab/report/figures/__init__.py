@@ -22,12 +22,11 @@ from ropelab.report.figures.lines import (
     protocol_words,
     styles,
 )
-from ropelab.report.figures.names import WITHOUT_FACTOR, method_name, scaling_name
+from ropelab.report.figures.names import method_name, scaling_name
 from ropelab.report.figures.theme import png, save, spread
 
 __all__ = [
     "CAP",
-    "WITHOUT_FACTOR",
     "Line",
     "Panel",
     "Point",

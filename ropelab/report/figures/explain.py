@@ -11,7 +11,7 @@ import numpy as np
 from ropelab.report.figures.breakdown import diagnosis_parts
 from ropelab.report.figures.grid import Part, stack
 from ropelab.report.figures.lines import PALETTE
-from ropelab.report.figures.names import NAMES, method_name, scaling_name
+from ropelab.report.figures.names import label, method_name, scaling_name
 from ropelab.report.figures.theme import FAINT, INK, spread, text_figure, theme
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def _nothing_to_draw(shown: Mapping[str, Any]) -> str:
             "as in NoPE, and the causal mask alone tells of order."
         )
     return (
-        f"{NAMES.get(shown['pos'], shown['pos'])} computes its position signal from the text itself, layer by layer. "
+        f"{label('pos', shown['pos'])} computes its position signal from the text itself, layer by layer. "
         "There is nothing to draw before a text is given: name a trained run with --attention to see where it looks."
     )
 

@@ -6,50 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from ropelab import files
+from ropelab.config import about
 
-NAMES = {
-    "unigram": "unigram frequencies",
-    "none": "NoPE",
-    "learned": "learned",
-    "sinusoidal": "sinusoidal",
-    "sinusoidal_fairseq": "sinusoidal (fairseq)",
-    "sinusoidal_scaled": "sinusoidal (x-transformers)",
-    "sinusoidal_qk": "sinusoidal in q and k",
-    "rope": "RoPE",
-    "p_rope": "p-RoPE",
-    "drope": "DroPE",
-    "alibi": "ALiBi",
-    "t5": "T5 bias",
-    "kerple_log": "KERPLE-log",
-    "kerple_power": "KERPLE-power",
-    "sandwich": "Sandwich",
-    "xpos": "xPos",
-    "fire": "FIRE",
-    "cable": "CABLE",
-    "fox": "FoX",
-    "linear": "PI",
-    "ntk": "NTK-aware",
-    "dynamic_ntk": "dynamic NTK",
-    "dynamic_linear": "dynamic PI",
-    "dynamic_yarn": "dynamic YaRN",
-    "ntk_by_parts": "NTK-by-parts",
-    "yarn": "YaRN",
-    "longrope": "LongRoPE",
-    "llama3": "Llama 3",
-    "rerope": "ReRoPE",
-    "self_extend": "Self-Extend",
-    "proportional": "proportional",
-    "temperature": "temperature",
-    "interpolated_slopes": "interpolated slopes",
-    "block_causal": "block-causal",
-    "clamp": "clamped",
-    "interpolate": "interpolated",
-    "own": "its own scaling",  # a checkpoint's, that is none of ours
-}
+LABELS = {"unigram": "unigram frequencies", "own": "its own scaling"}  # a baseline; a checkpoint's, none of ours
 
 OF_FACTORS = ("long_factors", "short_factors", "start_tokens", "attention_factor", "original_ctx")  # of a factors file
 
-WITHOUT_FACTOR = ("rerope", "self_extend", "block_causal", "clamp")  # scalings that have none
+
+def label(group: str, name: str) -> str:
+    """What the head of a method's YAML calls it: "RoPE" of pos, "YaRN" of scaling."""
+    return LABELS.get(name) or about(group, name).label
 
 
 def method_name(
@@ -62,7 +28,7 @@ def method_name(
     scaling_changed: Mapping[str, Any] | None = None,
 ) -> str:
     """A method as a reader knows it: "RoPE + YaRN ×8", "RoPE (base=500000)", "ALiBi, window 128"."""
-    name = NAMES.get(pos, pos)
+    name = label("pos", pos)
     if pos_changed:
         name += f" ({changed_words(pos_changed)})"
     if scaling != "none":
@@ -74,10 +40,10 @@ def scaling_name(scaling: str, factor: float | None, changed: Mapping[str, Any] 
     """A scaling as a reader knows it: "YaRN ×8 (ramp=rotations)", "ReRoPE", "NTK-aware, factor per ctx"."""
     if scaling == "none":
         return "none"
-    name = NAMES.get(scaling, scaling)
+    name, told = label("scaling", scaling), about("scaling", scaling)
     if factor is None:
-        name = name if scaling in (*WITHOUT_FACTOR, "own") else f"{name}, factor per ctx"
-    elif not (scaling.startswith("dynamic") and factor == 1):  # dynamic methods find their own factor
+        name = f"{name}, factor per ctx" if told.has_factor and scaling != "own" else name
+    elif not (told.dynamic and factor == 1):  # dynamic methods find their own factor
         name = f"{name} ×{factor:g}"
     return f"{name} ({changed_words(changed)})" if changed else name
 

@@ -36,7 +36,7 @@ def check_stackable(models: Sequence[GPT], ctx: int) -> None:
         for what, one, other in facts:
             if one != other:
                 raise ValueError(f"models of different {what} ({one}, {other}) cannot be stacked")
-        if model.encoding.reads_content:
+        if model.encoding.content_dependent:
             raise ValueError(f"{type(model.encoding).__name__} reads the text in every layer: it cannot be stacked")
     with torch.no_grad():
         join([model.prepare(ctx).record for model in models], first, ctx, torch.float32)
@@ -107,7 +107,7 @@ def _steps(
         while step < config.steps:
             step += 1
             for index in stack.present:
-                models[index].progress((step - 1) / config.steps)
+                models[index].set_training_fraction((step - 1) / config.steps)
             windows = to_device(np.stack([at(step) for at in batches_at]), device)  # (M, batch_size, ctx + 1)
             places = None  # (M, batch_size, ctx)
             if positions_at is not None:

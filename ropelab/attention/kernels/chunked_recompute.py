@@ -11,13 +11,47 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ropelab.attention import by_distance
+from ropelab.attention import by_distance, scores
+from ropelab.attention.kernels.base import Kernel
+from ropelab.attention.scores import Request, Scores
 
 ROWS = 64  # query rows whose scores the backward pass holds: they stay in a CPU's cache
 HELD = 2**21  # numbers of such a block of scores, over all sequences and heads: 8 MB in fp32
 
 
-def recomputed(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, *, window: int | None, rows: int) -> Tensor:
+SHORT_BY_QUERY = 1024  # longest T at which a bias by query is made in full, once for all layers, and not in each
+
+
+class ChunkedRecompute(Kernel):
+    """A bias by distance, or one by query that is made in full for all layers."""
+
+    name = "recomputed"
+    summary = "blocks, and in the backward pass their scores again: a bias in training, learned or fixed"
+    priority = 30
+
+    @classmethod
+    def supports(cls, request: Request) -> bool:
+        bias = request.bias
+        return not (bias.decays or bias.scored) and (not bias.pairwise or bias.by_query is not None)
+
+    @classmethod
+    def suits(cls, request: Request) -> bool:
+        in_full = request.device.type == "cpu" and request.length <= SHORT_BY_QUERY
+        return request.training and (in_full or not request.bias.pairwise)
+
+    def __init__(self, request: Request, scores: Scores) -> None:
+        super().__init__(request, scores)
+        # (H or 1, T, T)
+        self.mask = None if request.bias.by_query is None else scores.mask(0, request.length, 0, None)[0]
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, far: tuple[Tensor, Tensor] | None, decay: Any) -> Tensor:
+        if self.mask is not None:
+            return chunked_recompute(q, k, v, self.mask, window=None, rows=scores.BLOCK)
+        kernel = chunked_recompute if torch.is_grad_enabled() else by_distance.blocks
+        return kernel(q, k, v, self.scores.by_distance, window=self.request.bias.window, rows=scores.BLOCK)
+
+
+def chunked_recompute(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, *, window: int | None, rows: int) -> Tensor:
     """Causal attention with a bias, `rows` queries at a time, and with gradients of q, k, v and of the bias.
 
     q, k, v (B, H, T, D) -> (B, H, T, D). `bias`, fp32, is a vector by distance (H or 1, T), -inf from `window` on, or
@@ -72,7 +106,7 @@ class _Recomputed(torch.autograd.Function):
                 stop = min(start + rows, length)
                 first = 0 if ctx.window is None else max(0, start - ctx.window + 1)
                 # (b, H, r, D), rows backwards where the mask is a view that wants them so
-                query, due, given = (_turned(x[part, :, start:stop], in_full) for x in (q, gradient, out))
+                query, due, given = (_reversed(x[part, :, start:stop], in_full) for x in (q, gradient, out))
                 added = bias[:, start:stop, first:stop] if in_full else by_distance.mask(bias, start, stop, first)
                 key, value = k[part, :, first:stop], v[part, :, first:stop]  # (b, H, c, D)
                 query = query * d_head**-0.5
@@ -84,12 +118,11 @@ class _Recomputed(torch.autograd.Function):
                     elif collected is not None:
                         collected[:, : stop - start, widest - (stop - first) :] += over
                 ds = ds.to(q.dtype)
-                dq[part, :, start:stop] = _turned(ds @ key, in_full) * d_head**-0.5
+                dq[part, :, start:stop] = _reversed(ds @ key, in_full) * d_head**-0.5
                 dk[part, :, first:stop] += ds.transpose(-2, -1) @ query
         if collected is not None:
-            by_sum = by_distance.anti_diagonals(collected)[
-                :, :widest
-            ]  # (H, widest); what stands at r + c >= widest is the future
+            # (H, widest); what stands at r + c >= widest is the future
+            by_sum = by_distance.anti_diagonals(collected)[:, :widest]
             dbias = pad(by_sum.flip(1), (0, length - widest))  # (H, T)
         return dq, dk.to(k.dtype), dv.to(v.dtype), dbias, None, None
 
@@ -114,6 +147,6 @@ def score_gradients(
     return dweights.sub_(delta).mul_(weights)
 
 
-def _turned(x: Tensor, forwards: bool) -> Tensor:
+def _reversed(x: Tensor, forwards: bool) -> Tensor:
     """x (b, H, r, D) with its rows backwards, or as they are."""
     return x if forwards else x.flip(2)

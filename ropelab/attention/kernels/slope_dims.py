@@ -9,10 +9,14 @@ what is left of the error.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
+
+from ropelab.attention.kernels.base import Kernel
+from ropelab.attention.scores import Request
 
 BASE, DIGITS = 256, 3
 ADDED = 8  # dimensions: two slopes x three digits, and two zeros, since kernels want multiples of 8
@@ -43,3 +47,24 @@ def attend_with_slopes(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tenso
     # values as wide as keys: not every kernel takes two widths
     out = scaled_dot_product_attention(wide_q, wide_k, pad(v, (0, ADDED)), is_causal=True, scale=d_head**-0.5)
     return out[..., :d_head]
+
+
+class SlopeDims(Kernel):
+    """ALiBi's bias, and nothing else, in torch's fused causal attention."""
+
+    name = "digits"
+    summary = "torch's fused causal attention, ALiBi's bias as eight more dimensions of queries and keys"
+    priority = 60
+
+    @classmethod
+    def supports(cls, request: Request) -> bool:
+        bias = request.bias
+        return bias.slopes is not None and bias.window is None and not bias.pairwise
+
+    @classmethod
+    def suits(cls, request: Request) -> bool:
+        return request.device.type == "cuda" and request.training and request.dtype == torch.bfloat16
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, far: tuple[Tensor, Tensor] | None, decay: Any) -> Tensor:
+        assert self.request.bias.slopes is not None
+        return attend_with_slopes(q, k, v, self.request.bias.slopes)

@@ -19,7 +19,7 @@ ALIGNED = 16  # rows begin at multiples of so many numbers, for wide loads
 
 
 def make(by_query: ByQuery, start: int, stop: int, *, device: torch.device, again: bool) -> Tensor:
-    """The bias of queries start .. stop-1 and keys 0 .. stop-1 in bands, (H, N) fp32; N is `numbers(start, stop)`.
+    """The bias of queries start .. stop-1 and keys 0 .. stop-1 in bands, (H, N) fp32; N is `numel(start, stop)`.
 
     `start` is a multiple of ALIGNED. Later keys than a query stand at distance 0 of it and are read by nobody.
     `again`: keep nothing but the result for the backward pass, which makes a band again.
@@ -46,6 +46,6 @@ def width(low: int, stop: int) -> int:
     return min(low + BAND, -(-stop // ALIGNED) * ALIGNED)
 
 
-def numbers(start: int, stop: int) -> int:
+def numel(start: int, stop: int) -> int:
     """Numbers of a head in the bands of queries start .. stop-1."""
     return sum((min(low + BAND, stop) - low) * width(low, stop) for low in range(start, stop, BAND))

@@ -1,0 +1,12 @@
+"""The attention kernels; a new one is one file here."""
+
+from ropelab.attention.kernels.base import Kernel
+from ropelab.plugins import classes
+
+# Filled from the modules of this package, in the order in which they are asked.
+KERNELS: list[type[Kernel]] = sorted(
+    classes(__name__, Kernel),  # type: ignore[type-abstract]
+    key=lambda kernel: -kernel.priority,
+)
+
+__all__ = ["KERNELS", "Kernel"]
