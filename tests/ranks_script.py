@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from ropelab import errors, evaluation, training
 from ropelab.cli.options import status_of
-from ropelab.distributed import Ranks, joined, replicated, sharded, whole
+from ropelab.distributed import Ranks, full_state_dict, init_distributed, wrap_ddp, wrap_fsdp
 from ropelab.errors import NonFiniteLossError, RemoteRankError
 from ropelab.evaluation.perplexity import _score
 from ropelab.runs import all_runs
@@ -46,8 +46,8 @@ def spread(kind: str, pos: str, ranks: Ranks) -> tuple[Any, torch.nn.Module]:
     model = gpt(pos)
     loss = Loss(model, torch.float32, sharded=kind == "fsdp")
     if kind == "ddp":
-        return model, replicated(loss)
-    return model, sharded(loss, model.blocks, torch.device("cpu"))
+        return model, wrap_ddp(loss)
+    return model, wrap_fsdp(loss, model.blocks, torch.device("cpu"))
 
 
 def trained(kind: str, pos: str, ranks: Ranks, out: Path) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def trained(kind: str, pos: str, ranks: Ranks, out: Path) -> dict[str, Any]:
                       loss=loss, ranks=ranks))  # fmt: skip
     nll = validation_nll(model.eval(), windows(3), dtype=torch.float32, batch=1, loss=loss, ranks=ranks)
     held = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in model.parameters())
-    weights = whole(model.state_dict())
+    weights = full_state_dict(model.state_dict())
     assert bool(weights) == ranks.is_first
     if weights:
         save_file(weights, out / f"{kind}-{pos}.safetensors")
@@ -88,7 +88,7 @@ def broken_on_one(kind: str, ranks: Ranks, out: Path) -> dict[str, Any]:
             seen.append(step.step)
     except NonFiniteLossError as error:
         seen.append(str(error))
-    weights = whole(model.state_dict())
+    weights = full_state_dict(model.state_dict())
     if weights:
         save_file(weights, out / f"{kind}-broken.safetensors")
     return {"seen": seen}
@@ -157,7 +157,7 @@ def main() -> None:
         """A group of its own for each check: one that failed cannot be used again."""
         os.environ["TORCHELASTIC_RESTART_COUNT"] = str(len(said))
         try:
-            with joined(status_of) as ranks:
+            with init_distributed(status_of) as ranks:
                 assert ranks.world == 2
                 said[name] = do(ranks)
         except (ValueError, LookupError, RemoteRankError) as error:

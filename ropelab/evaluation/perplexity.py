@@ -19,7 +19,7 @@ from torch import Tensor
 from ropelab import files, runs
 from ropelab.config import Config, DataConfig, EvalConfig, Method
 from ropelab.devices import DTYPE_NAMES, device_name, device_of_rank, resolve_dtype
-from ropelab.distributed import ALONE, Ranks
+from ropelab.distributed import SINGLE, Ranks
 from ropelab.errors import ContextLengthError, RunError
 from ropelab.evaluation.grounds import lacking
 from ropelab.evaluation.intervals import row_interval
@@ -92,7 +92,7 @@ def evaluate(
     progress: Progress = silent,
     folder: Path | None = None,
     notice: Callable[[str], None] = lambda line: None,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE,
 ) -> Evaluated:
     """Perplexity of a finished run over a ladder of contexts, under one protocol and one scaling.
 
@@ -121,7 +121,7 @@ def evaluate_subject(
     progress: Progress = silent,
     folder: Path | None = None,
     notice: Callable[[str], None] = lambda line: None,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE,
 ) -> Evaluated:
     """`evaluate`, of whatever can be evaluated."""
     target = device_of_rank(device, ranks)
@@ -170,7 +170,7 @@ def evaluate_subject(
             tell(f"{str(error).partition('; ')[0]}; it is evaluated again")
             return None
 
-    stored = ranks.told(kept_already)
+    stored = ranks.broadcast_object(kept_already)
     if stored is not None:
         # made by an earlier version; the file's name says that they are these
         if "recipe" not in stored and ranks.is_first:
@@ -337,7 +337,8 @@ def _score(
     count = len(windows.start)
     if ranks.world == 1:
         return score(windows, documents, scorer, rows=rows, progress=progress, bos=bos)
-    rows = ranks.told(lambda: min(rows, math.ceil(count / ranks.world)))  # the first rank's: they may have other memory
+    # the first rank's: they may have other memory
+    rows = ranks.broadcast_object(lambda: min(rows, math.ceil(count / ranks.world)))
     passes = math.ceil(count / rows)
     bounds = [min(count, passes * rank // ranks.world * rows) for rank in range(ranks.world + 1)]
     mine = slice(bounds[ranks.rank], bounds[ranks.rank + 1])
@@ -349,7 +350,7 @@ def _score(
     losses = np.empty((count, windows.scored), np.float32)
     losses[mine] = part.reshape(-1, windows.scored)
     for rank, (low, high) in enumerate(itertools.pairwise(bounds)):
-        ranks.spread(torch.from_numpy(losses[low:high]), source=rank)
+        ranks.broadcast(torch.from_numpy(losses[low:high]), source=rank)
     return losses.reshape(-1)
 
 

@@ -20,7 +20,7 @@ from ropelab import config as configs
 from ropelab import data, files
 from ropelab.config import Config, DataConfig, EvalConfig, Method
 from ropelab.devices import environment, matmul_precision
-from ropelab.distributed import ALONE, Ranks
+from ropelab.distributed import SINGLE, Ranks
 from ropelab.evaluation import At, Evaluated, Loaded, Plan, Subject, Text, evaluate_subject, fit, ladder_of, same_text
 from ropelab.huggingface import adapter as adapters
 from ropelab.huggingface import attention, checkpoint, recorded, rotary
@@ -462,7 +462,7 @@ def evaluate(
     cache_dir: str,
     progress: Progress = silent,
     notice: Callable[[str], None] = lambda line: None,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE,
 ) -> Evaluated:
     """Perplexity of a checkpoint over a ladder of contexts, as `experiment.evaluate` of a run.
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ropelab.config import TrainConfig
-from ropelab.distributed import ALONE, Ranks, clip_gradients, passing
+from ropelab.distributed import SINGLE, Ranks, clip_gradients, sync_on_last
 from ropelab.errors import NonFiniteLossError
 from ropelab.model import GPT
 from ropelab.training.optimizer import FUSED, lr_at
@@ -75,7 +75,7 @@ def steps(
     settle_at: Callable[[int], bool] = lambda step: False,
     unread: int | None = None,
     loss: nn.Module | None = None,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE,
 ) -> Iterator[Step]:
     """Train from step `start` + 1 to config.steps, yielding every optimizer step.
 
@@ -95,7 +95,7 @@ def steps(
         unread = UNREAD if device.type == "cuda" else 1
     assert unread == 1 or fused
     loss = Loss(model, dtype) if loss is None else loss
-    share = ranks.share(config.batch_size)
+    share = ranks.shard(config.batch_size)
     parameters = list(model.parameters())
     model.activation_checkpointing = config.activation_checkpointing
     model.train()
@@ -115,14 +115,14 @@ def steps(
         for low in range(share.start, share.stop, config.micro):
             rows = slice(low, min(low + config.micro, share.stop))
             places_of_rows = None if places is None else places[rows]  # (rows, ctx)
-            with passing(loss, last=rows.stop == share.stop):
+            with sync_on_last(loss, last=rows.stop == share.stop):
                 part = loss(windows[rows], places_of_rows).sum() / scored
                 # the ranks' gradients become their mean, and are due as a sum
                 (part * ranks.world if ranks.world > 1 else part).backward()
             total += part.detach()
         limit = config.grad_clip if config.grad_clip is not None else math.inf
         norm = clip_gradients(parameters, limit)
-        waiting.append((step, lr, torch.stack((ranks.add_up(total), norm))))
+        waiting.append((step, lr, torch.stack((ranks.all_reduce(total), norm))))
         if fused:  # decided on the device, without waiting for it
             broken = torch.maximum(broken, 1 - waiting[-1][2].isfinite().all().float())
             optimizer.found_inf = broken  # type: ignore[attr-defined]
@@ -154,7 +154,7 @@ def validation_nll(
     dtype: torch.dtype,
     batch: int,
     loss: nn.Module | None = None,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE,
 ) -> float:
     """Mean loss in nats per token over fixed windows (N, ctx + 1), in the arithmetic of the training.
 
@@ -166,12 +166,12 @@ def validation_nll(
     if missing := -len(windows) % ranks.world:
         # every rank makes as many passes; windows of separators score nothing
         windows = np.concatenate([windows, np.full((missing, windows.shape[1]), separator)])
-    windows = windows[ranks.share(len(windows))]
+    windows = windows[ranks.shard(len(windows))]
     total, count = 0.0, 0
     for low in range(0, len(windows), batch):
         part = to_device(windows[low : low + batch], device)
         total += float(loss(part).cpu().double().sum())  # MPS has no fp64
         count += int((part[:, 1:] != separator).sum())
     if ranks.world > 1:
-        total, count = ranks.add_up(torch.tensor([total, count], dtype=torch.float64, device=device)).tolist()
+        total, count = ranks.all_reduce(torch.tensor([total, count], dtype=torch.float64, device=device)).tolist()
     return total / count

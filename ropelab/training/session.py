@@ -22,7 +22,7 @@ from ropelab import data, files, runs
 from ropelab.config import Config, DataConfig, Method, TrainConfig
 from ropelab.data import Draw, drawn_positions
 from ropelab.devices import DTYPE_NAMES, device_name, device_of_rank, environment, matmul_precision, resolve_dtype
-from ropelab.distributed import ALONE, Ranks, parallel_of, replicated, sharded, whole
+from ropelab.distributed import SINGLE, Ranks, full_state_dict, parallel_of, wrap_ddp, wrap_fsdp
 from ropelab.errors import NonFiniteLossError, RunError
 from ropelab.evaluation import check_training, lacking_for
 from ropelab.model import GPT
@@ -54,7 +54,7 @@ class Session:
     of them at the same steps.
     """
 
-    def __init__(self, config: Config, progress: Progress, ranks: Ranks = ALONE, *, elsewhere: bool = False) -> None:
+    def __init__(self, config: Config, progress: Progress, ranks: Ranks = SINGLE, *, elsewhere: bool = False) -> None:
         self.config, self.ranks = config, ranks
         self.device = device_of_rank(config.device, ranks)
         self._micro = rank_micro(config.train, ranks.world)
@@ -139,7 +139,7 @@ class Session:
             found.extend(filter(None, [latest_checkpoint(run, model, self.digest)]))
             return [begun, found[0].state if found else {}]
 
-        self._begun, state = ranks.told(stored)
+        self._begun, state = ranks.broadcast_object(stored)
         known = {**state, **self._begun}  # a damaged manifest is made again from what the checkpoint says
         self.dtype = resolve_dtype(known.get("dtype", config.train.dtype), self.device)
         self._precision = known.get("matmul_precision") or matmul_precision(self.device, config.model.d_model)
@@ -167,14 +167,14 @@ class Session:
             return
         if resumed:
             for tensor in model.state_dict().values():
-                ranks.spread(tensor)
+                ranks.broadcast(tensor)
         on_gpu = self.device.type == "cuda"
         free = torch.cuda.get_device_properties(self.device).total_memory if on_gpu else None
-        self.parallel = ranks.told(lambda: parallel_of(train.parallel, model.n_parameters(), free))
+        self.parallel = ranks.broadcast_object(lambda: parallel_of(train.parallel, model.n_parameters(), free))
         if self.parallel == "ddp":
-            self.loss = replicated(Loss(model.to(self.device), self.dtype))
+            self.loss = wrap_ddp(Loss(model.to(self.device), self.dtype))
         else:  # only shards of it come to the device
-            self.loss = sharded(Loss(model, self.dtype, sharded=True), model.blocks, self.device)
+            self.loss = wrap_fsdp(Loss(model, self.dtype, sharded=True), model.blocks, self.device)
 
     def _from_first(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The optimizer's tensors, read by the first rank."""
@@ -184,7 +184,7 @@ class Session:
         for name, parameter in self.model.named_parameters():
             for key, shape in (("step", ()), ("exp_avg", parameter.shape), ("exp_avg_sq", parameter.shape)):
                 full = stored[f"{name}/{key}"] if self.ranks.is_first else torch.empty(shape)
-                self.ranks.spread(full)
+                self.ranks.broadcast(full)
                 tensors[f"{name}/{key}"] = full
         return tensors
 
@@ -313,7 +313,7 @@ class Session:
     def _whole(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Named tensors in full; on another rank than the first, nothing."""
         if self.parallel == "fsdp":
-            return whole(tensors)
+            return full_state_dict(tensors)
         return tensors if self.ranks.is_first else {}
 
     def broke(self, error: NonFiniteLossError) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ropelab.config import Config, TrainConfig
-from ropelab.distributed import ALONE, SIGNALS, Ranks
+from ropelab.distributed import SIGNALS, SINGLE, Ranks
 from ropelab.errors import Interrupted, NonFiniteLossError, RankLostError
 from ropelab.progress import Progress, silent
 from ropelab.training.batched import check_stackable, stacked_steps
@@ -59,7 +59,7 @@ def repeatable(config: TrainConfig) -> Iterator[None]:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
-def train(config: Config, *, progress: Progress = silent, ranks: Ranks = ALONE) -> dict[str, Any]:
+def train(config: Config, *, progress: Progress = silent, ranks: Ranks = SINGLE) -> dict[str, Any]:
     """Train the run that `config` describes: from its last checkpoint, or not at all when it is finished.
 
     Returns the `train` object of the JSON contract. Raises `ValueError` for a configuration that cannot be trained
@@ -71,10 +71,10 @@ def train(config: Config, *, progress: Progress = silent, ranks: Ranks = ALONE) 
     session = Session(config, progress, ranks)
     ranks.check_alike("run", session.digest)
     ranks.connect(session.device)
-    if ranks.told(session.is_done):
-        return ranks.told(lambda: session.result(skipped=True))
+    if ranks.broadcast_object(session.is_done):
+        return ranks.broadcast_object(lambda: session.result(skipped=True))
     with session.held(), repeatable(config.train), interrupts() as caught:
-        with ranks.agreed():
+        with ranks.barrier_after():
             session.restore()
             if compiles(config.train, session.device):
                 compile_blocks(session.model, parallel=session.parallel)
@@ -92,11 +92,11 @@ def train(config: Config, *, progress: Progress = silent, ranks: Ranks = ALONE) 
                     raise Interrupted(signals[0], session.run.name, done.step)
         except NonFiniteLossError as error:
             session.broke(error)
-            ranks.meet()  # a launcher ends the others when one has ended: not before all is written
+            ranks.barrier()  # a launcher ends the others when one has ended: not before all is written
             raise
         except Interrupted:
             session.stopped()
-            ranks.meet()
+            ranks.barrier()
             raise
         except BaseException as error:
             cause = ranks.cause(error)
@@ -106,7 +106,7 @@ def train(config: Config, *, progress: Progress = silent, ranks: Ranks = ALONE) 
                 session.crashed(cause)
             raise cause from None if cause is not error else error.__cause__
         session.finish()
-    return ranks.told(lambda: session.result(skipped=False))
+    return ranks.broadcast_object(lambda: session.result(skipped=False))
 
 
 def train_together(

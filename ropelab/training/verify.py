@@ -32,7 +32,7 @@ from torch import Tensor
 from ropelab import config as configs
 from ropelab import files, runs
 from ropelab.config import Config
-from ropelab.distributed import joined
+from ropelab.distributed import init_distributed
 from ropelab.progress import Progress, silent
 from ropelab.runs import RunDir
 from ropelab.training.compiling import compiles
@@ -308,7 +308,7 @@ def _work(task: dict[str, Any]) -> None:
 
     if task["deterministic"]:
         torch.use_deterministic_algorithms(True, warn_only=True)
-    with warnings.catch_warnings(record=True) as caught, joined(lambda error: 1) as ranks:
+    with warnings.catch_warnings(record=True) as caught, init_distributed(lambda error: 1) as ranks:
         warnings.simplefilter("always")
         train(configs.from_dict(task["config"]), progress=telling, ranks=ranks)
     if ranks.is_first:
