@@ -27,8 +27,9 @@ from ropelab.distributed import Ranks, full_state_dict, init_distributed, wrap_d
 from ropelab.errors import NonFiniteLossError, RemoteRankError
 from ropelab.evaluation.perplexity import _score
 from ropelab.runs import all_runs
-from ropelab.training import Session, build_optimizer, steps
+from ropelab.training import build_optimizer, steps
 from ropelab.training.loop import Loss, validation_nll
+from ropelab.training.trainer import RunTraining
 from tests.test_runs import tiny
 from tests.test_training import Windows, gpt, recipe, windows
 
@@ -112,19 +113,19 @@ def scored(ranks: Ranks | None, count: int, rows: int) -> dict[str, Any]:
 
 
 def at_step(step: int, rank: int, do: Callable[[], None]) -> Callable[[], None]:
-    """Have a session do something after a step that one of the ranks took; undone by what is returned."""
-    take = Session.take
+    """Have a training do something after a step that one of the ranks took; undone by what is returned."""
+    on_step = RunTraining.on_step
 
-    def taking(self: Session, done: Any, *rest: Any) -> bool:
-        saved = take(self, done, *rest)
+    def recording(self: RunTraining, done: Any, *rest: Any) -> bool:
+        saved = on_step(self, done, *rest)
         if done.step == step and self.ranks.rank == rank:
             do()
         return saved
 
-    Session.take = taking  # type: ignore[method-assign]
+    RunTraining.on_step = recording  # type: ignore[method-assign]
 
     def undo() -> None:
-        Session.take = take  # type: ignore[method-assign]
+        RunTraining.on_step = on_step  # type: ignore[method-assign]
 
     return undo
 

@@ -24,7 +24,7 @@ from ropelab.distributed.group import Launch, first_host
 from ropelab.runs import RunDir
 from ropelab.training import Step, build_optimizer, steps
 from ropelab.training.loop import validation_nll
-from ropelab.training.session import rank_micro
+from ropelab.training.plan import rank_micro
 from tests.ranks_script import CHANGES, ENCODINGS, LONG, OTHER_SEED, SCORED, SHARDED, scored
 from tests.test_runs import (  # noqa: F401 (fixtures)
     ROOT,
