@@ -219,14 +219,14 @@ class Ranks:
             return error
         broken = _is_broken_connection(error)
         signum = getattr(error, "signum", None)
-        said = json.dumps(
-            {"rank": self.rank, "status": self._status_of(error), "said": _first_line(error), "signum": signum}
+        report = json.dumps(
+            {"rank": self.rank, "status": self._status_of(error), "message": _first_line(error), "signum": signum}
         )
         try:
             deadline = time.monotonic() + (GRACE if broken else 0 if self.is_first else PRECEDENCE)
             while not self._store.check(["failed"]) and time.monotonic() < deadline:
                 time.sleep(0.05)
-            first = self._store.compare_set("failed", "", said)
+            first = self._store.compare_set("failed", "", report)
         except RuntimeError:
             return RankLostError("the first rank is gone: see its own output; the same command goes on")
         if json.loads(first)["rank"] != self.rank:
