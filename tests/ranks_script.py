@@ -65,7 +65,7 @@ def trained(kind: str, pos: str, ranks: Ranks, out: Path) -> dict[str, Any]:
     if weights:
         save_file(weights, out / f"{kind}-{pos}.safetensors")
     return {
-        "steps": [[step.loss, step.grad_norm, step.settled] for step in done], "val_nll": nll,
+        "steps": [[step.loss, step.grad_norm, step.synced] for step in done], "val_nll": nll,
         "held": held / sum(p.numel() for p in gpt(pos).parameters()),
     }  # fmt: skip
 

@@ -106,10 +106,10 @@ def test_steps_are_those_of_one_process(out: Path, said: list[dict[str, Any]], p
         first, second = (rank["numbers"][f"{kind}-{pos}"] for rank in said)
         assert first["steps"] == second["steps"]
         assert first["val_nll"] == second["val_nll"] == pytest.approx(nll, rel=1e-6)
-        for (loss, norm, settled), step in zip(first["steps"], done, strict=True):
+        for (loss, norm, synced), step in zip(first["steps"], done, strict=True):
             assert loss == pytest.approx(step.loss, rel=1e-6)
             assert norm == pytest.approx(step.grad_norm, rel=1e-5)
-            assert settled
+            assert synced
         found = load_file(out / f"{kind}-{pos}.safetensors")
         assert found.keys() == weights.keys()
         for name, weight in weights.items():

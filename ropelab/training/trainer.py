@@ -101,13 +101,13 @@ class RunTraining:
             "step": step, "loss": done.loss, "lr": done.lr, "grad_norm": done.grad_norm,
             "tokens_per_s": round(speed, 1),
         }  # fmt: skip
-        if done.settled and (plan.is_last(step) or step % train.eval_every == 0):
+        if done.synced and (plan.is_last(step) or step % train.eval_every == 0):
             line["val_nll"] = state.validate(plan, self.ranks)
         self.recorder.log(line)
         progress("train", step, train.steps, loss=done.loss, tokens_per_s=speed, run=plan.run.name)
         if step in plan.keep:
             self.recorder.keep(step, state.weights())
-        due = done.settled and (plan.is_last(step) or bool(signals) or step % train.checkpoint_every == 0)
+        due = done.synced and (plan.is_last(step) or bool(signals) or step % train.checkpoint_every == 0)
         if due:
             self.save()
         return due
@@ -147,11 +147,11 @@ def train(config: Config, *, progress: Progress = silent, ranks: Ranks = SINGLE)
         try:
             for done in steps(
                 run.state.model, run.state.optimizer, plan.windows.batch_at, config.train, start=run.state.start,
-                dtype=run.state.dtype, positions_at=plan.windows.positions_at, settle_at=plan.sync_at,
+                dtype=run.state.dtype, positions_at=plan.windows.positions_at, sync_at=plan.sync_at,
                 loss=run.state.loss, ranks=ranks,
             ):  # fmt: skip
                 # whichever rank a signal came to, all stop at one step: where they have waited for the device anyway
-                signals = ranks.signals(caught) if done.settled else ()
+                signals = ranks.signals(caught) if done.synced else ()
                 saved = run.on_step(done, progress, signals)
                 if signals and saved and not plan.is_last(done.step):
                     raise Interrupted(signals[0], plan.run.name, done.step)
@@ -227,7 +227,7 @@ def _train_stack(
     stepping = stacked_steps(
         [run.state.model for run in runs], [run.state.optimizer for run in runs],
         [run.plan.windows.batch_at for run in runs], plan.config.train, start=start, dtype=runs[0].state.dtype,
-        positions_at=[at for at in positions if at is not None] or None, settle_at=plan.sync_at,
+        positions_at=[at for at in positions if at is not None] or None, sync_at=plan.sync_at,
         compiled=plan.compiles,
     )  # fmt: skip
     try:
