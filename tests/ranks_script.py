@@ -23,12 +23,13 @@ from safetensors.torch import save_file
 
 from ropelab import errors, evaluation, training
 from ropelab.cli.options import status_of
-from ropelab.distributed import Ranks, joined, replicated, sharded, whole
+from ropelab.distributed import Ranks, full_state_dict, init_distributed, wrap_ddp, wrap_fsdp
 from ropelab.errors import NonFiniteLossError, RemoteRankError
 from ropelab.evaluation.perplexity import _score
 from ropelab.runs import all_runs
-from ropelab.training import Session, build_optimizer, steps
+from ropelab.training import build_optimizer, steps
 from ropelab.training.loop import Loss, validation_nll
+from ropelab.training.trainer import RunTraining
 from tests.test_runs import tiny
 from tests.test_training import Windows, gpt, recipe, windows
 
@@ -46,8 +47,8 @@ def spread(kind: str, pos: str, ranks: Ranks) -> tuple[Any, torch.nn.Module]:
     model = gpt(pos)
     loss = Loss(model, torch.float32, sharded=kind == "fsdp")
     if kind == "ddp":
-        return model, replicated(loss)
-    return model, sharded(loss, model.blocks, torch.device("cpu"))
+        return model, wrap_ddp(loss)
+    return model, wrap_fsdp(loss, model.blocks, torch.device("cpu"))
 
 
 def trained(kind: str, pos: str, ranks: Ranks, out: Path) -> dict[str, Any]:
@@ -59,12 +60,12 @@ def trained(kind: str, pos: str, ranks: Ranks, out: Path) -> dict[str, Any]:
                       loss=loss, ranks=ranks))  # fmt: skip
     nll = validation_nll(model.eval(), windows(3), dtype=torch.float32, batch=1, loss=loss, ranks=ranks)
     held = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in model.parameters())
-    weights = whole(model.state_dict())
+    weights = full_state_dict(model.state_dict())
     assert bool(weights) == ranks.is_first
     if weights:
         save_file(weights, out / f"{kind}-{pos}.safetensors")
     return {
-        "steps": [[step.loss, step.grad_norm, step.settled] for step in done], "val_nll": nll,
+        "steps": [[step.loss, step.grad_norm, step.synced] for step in done], "val_nll": nll,
         "held": held / sum(p.numel() for p in gpt(pos).parameters()),
     }  # fmt: skip
 
@@ -88,7 +89,7 @@ def broken_on_one(kind: str, ranks: Ranks, out: Path) -> dict[str, Any]:
             seen.append(step.step)
     except NonFiniteLossError as error:
         seen.append(str(error))
-    weights = whole(model.state_dict())
+    weights = full_state_dict(model.state_dict())
     if weights:
         save_file(weights, out / f"{kind}-broken.safetensors")
     return {"seen": seen}
@@ -112,19 +113,19 @@ def scored(ranks: Ranks | None, count: int, rows: int) -> dict[str, Any]:
 
 
 def at_step(step: int, rank: int, do: Callable[[], None]) -> Callable[[], None]:
-    """Have a session do something after a step that one of the ranks took; undone by what is returned."""
-    take = Session.take
+    """Have a training do something after a step that one of the ranks took; undone by what is returned."""
+    on_step = RunTraining.on_step
 
-    def taking(self: Session, done: Any, *rest: Any) -> bool:
-        saved = take(self, done, *rest)
+    def recording(self: RunTraining, done: Any, *rest: Any) -> bool:
+        saved = on_step(self, done, *rest)
         if done.step == step and self.ranks.rank == rank:
             do()
         return saved
 
-    Session.take = taking  # type: ignore[method-assign]
+    RunTraining.on_step = recording  # type: ignore[method-assign]
 
     def undo() -> None:
-        Session.take = take  # type: ignore[method-assign]
+        RunTraining.on_step = on_step  # type: ignore[method-assign]
 
     return undo
 
@@ -157,7 +158,7 @@ def main() -> None:
         """A group of its own for each check: one that failed cannot be used again."""
         os.environ["TORCHELASTIC_RESTART_COUNT"] = str(len(said))
         try:
-            with joined(status_of) as ranks:
+            with init_distributed(status_of) as ranks:
                 assert ranks.world == 2
                 said[name] = do(ranks)
         except (ValueError, LookupError, RemoteRankError) as error:

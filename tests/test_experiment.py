@@ -311,7 +311,7 @@ def test_what_a_verdict_will_lack_is_said_before(
 ) -> None:
     """Before training in a line on stderr, before evaluation through `notice`; documents of one author are one."""
     from ropelab.evaluation import grounds
-    from ropelab.training import session
+    from ropelab.training import recorder
 
     source = tmp_path / "in"
     for number in range(40):
@@ -322,7 +322,7 @@ def test_what_a_verdict_will_lack_is_said_before(
 
     def said(*more: str) -> str:
         caplog.clear()
-        session._say.cache_clear()
+        recorder._warn_once.cache_clear()
         places = (f"data.path={source}", f"cache_dir={tmp_path / 'cache'}", f"runs_dir={tmp_path / str(more)}")
         training.train(settings(folder, *places, "train.steps=1", *more))
         return caplog.text

@@ -19,12 +19,12 @@ from safetensors.torch import load_file
 from ropelab import errors, evaluation, runs
 from ropelab.cli.options import status_of
 from ropelab.devices import device_of_rank
-from ropelab.distributed import ALONE, Ranks, launched, parallel_of
+from ropelab.distributed import SINGLE, Ranks, detect_launch, parallel_of
 from ropelab.distributed.group import Launch, first_host
 from ropelab.runs import RunDir
 from ropelab.training import Step, build_optimizer, steps
 from ropelab.training.loop import validation_nll
-from ropelab.training.session import rank_micro
+from ropelab.training.plan import rank_micro
 from tests.ranks_script import CHANGES, ENCODINGS, LONG, OTHER_SEED, SCORED, SHARDED, scored
 from tests.test_runs import (  # noqa: F401 (fixtures)
     ROOT,
@@ -106,10 +106,10 @@ def test_steps_are_those_of_one_process(out: Path, said: list[dict[str, Any]], p
         first, second = (rank["numbers"][f"{kind}-{pos}"] for rank in said)
         assert first["steps"] == second["steps"]
         assert first["val_nll"] == second["val_nll"] == pytest.approx(nll, rel=1e-6)
-        for (loss, norm, settled), step in zip(first["steps"], done, strict=True):
+        for (loss, norm, synced), step in zip(first["steps"], done, strict=True):
             assert loss == pytest.approx(step.loss, rel=1e-6)
             assert norm == pytest.approx(step.grad_norm, rel=1e-5)
-            assert settled
+            assert synced
         found = load_file(out / f"{kind}-{pos}.safetensors")
         assert found.keys() == weights.keys()
         for name, weight in weights.items():
@@ -341,16 +341,16 @@ STEP = {
 
 
 def test_torchrun_and_slurm_are_read() -> None:
-    assert launched(TORCHRUN) == Launch(3, 4, 1, 2, "gpu07", 29500, served=True)
-    assert launched(STEP) == Launch(4, 5, 0, 1, "gpu07", 10000 + 31 * 77 + 1, served=False)
-    assert launched({**STEP, "SLURM_NODEID": "1"}).local_world == 2  # type: ignore[union-attr]
-    placed = launched({**STEP, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "4000"})
+    assert detect_launch(TORCHRUN) == Launch(3, 4, 1, 2, "gpu07", 29500, served=True)
+    assert detect_launch(STEP) == Launch(4, 5, 0, 1, "gpu07", 10000 + 31 * 77 + 1, served=False)
+    assert detect_launch({**STEP, "SLURM_NODEID": "1"}).local_world == 2  # type: ignore[union-attr]
+    placed = detect_launch({**STEP, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "4000"})
     assert placed is not None
     assert placed[4:6] == ("127.0.0.1", 4000)
-    one_node = launched({**STEP, "SLURM_STEP_TASKS_PER_NODE": "5", "SLURM_NODEID": "0"})
+    one_node = detect_launch({**STEP, "SLURM_STEP_TASKS_PER_NODE": "5", "SLURM_NODEID": "0"})
     assert one_node is not None
     assert one_node[3:5] == (5, "127.0.0.1")
-    assert launched({**STEP, **TORCHRUN}) == launched(TORCHRUN)  # torchrun within a Slurm step
+    assert detect_launch({**STEP, **TORCHRUN}) == detect_launch(TORCHRUN)  # torchrun within a Slurm step
 
 
 @pytest.mark.parametrize(
@@ -369,7 +369,7 @@ def test_torchrun_and_slurm_are_read() -> None:
     ],
 )
 def test_a_process_that_is_the_only_one_stays_alone(environ: dict[str, str]) -> None:
-    assert launched(environ) is None
+    assert detect_launch(environ) is None
 
 
 @pytest.mark.parametrize(
@@ -377,7 +377,7 @@ def test_a_process_that_is_the_only_one_stays_alone(environ: dict[str, str]) -> 
 )
 def test_an_environment_that_makes_no_sense_is_refused(environ: dict[str, str]) -> None:
     with pytest.raises(ValueError, match="use torchrun or srun"):
-        launched(environ)
+        detect_launch(environ)
 
 
 @pytest.mark.parametrize(
@@ -449,13 +449,13 @@ def test_models_that_fill_half_of_a_device_are_sharded_where_that_is_left_to_the
 
 
 def test_one_process_takes_part_in_nothing() -> None:
-    assert (ALONE.rank, ALONE.world, ALONE.is_first) == (0, 1, True)
+    assert (SINGLE.rank, SINGLE.world, SINGLE.is_first) == (0, 1, True)
     caught = [signal.SIGTERM]
-    assert ALONE.signals(caught) is caught
+    assert SINGLE.signals(caught) is caught
     tensor = torch.arange(3.0)
-    assert ALONE.add_up(tensor) is tensor
-    assert ALONE.share(7) == slice(0, 7)
-    ALONE.connect(torch.device("cpu"))
+    assert SINGLE.all_reduce(tensor) is tensor
+    assert SINGLE.shard(7) == slice(0, 7)
+    SINGLE.connect(torch.device("cpu"))
     assert not torch.distributed.is_initialized()
 
 

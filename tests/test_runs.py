@@ -29,7 +29,7 @@ from ropelab.cli.options import app
 from ropelab.config import Config, Method
 from ropelab.errors import NonFiniteLossError, RunError
 from ropelab.runs import RunDir
-from ropelab.training.session import kept_steps
+from ropelab.training.plan import steps_to_keep
 
 ROOT = Path(__file__).parent.parent
 TINY = (
@@ -346,7 +346,7 @@ def test_a_fraction_before_the_first_step_cannot_be_kept(
     with pytest.raises(ValueError, match=rf"train\.keep={fraction:g} .*use at least 0\.125"):
         train(home, tmp_path, f"train.keep=[{fraction}]", f"train.steps={steps}")
     assert runs.all_runs(tmp_path) == []
-    assert kept_steps(tiny(home, tmp_path, "train.keep=[0.125,0.5]").train) == {1: 0.125, 4: 0.5}
+    assert steps_to_keep(tiny(home, tmp_path, "train.keep=[0.125,0.5]").train) == {1: 0.125, 4: 0.5}
 
 
 # --- damaged checkpoints --------------------------------------------------------------------------------------------

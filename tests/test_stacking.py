@@ -100,14 +100,14 @@ def alone(
 def stacked(
     models: Sequence[GPT], config: TrainConfig = RECIPE, *, at: Callable[[int], At] = batches,
     places_at: Callable[[int], At] | None = None, into: Trained | None = None, start: int = 0,
-    unread: int | None = None, dtype: torch.dtype = torch.float32, compiled: bool = False,
+    max_in_flight: int | None = None, dtype: torch.dtype = torch.float32, compiled: bool = False,
 ) -> Trained:  # fmt: skip
     trained = into or Trained(models, config)
     count = len(trained.models)
     for entries in stacked_steps(
         trained.models, trained.optimizers, [at(index) for index in range(count)], config, start=start, dtype=dtype,
-        positions_at=None if places_at is None else [places_at(index) for index in range(count)], unread=unread,
-        compiled=compiled,
+        positions_at=None if places_at is None else [places_at(index) for index in range(count)],
+        max_in_flight=max_in_flight, compiled=compiled,
     ):  # fmt: skip
         for of_one, entry in zip(trained.entries, entries, strict=True):
             of_one.append(entry)
@@ -121,7 +121,7 @@ def assert_same(one: Trained, other: Trained) -> None:
         for a, b in zip(one.entries[index], other.entries[index], strict=True):
             assert isinstance(a, Step)
             assert isinstance(b, Step)
-            assert (a.step, a.lr, a.settled) == (b.step, b.lr, b.settled)
+            assert (a.step, a.lr, a.synced) == (b.step, b.lr, b.synced)
             assert a.loss == pytest.approx(b.loss, rel=1e-5)
             assert a.grad_norm == pytest.approx(b.grad_norm, rel=1e-4)
         assert_close(one.tensors(index), other.tensors(index))
@@ -394,13 +394,15 @@ def without_targets(index: int, step: int) -> Callable[[int], At]:
     return of_model
 
 
-@pytest.mark.parametrize("unread", [1, 4])
+@pytest.mark.parametrize("in_flight", [1, 4])
 @pytest.mark.parametrize("step", [1, 6, 20])
 @pytest.mark.parametrize("names", [("rope",) * 3, ("learned", "sinusoidal", "t5"), ("drope",) * 3], ids="-".join)
-def test_a_model_that_fails_leaves_and_the_others_do_not_notice(names: tuple[str, ...], step: int, unread: int) -> None:
+def test_a_model_that_fails_leaves_and_the_others_do_not_notice(
+    names: tuple[str, ...], step: int, in_flight: int
+) -> None:
     healthy = stacked(gpts(names))
     at = without_targets(1, step)
-    together, each = stacked(gpts(names), at=at, unread=unread), alone(gpts(names), at=at)
+    together, each = stacked(gpts(names), at=at, max_in_flight=in_flight), alone(gpts(names), at=at)
     for index in (0, 2):
         losses, expected = (
             [entry.loss for entry in one.entries[index] if isinstance(entry, Step)] for one in (together, healthy)
@@ -422,20 +424,20 @@ def test_a_model_that_fails_leaves_and_the_others_do_not_notice(names: tuple[str
     assert float(together.tensors(1)["tokens.weight/step"]) == step - 1
 
 
-@pytest.mark.parametrize("unread", [1, 5])
-def test_a_step_is_settled_where_the_models_are_as_it_left_them(unread: int) -> None:
+@pytest.mark.parametrize("max_in_flight", [1, 5])
+def test_a_step_is_synced_where_the_models_are_as_it_left_them(max_in_flight: int) -> None:
     trained = Trained(gpts(["rope", "none"]), replace(RECIPE, steps=12))
     at = without_targets(1, 7)
-    settled = []
+    synced = []
     for first, _ in stacked_steps(
         trained.models, trained.optimizers, [at(0), at(1)], replace(RECIPE, steps=12), start=0, dtype=torch.float32,
-        settle_at=lambda step: step == 9, unread=unread,
+        sync_at=lambda step: step == 9, max_in_flight=max_in_flight,
     ):  # fmt: skip
         assert isinstance(first, Step)
-        assert (float(trained.tensors(0)["tokens.weight/step"]) == first.step) == first.settled
-        settled += [first.step] if first.settled else []
+        assert (float(trained.tensors(0)["tokens.weight/step"]) == first.step) == first.synced
+        synced += [first.step] if first.synced else []
     # after 6 the stack waits until the failed model has left, then goes on from 7
-    assert settled == (list(range(1, 13)) if unread == 1 else [5, 6, 9, 12])
+    assert synced == (list(range(1, 13)) if max_in_flight == 1 else [5, 6, 9, 12])
 
 
 def test_a_non_finite_gradient_of_a_finite_loss_is_not_applied() -> None:
@@ -457,8 +459,8 @@ def test_two_models_fail_in_turn_and_the_training_ends_with_the_last() -> None:
     def at(model: int) -> At:
         return without_targets(0, 3)(0) if model == 0 else without_targets(1, 5)(1)
 
-    for unread in (1, 8):
-        trained = stacked(gpts(["rope", "learned"]), at=at, unread=unread)
+    for max_in_flight in (1, 8):
+        trained = stacked(gpts(["rope", "learned"]), at=at, max_in_flight=max_in_flight)
         kinds = [[type(entry) for entry in of_one] for of_one in trained.entries]
         assert kinds == [[Step] * 2 + [NonFiniteLossError] * 3, [Step] * 4 + [NonFiniteLossError]]
         assert [float(trained.tensors(index)["norm_out.weight/step"]) for index in (0, 1)] == [2, 4]

@@ -237,7 +237,7 @@ def test_steps_read_late_are_the_same_steps(bad: int | None) -> None:
     """As on a GPU: losses are read every 5 steps and where the model is wanted; a bad step ends the training."""
     config = recipe(steps=13)
 
-    def run(unread: int) -> tuple[list[Step], int | None, dict[str, torch.Tensor]]:
+    def run(max_in_flight: int) -> tuple[list[Step], int | None, dict[str, torch.Tensor]]:
         model = gpt("learned")
         if bad is not None:  # the loss of this step is not finite, and those of later ones would be
             calls = 0
@@ -252,7 +252,7 @@ def test_steps_read_late_are_the_same_steps(bad: int | None) -> None:
         try:
             for step in steps(
                 model, build_optimizer(model, config), lambda step: windows(seed=step), config, start=0,
-                dtype=torch.float32, settle_at=lambda step: step == 7, unread=unread,
+                dtype=torch.float32, sync_at=lambda step: step == 7, max_in_flight=max_in_flight,
             ):  # fmt: skip
                 done.append(step)
         except NonFiniteLossError as error:
@@ -261,11 +261,11 @@ def test_steps_read_late_are_the_same_steps(bad: int | None) -> None:
 
     (late, late_bad, late_weights), (one, one_bad, one_weights) = run(5), run(1)
     assert late_bad == one_bad == bad
-    assert [dataclasses.replace(step, settled=True) for step in late] == one
+    assert [dataclasses.replace(step, synced=True) for step in late] == one
     assert all(torch.equal(value, one_weights[name]) for name, value in late_weights.items())
-    assert all(step.settled for step in one)
+    assert all(step.synced for step in one)
     if bad is None:
-        assert [step.step for step in late if step.settled] == [5, 7, 12, 13]
+        assert [step.step for step in late if step.synced] == [5, 7, 12, 13]
     else:
         assert [step.step for step in late] == [1, 2, 3]
 

@@ -20,7 +20,7 @@ import torch
 from ropelab import config as configs
 from ropelab import training
 from ropelab.model import GPT
-from ropelab.training import session, verify
+from ropelab.training import recorder, state, verify
 from tests.test_faults import ROOT, one_line, ropelab
 from tests.test_runs import write_corpus
 
@@ -65,7 +65,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(verify, "_tell", told.update)
             patch.setattr(verify.os, "kill", kill)
-            patch.setattr(session.Session, "crashed", lambda self, error: None)  # a dead process writes nothing
+            patch.setattr(recorder.RunRecorder, "on_crash", lambda self, error: None)  # a dead process writes nothing
             try:
                 verify._work(task)
                 assert task["kill_at"] is None
@@ -81,7 +81,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
 def verified(places: tuple[str, ...], *overrides: str, steps: int = 6, at: int | None = None) -> dict[str, Any]:
     pairs = dict(item.split("=", 1) for item in (*TINY, *overrides))
     resolved = configs.load([*(f"{key}={value}" for key, value in pairs.items()), *places])
-    return verify.verify(resolved, steps=steps, at=at)
+    return verify.verify_resume(resolved, steps=steps, at=at)
 
 
 @pytest.mark.parametrize(("ranks", "dtype"), [(1, "bf16"), (2, "fp32")])
@@ -143,7 +143,7 @@ def test_a_fault_of_resuming_is_told_from_the_kernels(places: tuple[str, ...], m
     def forgetful(model: GPT, optimizer: Any, tensors: dict[str, torch.Tensor]) -> None:
         load(model, optimizer, {name: t * 0 if name.endswith("exp_avg_sq") else t for name, t in tensors.items()})
 
-    monkeypatch.setattr(session, "load_optimizer_tensors", forgetful)
+    monkeypatch.setattr(state, "load_optimizer_tensors", forgetful)
     found = verified(places)
     assert (found["equal"], found["cause"], found["operations"]) == (False, "resuming", [])
     first = found["differences"][0]
@@ -181,7 +181,7 @@ def test_a_training_that_begins_again_instead_of_going_on_is_no_proof(
     places: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It would end in equal numbers, too."""
-    monkeypatch.setattr("ropelab.training.session.latest_checkpoint", lambda *_: None)
+    monkeypatch.setattr("ropelab.training.resume.latest_checkpoint", lambda *_: None)
     with pytest.raises(RuntimeError, match="went on at step 1, not at step 4"):
         verified(places)
 

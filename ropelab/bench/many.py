@@ -40,7 +40,7 @@ def many(config: Config, *, models: int, rounds: int) -> dict[str, Any]:
         compile_many()
     together = stacked_steps(
         stacked, [build_optimizer(model, config.train) for model in stacked], [same_batch(one) for one in seeded],
-        endless(config), start=0, dtype=dtype, unread=turn_of(device), compiled=compiled,
+        endless(config), start=0, dtype=dtype, max_in_flight=turn_of(device), compiled=compiled,
     )  # fmt: skip
     alone = [training_steps(one, dtype) for one in seeded]
     turns = TURNS.get(device.type, 4)

@@ -59,10 +59,12 @@ def model_of(config: Config, vocab: int = VOCAB) -> GPT:
     return model.to(devices.resolve_device(config.device))
 
 
-def training_steps(config: Config, dtype: torch.dtype, vocab: int = VOCAB, *, unread: int | None = None) -> Training:
+def training_steps(
+    config: Config, dtype: torch.dtype, vocab: int = VOCAB, *, max_in_flight: int | None = None
+) -> Training:
     """Training steps as `ropelab train` takes them, compiled where it compiles.
 
-    The losses of `unread` steps are read at once, those of a turn by default.
+    The losses of `max_in_flight` steps are read at once, those of a turn by default.
     """
     model = model_of(config, vocab)
     device = model.tokens.weight.device
@@ -71,7 +73,9 @@ def training_steps(config: Config, dtype: torch.dtype, vocab: int = VOCAB, *, un
         training.compile_blocks(model)
     optimizer = build_optimizer(model, config.train)
     batch = same_batch(config, vocab)
-    going = steps(model, optimizer, batch, endless(config), start=0, dtype=dtype, unread=unread or turn_of(device))
+    going = steps(
+        model, optimizer, batch, endless(config), start=0, dtype=dtype, max_in_flight=max_in_flight or turn_of(device)
+    )
     return Training(model, optimizer, going)
 
 

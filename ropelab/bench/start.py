@@ -60,7 +60,7 @@ def first_step() -> None:
     config = configs.from_dict(task["config"])
     device = devices.resolve_device(config.device)
     torch.set_float32_matmul_precision(matmul_precision(device, config.model.d_model))
-    ours = training_steps(config, resolve_dtype(config.train.dtype, device), task["vocab"], unread=1)
+    ours = training_steps(config, resolve_dtype(config.train.dtype, device), task["vocab"], max_in_flight=1)
     built = time.time()
     next(ours.going)
     ended = time.time()

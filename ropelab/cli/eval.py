@@ -30,7 +30,7 @@ from ropelab.cli.options import (
     separate,
     status_of,
 )
-from ropelab.distributed import joined
+from ropelab.distributed import init_distributed
 from ropelab.errors import RunError
 from ropelab.progress import plain
 
@@ -62,7 +62,7 @@ def evaluate(
     ] = None,
 ) -> None:
     """Perplexity of finished runs far past their training length; without RUN, of the latest."""
-    with reported(over_ranks=True), joined(status_of) as ranks:
+    with reported(over_ranks=True), init_distributed(status_of) as ranks:
         named, settings = separate(list(arguments or []))
         option(settings, "--ctx", "eval.ctx", ctx)
         option(settings, "--scaling", "scaling", scaling)

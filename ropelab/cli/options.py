@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from ropelab.distributed import launched
+from ropelab.distributed import detect_launch
 from ropelab.errors import Interrupted, NonFiniteLossError, RemoteRankError
 from ropelab.progress import plain
 
@@ -107,7 +107,7 @@ def reported(*, over_ranks: bool = False) -> Iterator[None]:
     over_ranks: does the command know what to do where torchrun or Slurm started several processes of it?
     """
     try:
-        if not over_ranks and (launch := launched()) is not None:
+        if not over_ranks and (launch := detect_launch()) is not None:
             if launch.rank:
                 raise typer.Exit(2)
             raise ValueError(
@@ -182,7 +182,7 @@ def counted(number: int, what: str) -> str:
 def say(message: str) -> None:
     """A line on stderr: of several processes that share a command, the first one's."""
     with contextlib.suppress(ValueError):
-        if (launch := launched()) is not None and launch.rank:
+        if (launch := detect_launch()) is not None and launch.rank:
             return
     typer.echo(plain(message), err=True)
 

@@ -22,7 +22,7 @@ from ropelab.cli.options import (
     say,
     status_of,
 )
-from ropelab.distributed import joined
+from ropelab.distributed import init_distributed
 
 if TYPE_CHECKING:
     from ropelab.config import Config
@@ -46,7 +46,7 @@ def train(
     With --from RUN a finished run is fine-tuned into a run of its own. All settings are the parent's but for those
     given: --scaling yarn scaling.factor=4 train.ctx=2048 train.steps=100 extends its context.
     """
-    with reported(over_ranks=True), joined(status_of) as ranks:
+    with reported(over_ranks=True), init_distributed(status_of) as ranks:
         settings = list(overrides or [])
         if ctx:
             raise ValueError(f"train takes no --ctx; use train.ctx={ctx[0]}")

@@ -1,10 +1,10 @@
-"""Several processes that train or evaluate one run together: who they are, and all that they say to each other.
+"""Several processes that train or evaluate one run together: who they are, and how they communicate.
 
-`joined` is entered once by a command and gives the `Ranks` that are handed down from there: `ALONE` where one process
-was started, which does nothing and needs no torch. Otherwise the ranks meet in two places:
+A command enters `init_distributed` once and hands the `Ranks` down from there: `SINGLE` where one process was started,
+which communicates with nobody and needs no torch. Otherwise the ranks have two channels:
 
-- the store, a table of short texts that the first rank (or torchrun) serves: for what is settled before anything is
-  computed, and for who failed. Nothing but JSON goes through it.
+- the store, a table of short texts that the first rank (or torchrun) serves: for decisions before anything is
+  computed, and for failures. Nothing but JSON goes through it.
 - the process group, for tensors: NCCL between CUDA devices, gloo between CPUs. It begins with `connect`.
 
 Every method that says "on all ranks" is called by all of them, in the same order.
@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 
 class Launch(NamedTuple):
-    """What the launcher said to this process."""
+    """The place of this process among those that the launcher started."""
 
     rank: int
     world: int  # processes in all
@@ -50,7 +50,7 @@ class Launch(NamedTuple):
     served: bool  # does the launcher serve the store there? Otherwise rank 0 does
 
 
-def launched(environ: Mapping[str, str] = os.environ) -> Launch | None:
+def detect_launch(environ: Mapping[str, str] = os.environ) -> Launch | None:
     """How torchrun or Slurm started this process; None where it is the only one.
 
     Of Slurm only the tasks of a step count: a batch script is one process, however many tasks its job may have.
@@ -99,30 +99,29 @@ def first_host(nodes: str) -> str:
 
 
 @contextlib.contextmanager
-def joined(status_of: Callable[[BaseException], int]) -> Iterator[Ranks]:
-    """This process among those that were started together, for as long as a command takes; `ALONE` if it is alone.
+def init_distributed(status_of: Callable[[BaseException], int]) -> Iterator[Ranks]:
+    """The ranks of a command, until it ends; `SINGLE` where this process was started alone.
 
-    `status_of` says the exit status that an exception leads to. The first rank that fails tells the others, and of all
-    of them only that one's exception leaves; the others leave with `RemoteRankError`, or with `RankLostError` where it
-    could not tell them anything.
+    `status_of` gives the exit status for an exception. The first rank that fails reports it to the others. Only its
+    exception is raised; the others raise `RemoteRankError`, or `RankLostError` where no report reached them.
     """
-    launch = launched()
+    launch = detect_launch()
     if launch is None:
-        yield ALONE
+        yield SINGLE
         return
-    # torch's C++ warns of what is meant, as of buckets in a fixed order (see `replicated`); read when torch is loaded
+    # torch's C++ warns of what is meant, as of buckets in a fixed order (see `wrap_ddp`); read when torch is loaded
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     ranks = Ranks(launch, status_of)
     try:
         yield ranks
     except BaseException as error:
         cause = ranks.cause(error)
-        _let_go(error)
-        ranks.leave(failed=True, gone=isinstance(cause, RankLostError))
+        _release_frames(error)
+        ranks.shutdown(failed=True, gone=isinstance(cause, RankLostError))
         if cause is error:
             raise
         raise cause from None
-    ranks.leave(failed=False)
+    ranks.shutdown(failed=False)
 
 
 class Ranks:
@@ -141,51 +140,51 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Is this the rank that writes and speaks?"""
+        """Is this the rank that writes files and messages?"""
         return self.rank == 0
 
     # the store
 
-    def told(self, compute: Callable[[], T], patience: timedelta = TIMEOUT) -> T:
-        """What the first rank computes, a JSON value, on all ranks."""
+    def broadcast_object(self, compute: Callable[[], T], patience: timedelta = TIMEOUT) -> T:
+        """On all ranks: a JSON value that only the first rank computes."""
         if self.world == 1:
             return compute()
-        key = self._key("told")
+        key = self._key("broadcast")
         if self.is_first:
             value = compute()
             self._store.set(key, json.dumps(value))
             return value
         self._wait(key, patience)
-        said: T = json.loads(self._store.get(key))
-        return said
+        value_of_first: T = json.loads(self._store.get(key))
+        return value_of_first
 
     @contextlib.contextmanager
     def first_then_others(self) -> Iterator[None]:
-        """On all ranks: the first one is through before the others begin."""
+        """On all ranks: the first one finishes the block before the others begin it."""
         if self.is_first:
             yield
-            self.told(lambda: None)
+            self.broadcast_object(lambda: None)
         else:
-            self.told(lambda: None, PATIENCE)
+            self.broadcast_object(lambda: None, PATIENCE)
             yield
 
     @contextlib.contextmanager
-    def agreed(self) -> Iterator[None]:
-        """On all ranks: what each does by itself; nobody goes on before everybody is through."""
+    def barrier_after(self) -> Iterator[None]:
+        """On all ranks: each runs the block by itself; no rank continues before all have finished it."""
         yield
-        self.meet()
+        self.barrier()
 
-    def meet(self) -> None:
-        """On all ranks: nobody goes on before everybody is here. `RemoteRankError` if one failed instead."""
+    def barrier(self) -> None:
+        """On all ranks: wait until every rank is here. `RemoteRankError` if one failed instead."""
         if self.world > 1:
-            key = self._key("agreed")
+            key = self._key("barrier")
             if self._store.add(f"{key}/count", 1) == self.world:
                 self._store.set(key, "")
             self._wait(key, TIMEOUT)
 
     def check_alike(self, what: str, value: str) -> None:
         """On all ranks: `ValueError` on those whose value is not the first one's."""
-        if value != self.told(lambda: value):
+        if value != self.broadcast_object(lambda: value):
             raise ValueError(
                 f"rank {self.rank} has another {what} than rank 0: all need the same command, code and text"
             )
@@ -195,17 +194,17 @@ class Ranks:
         return f"{what}/{self._calls}"
 
     def _wait(self, key: str, patience: timedelta) -> None:
-        """Until the store has a key. `RemoteRankError` when a rank failed meanwhile."""
+        """Wait until the store has a key. `RemoteRankError` when a rank failed meanwhile."""
         began = time.monotonic()
         while not self._store.check([key]):
             if self._store.check(["failed"]):
-                raise self._elsewhere()
+                raise self._remote_error()
             waited = time.monotonic() - began
             if waited > patience.total_seconds():
                 raise RankLostError(f"a rank did not come within {patience}: see its own output")
             time.sleep(min(max(waited / 20, 0.001), 0.25))
 
-    def _elsewhere(self) -> RemoteRankError:
+    def _remote_error(self) -> RemoteRankError:
         return RemoteRankError(**json.loads(self._store.get("failed")))
 
     # failing and leaving
@@ -213,29 +212,31 @@ class Ranks:
     def cause(self, error: BaseException) -> BaseException:
         """The exception to raise: this one, or `RemoteRankError` if another rank failed first, `RankLostError` if gone.
 
-        The other ranks are told of it, and of what happened to all of them at once the first one's is the one that is
-        raised. Told again of the same failure it says the same.
+        The failure is reported to the other ranks. Where one cause stops all at once, the exception of the first rank
+        is raised. A second call for the same failure returns the same.
         """
         if self.world == 1 or isinstance(error, RemoteRankError):
             return error
         broken = _is_broken_connection(error)
         signum = getattr(error, "signum", None)
-        said = json.dumps(
-            {"rank": self.rank, "status": self._status_of(error), "said": _words(error), "signum": signum}
+        report = json.dumps(
+            {"rank": self.rank, "status": self._status_of(error), "message": _first_line(error), "signum": signum}
         )
         try:
             deadline = time.monotonic() + (GRACE if broken else 0 if self.is_first else PRECEDENCE)
             while not self._store.check(["failed"]) and time.monotonic() < deadline:
                 time.sleep(0.05)
-            first = self._store.compare_set("failed", "", said)
+            first = self._store.compare_set("failed", "", report)
         except RuntimeError:
             return RankLostError("the first rank is gone: see its own output; the same command goes on")
         if json.loads(first)["rank"] != self.rank:
-            return self._elsewhere()
-        return RankLostError(f"another rank is gone: {_words(error)}; the same command goes on") if broken else error
+            return self._remote_error()
+        return (
+            RankLostError(f"another rank is gone: {_first_line(error)}; the same command goes on") if broken else error
+        )
 
-    def leave(self, *, failed: bool, gone: bool = False) -> None:
-        """End the group, whoever is in it still.
+    def shutdown(self, *, failed: bool, gone: bool = False) -> None:
+        """End the group, even while other ranks are still in it.
 
         After a failure all wait for each other for a while, so that a launcher which ends the rest when one process
         ends finds all of them ended by themselves; else only the rank that serves the store waits.
@@ -266,7 +267,7 @@ class Ranks:
         from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
         self.check_alike("kind of device", device.type)
-        self.meet()  # the group would wait long for a rank that failed before
+        self.barrier()  # the group would wait long for a rank that failed before
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group(
@@ -275,13 +276,13 @@ class Ranks:
         )  # fmt: skip
         self._device = device
 
-    def share(self, n: int) -> slice:
-        """This rank's part of n things in a row, which the ranks divide."""
+    def shard(self, n: int) -> slice:
+        """This rank's part of n items in a row; the number of ranks divides n."""
         assert n % self.world == 0
         each = n // self.world
         return slice(self.rank * each, (self.rank + 1) * each)
 
-    def add_up(self, tensor: Tensor) -> Tensor:
+    def all_reduce(self, tensor: Tensor) -> Tensor:
         """On all ranks: the sum of their tensors, in place, on the device of the group."""
         if self.world > 1:
             import torch.distributed as dist
@@ -289,8 +290,8 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
-    def spread(self, tensor: Tensor, *, source: int = 0) -> None:
-        """On all ranks: one rank's tensor, in place; of any device."""
+    def broadcast(self, tensor: Tensor, *, source: int = 0) -> None:
+        """On all ranks: the tensor of rank `source`, in place; on any device."""
         if self.world > 1:
             import torch.distributed as dist
 
@@ -307,13 +308,13 @@ class Ranks:
         import torch
 
         count = torch.tensor([int(signum in caught) for signum in SIGNALS], device=self._device)
-        return [signum for signum, n in zip(SIGNALS, self.add_up(count).tolist(), strict=True) if n]
+        return [signum for signum, n in zip(SIGNALS, self.all_reduce(count).tolist(), strict=True) if n]
 
 
-ALONE = Ranks()
+SINGLE = Ranks()
 
 
-def _let_go(error: BaseException) -> None:
+def _release_frames(error: BaseException) -> None:
     """Free what the frames of an exception hold: gloo closes its connections with the last of its users.
 
     Until then a rank that waits in a collective operation would not learn that this one does not come.
@@ -340,7 +341,7 @@ def _store(launch: Launch) -> Any:
     except RuntimeError as error:
         raise ConnectionError(
             f"rank {launch.rank} of {launch.world} cannot meet the others at {launch.host}, port {launch.port} "
-            f"({_words(error)}); set MASTER_ADDR to a machine that all of them reach, MASTER_PORT to a free port"
+            f"({_first_line(error)}); set MASTER_ADDR to a machine that all of them reach, MASTER_PORT to a free port"
         ) from None
     # torchrun keeps its table when it starts the ranks again
     return PrefixStore(f"ropelab/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
@@ -353,10 +354,7 @@ def _is_broken_connection(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
-def _words(error: BaseException) -> str:
+def _first_line(error: BaseException) -> str:
     """The first line of what an exception says; of gloo's without the place in its source and its guesses."""
     line = next(iter(str(error).splitlines()), "") or type(error).__name__
     return re.sub(r"^\[\S*\.cc:\d+\] ", "", line).partition(". This is typically")[0]
-
-
-# --- a model over the ranks -----------------------------------------------------------------------------------------

@@ -13,18 +13,18 @@ if TYPE_CHECKING:
 STATE_BYTES = 16  # of a parameter in training: weight, gradient and the optimizer's two moments, fp32
 
 
-def parallel_of(asked: str, n_parameters: int, free: int | None) -> str:
-    """ddp or fsdp: `auto` is fsdp where what is held of every parameter would take over half of a device's memory.
+def parallel_of(setting: str, n_parameters: int, free: int | None) -> str:
+    """ddp or fsdp: `auto` is fsdp where the training state of all parameters would fill over half of a device.
 
-    `free`: bytes of the smallest device; None where nobody says.
+    `free`: bytes of the smallest device; None where they are unknown.
     """
-    if asked != "auto":
-        return asked
+    if setting != "auto":
+        return setting
     return "fsdp" if free is not None and STATE_BYTES * n_parameters > free / 2 else "ddp"
 
 
-def replicated(loss: nn.Module) -> nn.Module:
-    """A module that the ranks hold in full, on their devices; their gradients become the mean over the ranks (DDP).
+def wrap_ddp(loss: nn.Module) -> nn.Module:
+    """A module that every rank holds in full; its gradients become the mean over the ranks (DDP).
 
     The buckets keep the order of the parameters from the first step on, as DDP does where parameters may get no
     gradient: otherwise it would sort them after the first step, and a resumed training would add in another order.
@@ -34,11 +34,11 @@ def replicated(loss: nn.Module) -> nn.Module:
     return DistributedDataParallel(loss, find_unused_parameters=True, gradient_as_bucket_view=True)
 
 
-def sharded(loss: nn.Module, blocks: Iterable[nn.Module], device: torch.device) -> nn.Module:
-    """A module of which each rank holds a part (FSDP2): `blocks` are gathered one at a time, what is left as a whole.
+def wrap_fsdp(loss: nn.Module, blocks: Iterable[nn.Module], device: torch.device) -> nn.Module:
+    """A module of which each rank holds a shard (FSDP2): `blocks` are gathered one at a time, the rest at once.
 
-    Its parameters become DTensors on the device, but for numbers without a dimension, which every rank keeps. Outside
-    of a pass there are only shards.
+    Its parameters become DTensors on the device, except scalars, which every rank keeps. Outside of a forward or
+    backward pass only the shards exist.
     """
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
@@ -64,8 +64,8 @@ def _full(tensor: Tensor) -> Tensor:
     return full
 
 
-def passing(loss: nn.Module, *, last: bool) -> contextlib.AbstractContextManager[object]:
-    """Around a pass of several over one batch: replicas exchange their gradients in the last one only."""
+def sync_on_last(loss: nn.Module, *, last: bool) -> contextlib.AbstractContextManager[object]:
+    """Around each of several passes over one batch: replicas exchange their gradients in the last one only."""
     if last or not hasattr(loss, "no_sync"):
         return contextlib.nullcontext()
     quiet: contextlib.AbstractContextManager[object] = loss.no_sync()  # type: ignore[operator]
@@ -75,7 +75,8 @@ def passing(loss: nn.Module, *, last: bool) -> contextlib.AbstractContextManager
 def clip_gradients(parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
     """`torch.nn.utils.clip_grad_norm_` by the norm of the whole gradient, also where ranks hold parts of it.
 
-    On all ranks. What every rank keeps of a sharded model still has its own gradient: here it becomes the mean.
+    On all ranks. Scalars that every rank keeps of a sharded model have a gradient of their own rank: here it becomes
+    the mean.
     """
     import torch
     import torch.distributed as dist
@@ -96,20 +97,20 @@ def clip_gradients(parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
     return norm
 
 
-def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """On all ranks: named tensors in full and in the memory of the host; only the first rank gets them."""
+def full_state_dict(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On all ranks: named tensors in full, in host memory; {} on ranks other than the first."""
     import torch.distributed as dist
 
-    found = {}
+    tensors_in_full = {}
     for name, tensor in tensors.items():
         full = _full(tensor)
         if dist.get_rank() == 0:
-            found[name] = full.detach().cpu()
-    return found
+            tensors_in_full[name] = full.detach().cpu()
+    return tensors_in_full
 
 
-def part_of(full: Tensor, like: Tensor) -> Tensor:
-    """A full tensor, equal on all ranks, as `like` is held: on its device, and of a DTensor this rank's part."""
+def shard_like(full: Tensor, like: Tensor) -> Tensor:
+    """A full tensor, equal on all ranks, placed as `like` is: on its device, and this rank's shard of a DTensor."""
     if not is_sharded(like):
         return full.to(like.device)
     from torch.distributed.tensor import distribute_tensor

@@ -19,7 +19,7 @@ from torch import Tensor
 from ropelab import files, runs
 from ropelab.config import DataConfig, EvalConfig, Method
 from ropelab.devices import DTYPE_NAMES, device_name
-from ropelab.distributed import ALONE, Ranks
+from ropelab.distributed import SINGLE, Ranks
 from ropelab.errors import ContextLengthError, RunError
 from ropelab.evaluation.grounds import lacking
 from ropelab.evaluation.intervals import row_interval
@@ -47,7 +47,7 @@ def evaluate(
     progress: Progress = silent,
     folder: Path | None = None,
     notice: Callable[[str], None] = lambda line: None,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE,
 ) -> Evaluated:
     """Perplexity of a finished run over a ladder of contexts, under one protocol and one scaling.
 
@@ -68,7 +68,7 @@ def evaluate(
 def execute(plan: EvalPlan, resources: Resources) -> Evaluated:
     """Score what a plan says, or read it where it is kept already; results are kept in the plan's folder."""
     ranks = resources.ranks
-    stored = ranks.told(plan.stored)
+    stored = ranks.broadcast_object(plan.stored)
     if stored is not None:
         # made by an earlier version; the file's name says that they are these
         if stored.recipe is None and ranks.is_first:
@@ -267,7 +267,8 @@ def _score(
     count = len(windows.start)
     if ranks.world == 1:
         return score(windows, documents, scorer, rows=rows, progress=progress, bos=bos)
-    rows = ranks.told(lambda: min(rows, math.ceil(count / ranks.world)))  # the first rank's: they may have other memory
+    # the first rank's: they may have other memory
+    rows = ranks.broadcast_object(lambda: min(rows, math.ceil(count / ranks.world)))
     passes = math.ceil(count / rows)
     bounds = [min(count, passes * rank // ranks.world * rows) for rank in range(ranks.world + 1)]
     mine = slice(bounds[ranks.rank], bounds[ranks.rank + 1])
@@ -279,7 +280,7 @@ def _score(
     losses = np.empty((count, windows.scored), np.float32)
     losses[mine] = part.reshape(-1, windows.scored)
     for rank, (low, high) in enumerate(itertools.pairwise(bounds)):
-        ranks.spread(torch.from_numpy(losses[low:high]), source=rank)
+        ranks.broadcast(torch.from_numpy(losses[low:high]), source=rank)
     return losses.reshape(-1)
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ropelab import files, runs
 from ropelab.config import Config, DataConfig, EvalConfig, Method
 from ropelab.devices import DTYPE_NAMES, device_of_rank, resolve_dtype
-from ropelab.distributed import ALONE, Ranks
+from ropelab.distributed import SINGLE, Ranks
 from ropelab.errors import RunError
 from ropelab.evaluation.memory import GB, Plan, free_bytes
 from ropelab.evaluation.model import EvaluatedModel, Text
@@ -39,7 +39,7 @@ class Resources:
     device: str = "auto"
     progress: Progress = silent
     notice: Callable[[str], None] = lambda line: None
-    ranks: Ranks = ALONE
+    ranks: Ranks = SINGLE
 
 
 class Ladder(NamedTuple):

@@ -14,7 +14,7 @@ from ropelab.config import Config, EvalConfig
 from ropelab.errors import CacheError
 from ropelab.evaluation import MIN_DOCUMENTS, check_no_bos, ladder_of, lay_out
 from ropelab.progress import Progress
-from ropelab.training import Session, found_from_anywhere
+from ropelab.training import plan_training, with_absolute_paths
 
 _log = logging.getLogger(__name__)
 
@@ -40,8 +40,8 @@ def plan_tasks(points: Sequence[tuple[str, Config]], progress: Progress) -> Task
     for done, (label, config) in enumerate(points):
         progress("check", done, len(points))
         try:
-            session = Session(dataclasses.replace(config, device="cpu"), progress, elsewhere=True)
-            resolved = dataclasses.replace(config, scaling=session.scaling)
+            plan = plan_training(dataclasses.replace(config, device="cpu"), progress, elsewhere=True)
+            resolved = dataclasses.replace(config, scaling=plan.config.scaling)
         except CacheError:
             raise
         except ValueError as error:
@@ -51,13 +51,13 @@ def plan_tasks(points: Sequence[tuple[str, Config]], progress: Progress) -> Task
         for question in questions(config):
             item = question["scaling"]
             scaling = None if item is None else configs.parse_scaling(item)
-            scored = session.corpus.test if config.eval.split == "test" else session.corpus.validation
+            scored = plan.corpus.test if config.eval.split == "test" else plan.corpus.validation
             lengths = [len(scored.document(i)) for i in range(len(scored))]
             asks = _within(config, lengths)
             question["eval"] = {**question["eval"], "ctx": asks.ctx}
             try:
                 check_no_bos(config.eval.bos)
-                ladder = ladder_of(resolved, session.original_ctx, asks, scaling=scaling)
+                ladder = ladder_of(resolved, plan.original_ctx, asks, scaling=scaling)
                 lay_out(lengths, tuple(ladder.methods), asks)
             except ValueError as error:
                 invalid.append((label if item is None else f"{label}, evaluated with {item}", str(error)))
@@ -65,12 +65,12 @@ def plan_tasks(points: Sequence[tuple[str, Config]], progress: Progress) -> Task
             asked.append(question)
         # whoever works on it may stand in another folder
         placed = dataclasses.replace(
-            config, data=found_from_anywhere(config.data), runs_dir=str(session.run.path.parent.resolve()),
+            config, data=with_absolute_paths(config.data), runs_dir=str(plan.run.path.parent.resolve()),
             cache_dir=str(Path(config.cache_dir).expanduser().resolve()),
         )  # fmt: skip
         task = tasks.setdefault(
-            session.run.name,
-            {"run": session.run.name, "points": [], "config": configs.to_dict(placed), "evaluations": []},
+            plan.run.name,
+            {"run": plan.run.name, "points": [], "config": configs.to_dict(placed), "evaluations": []},
         )
         task["points"].append(label)
         task["evaluations"] += [question for question in asked if question not in task["evaluations"]]

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ropelab.distributed import ALONE, Ranks
+from ropelab.distributed import SINGLE, Ranks
 from ropelab.errors import Interrupted, NonFiniteLossError, RunBusyError
 from ropelab.progress import tell
 
@@ -48,7 +48,7 @@ def emit(line: dict[str, Any]) -> None:
         sys.stdout.flush()
 
 
-def work(task: dict[str, Any], progress: Progress, ranks: Ranks = ALONE) -> dict[str, Any]:
+def work(task: dict[str, Any], progress: Progress, ranks: Ranks = SINGLE) -> dict[str, Any]:
     """Train `task["config"]`, then run `task["evaluations"]` on it: {"eval": {...}, "scaling": name or null} each.
 
     With `ranks` all of them do it together.
@@ -118,7 +118,7 @@ def _configuration(task: dict[str, Any]) -> Any:
 
 
 def _evaluated(
-    task: dict[str, Any], trained: dict[str, Any], progress: Progress, ranks: Ranks = ALONE
+    task: dict[str, Any], trained: dict[str, Any], progress: Progress, ranks: Ranks = SINGLE
 ) -> dict[str, Any]:
     from ropelab import config, evaluation, runs
 

@@ -1,4 +1,4 @@
-"""TODO: training."""
+"""From a configuration to trained weights: plan (`TrainPlan`), state, record and the loop that a run goes through."""
 
 import lazy_loader
 

@@ -5,9 +5,10 @@ from .loop import Step as Step
 from .loop import steps as steps
 from .optimizer import build_optimizer as build_optimizer
 from .optimizer import load_optimizer_tensors as load_optimizer_tensors
-from .session import Session as Session
-from .session import found_from_anywhere as found_from_anywhere
-from .session import training_scaling as training_scaling
+from .plan import TrainPlan as TrainPlan
+from .plan import plan_training as plan_training
+from .plan import training_scaling as training_scaling
+from .plan import with_absolute_paths as with_absolute_paths
 from .trainer import interrupts as interrupts
 from .trainer import train as train
 from .trainer import train_together as train_together

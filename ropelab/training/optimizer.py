@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ropelab.config import TrainConfig
-from ropelab.distributed import is_sharded, part_of
+from ropelab.distributed import is_sharded, shard_like
 from ropelab.model import GPT
 
 BETAS = (0.9, 0.95)
@@ -58,6 +58,6 @@ def load_optimizer_tensors(model: GPT, optimizer: torch.optim.AdamW, tensors: di
         for key in ("step", "exp_avg", "exp_avg_sq"):
             value = tensors[f"{name}/{key}"]
             if key != "step":
-                value = part_of(value, parameter)
+                value = shard_like(value, parameter)
             state[key] = value.to(parameter.device) if parameter.is_cuda else value
         optimizer.state[parameter] = state

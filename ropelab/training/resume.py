@@ -1,4 +1,4 @@
-"""The checkpoint that a training goes on from: the newest that is intact, this run's, and of this model's shapes."""
+"""What a training resumes from: the newest checkpoint that is intact, this run's, and of this model's shapes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ropelab import runs
+from ropelab.distributed import SINGLE, Ranks
 from ropelab.errors import RunError
 from ropelab.model import GPT
 from ropelab.runs import RunDir
@@ -22,8 +23,33 @@ class Checkpoint(NamedTuple):
     optimizer: dict[str, Tensor]
 
 
+class Stored(NamedTuple):
+    """What a run's folder holds of the training so far. Tensors only on the first rank, which reads them."""
+
+    manifest: dict[str, Any]  # {}: there is none
+    state: dict[str, Any]  # of the checkpoint to resume from; {}: there is none
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+
+
+def read_stored(run: RunDir, model: GPT, digest: str, ranks: Ranks = SINGLE) -> Stored:
+    """On all ranks, of a run that is locked. A manifest or a checkpoint that is damaged is named on stderr."""
+    checkpoint: Checkpoint | None = None  # on the first rank
+
+    def read() -> list[dict[str, Any]]:
+        nonlocal checkpoint
+        manifest = run.begun()
+        checkpoint = latest_checkpoint(run, model, digest)
+        return [manifest, {} if checkpoint is None else checkpoint.state]
+
+    manifest, state = ranks.broadcast_object(read)
+    if checkpoint is None:
+        return Stored(manifest, state, {}, {})
+    return Stored(manifest, state, checkpoint.model, checkpoint.optimizer)
+
+
 def latest_checkpoint(run: RunDir, model: GPT, digest: str) -> Checkpoint | None:
-    """The newest checkpoint of a run that can be gone on from; others are named on stderr. None: there is none."""
+    """The newest checkpoint of a run that can be resumed from; others are named on stderr. None: there is none."""
     read: dict[Path, Checkpoint] = {}
 
     def fits(path: Path) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import FrameType
@@ -13,18 +15,22 @@ from typing import Any
 import torch
 
 from ropelab.config import Config, TrainConfig
-from ropelab.distributed import ALONE, SIGNALS, Ranks
+from ropelab.distributed import SIGNALS, SINGLE, Ranks
 from ropelab.errors import Interrupted, NonFiniteLossError, RankLostError
+from ropelab.model import GPT
 from ropelab.progress import Progress, silent
 from ropelab.training.batched import check_stackable, stacked_steps
-from ropelab.training.compiling import compile_blocks, compiles
-from ropelab.training.loop import steps
-from ropelab.training.session import Session
+from ropelab.training.compiling import compile_blocks
+from ropelab.training.loop import Step, steps
+from ropelab.training.plan import TrainPlan, plan_training
+from ropelab.training.recorder import NullRecorder, RunRecorder, is_trained, train_result
+from ropelab.training.resume import Stored, read_stored
+from ropelab.training.state import TrainState, new_model, restore
 
 
 @contextmanager
 def interrupts() -> Iterator[list[int]]:
-    """Collect the signals that stop a training in a list instead of dying of them; a second Ctrl-C is obeyed at once.
+    """Collect the signals that stop a training in a list instead of dying of them; a second Ctrl-C ends it at once.
 
     SIGINT, SIGTERM, and SIGUSR2, by which Slurm can say that a job's time is nearly over. It may send more than one.
     """
@@ -59,7 +65,65 @@ def repeatable(config: TrainConfig) -> Iterator[None]:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
-def train(config: Config, *, progress: Progress = silent, ranks: Ranks = ALONE) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class RunTraining:
+    """A run in training: its plan, its state and its record. All ranks call the methods, at the same steps."""
+
+    plan: TrainPlan
+    state: TrainState
+    stored: Stored  # what the training resumed from
+    recorder: RunRecorder | NullRecorder
+    ranks: Ranks = SINGLE
+
+    @classmethod
+    def restored(
+        cls, plan: TrainPlan, model: GPT, recorder: RunRecorder | NullRecorder, ranks: Ranks = SINGLE
+    ) -> RunTraining:
+        """From the last checkpoint that is intact and this run's, else from the start. The recorder has the lock."""
+        stored = read_stored(plan.run, model, plan.digest, ranks)
+        return cls(plan, restore(plan, model, stored, ranks), stored, recorder, ranks)
+
+    def begin(self, *, stacked: int = 1) -> None:
+        """Before the first step, `stacked` models of which are trained at once."""
+        self.recorder.begin(self.state, self.stored, stacked=stacked)
+        self.state.begin()
+
+    def on_step(self, done: Step, progress: Progress, signals: Sequence[int]) -> bool:
+        """Record a step: its metrics, and validation loss, kept weights and checkpoint where they are due.
+
+        A signal makes a checkpoint due. Returns whether one was written.
+        """
+        plan, state, train = self.plan, self.state, self.plan.config.train
+        step = state.step = done.step
+        seen = (step - state.start) * train.batch_size * train.ctx
+        speed = seen / (time.perf_counter() - state.began)
+        line: dict[str, Any] = {
+            "step": step, "loss": done.loss, "lr": done.lr, "grad_norm": done.grad_norm,
+            "tokens_per_s": round(speed, 1),
+        }  # fmt: skip
+        if done.synced and (plan.is_last(step) or step % train.eval_every == 0):
+            line["val_nll"] = state.validate(plan, self.ranks)
+        self.recorder.log(line)
+        progress("train", step, train.steps, loss=done.loss, tokens_per_s=speed, run=plan.run.name)
+        if step in plan.keep:
+            self.recorder.keep(step, state.weights())
+        due = done.synced and (plan.is_last(step) or bool(signals) or step % train.checkpoint_every == 0)
+        if due:
+            self.save()
+        return due
+
+    def save(self) -> None:
+        """A checkpoint of the current step."""
+        self.recorder.save(self.state, self.state.weights(), self.state.moments())
+
+    def on_nonfinite(self, error: NonFiniteLossError) -> None:
+        """Keep the weights before the bad step; the run has failed."""
+        if self.state.step > self.state.start:
+            self.save()
+        self.recorder.on_nonfinite(error)
+
+
+def train(config: Config, *, progress: Progress = silent, ranks: Ranks = SINGLE) -> dict[str, Any]:
     """Train the run that `config` describes: from its last checkpoint, or not at all when it is finished.
 
     Returns the `train` object of the JSON contract. Raises `ValueError` for a configuration that cannot be trained
@@ -68,45 +132,46 @@ def train(config: Config, *, progress: Progress = silent, ranks: Ranks = ALONE) 
     With `ranks` all of them call it with one configuration and train the run together.
     """
     progress = progress if ranks.is_first else silent
-    session = Session(config, progress, ranks)
-    ranks.check_alike("run", session.digest)
-    ranks.connect(session.device)
-    if ranks.told(session.is_done):
-        return ranks.told(lambda: session.result(skipped=True))
-    with session.held(), repeatable(config.train), interrupts() as caught:
-        with ranks.agreed():
-            session.restore()
-            if compiles(config.train, session.device):
-                compile_blocks(session.model, parallel=session.parallel)
-            session.begin()
+    plan = plan_training(config, progress, ranks)
+    ranks.check_alike("run", plan.digest)
+    ranks.connect(plan.device)
+    if ranks.broadcast_object(lambda: is_trained(plan)):
+        return ranks.broadcast_object(lambda: train_result(plan, skipped=True))
+    recorder = RunRecorder(plan, ranks.world) if ranks.is_first else NullRecorder()
+    with recorder.lock(), repeatable(config.train), interrupts() as caught:
+        with ranks.barrier_after():
+            run = RunTraining.restored(plan, new_model(plan), recorder, ranks)
+            if plan.compiles:
+                compile_blocks(run.state.model, parallel=run.state.parallel)
+            run.begin()
         try:
             for done in steps(
-                session.model, session.optimizer, session.batch_at, config.train, start=session.start,
-                dtype=session.dtype, positions_at=session.positions_at, settle_at=session.settles,
-                loss=session.loss, ranks=ranks,
+                run.state.model, run.state.optimizer, plan.windows.batch_at, config.train, start=run.state.start,
+                dtype=run.state.dtype, positions_at=plan.windows.positions_at, sync_at=plan.sync_at,
+                loss=run.state.loss, ranks=ranks,
             ):  # fmt: skip
                 # whichever rank a signal came to, all stop at one step: where they have waited for the device anyway
-                signals = ranks.signals(caught) if done.settled else ()
-                saved = session.take(done, progress, signals)
-                if signals and saved and not session.is_last(done.step):
-                    raise Interrupted(signals[0], session.run.name, done.step)
+                signals = ranks.signals(caught) if done.synced else ()
+                saved = run.on_step(done, progress, signals)
+                if signals and saved and not plan.is_last(done.step):
+                    raise Interrupted(signals[0], plan.run.name, done.step)
         except NonFiniteLossError as error:
-            session.broke(error)
-            ranks.meet()  # a launcher ends the others when one has ended: not before all is written
+            run.on_nonfinite(error)
+            ranks.barrier()  # a launcher ends the others when one has ended: not before all is written
             raise
         except Interrupted:
-            session.stopped()
-            ranks.meet()
+            recorder.on_interrupt()
+            ranks.barrier()
             raise
         except BaseException as error:
             cause = ranks.cause(error)
             if isinstance(cause, RankLostError):  # nothing is wrong with the run
-                session.stopped()
+                recorder.on_interrupt()
             else:
-                session.crashed(cause)
+                recorder.on_crash(cause)
             raise cause from None if cause is not error else error.__cause__
-        session.finish()
-    return ranks.told(lambda: session.result(skipped=False))
+        recorder.finish(run.state)
+    return ranks.broadcast_object(lambda: train_result(plan, skipped=False))
 
 
 def train_together(
@@ -116,80 +181,76 @@ def train_together(
 
     Finished runs are left as they are, and runs that stand at different steps are trained apart. Returns the `train`
     object of each, or the error of a run that became non-finite, which does not touch the others. `ValueError`, before
-    anything is written, for runs that cannot be stacked: `stacking.check_stackable` says what can.
+    anything is written, for runs that cannot be stacked: see `batched.check_stackable`.
     """
-    sessions = [Session(config, progress) for config in configs]
-    first = sessions[0]
-    for session in sessions:
-        if session.config.train != first.config.train or session.device != first.device:
+    plans = [plan_training(config, progress) for config in configs]
+    first = plans[0]
+    for plan in plans:
+        if plan.config.train != first.config.train or plan.device != first.device:
             raise ValueError("runs of different train.* or device cannot be trained in one stack")
-    if len({session.digest for session in sessions}) < len(sessions):
+    if len({plan.digest for plan in plans}) < len(plans):
         raise ValueError("the same run is there twice; a stack trains each once")
     results: dict[int, dict[str, Any] | NonFiniteLossError] = {}
-    skipped = {index for index, session in enumerate(sessions) if session.is_done()}
-    rest = [index for index in range(len(sessions)) if index not in skipped]
-    if rest:
-        check_stackable([sessions[index].fresh_model() for index in rest], first.config.train.ctx)
+    models = {index: new_model(plan) for index, plan in enumerate(plans) if not is_trained(plan)}
+    if models:
+        check_stackable(list(models.values()), first.config.train.ctx)
     with ExitStack() as stack:
-        for index in rest:
-            sessions[index].run.make()
-            stack.enter_context(sessions[index].run.locked())
+        recorders = {index: RunRecorder(plans[index]) for index in models}
+        for recorder in recorders.values():
+            stack.enter_context(recorder.lock())
         stack.enter_context(repeatable(first.config.train))
         caught = stack.enter_context(interrupts())
-        for index in rest:
-            sessions[index].restore()
-        alike = sorted(rest, key=lambda index: (sessions[index].start, str(sessions[index].dtype)))
-        for _, group in itertools.groupby(alike, key=lambda index: (sessions[index].start, sessions[index].dtype)):
+        runs = {index: RunTraining.restored(plans[index], models[index], recorders[index]) for index in models}
+
+        def stands(index: int) -> tuple[int, str]:
+            return runs[index].state.start, str(runs[index].state.dtype)
+
+        for _, group in itertools.groupby(sorted(runs, key=stands), key=stands):
             numbers = list(group)
-            failed = _train_stack([sessions[index] for index in numbers], caught, progress)
+            failed = _train_stack([runs[index] for index in numbers], caught, progress)
             results.update((numbers[place], error) for place, error in failed.items())
-    for index, session in enumerate(sessions):
-        if index not in results:
-            results[index] = session.result(skipped=index in skipped)
-    return [results[index] for index in range(len(sessions))]
+    return [
+        results[index] if index in results else train_result(plan, skipped=index not in models)
+        for index, plan in enumerate(plans)
+    ]
 
 
 def _train_stack(
-    sessions: Sequence[Session], caught: Sequence[int], progress: Progress
+    runs: Sequence[RunTraining], caught: Sequence[int], progress: Progress
 ) -> dict[int, NonFiniteLossError]:
     """Train runs that stand at one step to their end; those that became non-finite, by their place."""
-    first = sessions[0]
-    for session in sessions:
-        session.begin(stacked=len(sessions))
-    places = [session.positions_at for session in sessions if session.positions_at is not None]
+    plan, start = runs[0].plan, runs[0].state.start
+    for run in runs:
+        run.begin(stacked=len(runs))
+    positions = [run.plan.windows.positions_at for run in runs]
     failed: dict[int, NonFiniteLossError] = {}
-    going = stacked_steps(
-        [session.model for session in sessions], [session.optimizer for session in sessions],
-        [session.batch_at for session in sessions], first.config.train, start=first.start, dtype=first.dtype,
-        positions_at=places or None, settle_at=first.settles, compiled=compiles(first.config.train, first.device),
+    stepping = stacked_steps(
+        [run.state.model for run in runs], [run.state.optimizer for run in runs],
+        [run.plan.windows.batch_at for run in runs], plan.config.train, start=start, dtype=runs[0].state.dtype,
+        positions_at=[at for at in positions if at is not None] or None, sync_at=plan.sync_at,
+        compiled=plan.compiles,
     )  # fmt: skip
     try:
-        for entries in going:
+        for entries in stepping:
             saved = []
-            for place, (session, entry) in enumerate(zip(sessions, entries, strict=True)):
+            for place, (run, entry) in enumerate(zip(runs, entries, strict=True)):
                 if isinstance(entry, NonFiniteLossError):
                     if place not in failed:
                         failed[place] = entry
-                        session.broke(entry)
+                        run.on_nonfinite(entry)
                 else:
-                    saved.append(session.take(entry, progress, caught) and not session.is_last(entry.step))
+                    saved.append(run.on_step(entry, progress, caught) and not run.plan.is_last(entry.step))
             if caught and saved and all(saved):
-                raise Interrupted(
-                    caught[0],
-                    ", ".join(session.run.name for session in sessions),
-                    max(session.step for session in sessions),
-                )
-    except Interrupted:
-        for place, session in enumerate(sessions):
-            if place not in failed:
-                session.stopped()
-        raise
+                names = ", ".join(run.plan.run.name for run in runs)
+                raise Interrupted(caught[0], names, max(run.state.step for run in runs))
     except BaseException as error:
-        for place, session in enumerate(sessions):
-            if place not in failed:
-                session.crashed(error)
+        for place, run in enumerate(runs):
+            if place not in failed and isinstance(error, Interrupted):
+                run.recorder.on_interrupt()
+            elif place not in failed:
+                run.recorder.on_crash(error)
         raise
-    for place, session in enumerate(sessions):
+    for place, run in enumerate(runs):
         if place not in failed:
-            session.finish()
+            run.recorder.finish(run.state)
     return failed

@@ -32,11 +32,11 @@ from torch import Tensor
 from ropelab import config as configs
 from ropelab import files, runs
 from ropelab.config import Config
-from ropelab.distributed import joined
+from ropelab.distributed import init_distributed
 from ropelab.progress import Progress, silent
 from ropelab.runs import RunDir
 from ropelab.training.compiling import compiles
-from ropelab.training.session import Session, rank_micro
+from ropelab.training.plan import plan_training, rank_micro
 from ropelab.training.trainer import train
 
 BEYOND = 2  # steps that are made after the checkpoint and lost with the kill
@@ -77,8 +77,8 @@ def verify_resume(
     with _terminable(), tempfile.TemporaryDirectory(prefix="ropelab-verify-") as folder:
         place = Path(folder)
         short = _shortened(config, steps=steps, at=at)
-        session = Session(dataclasses.replace(short, runs_dir=str(place / "straight")), progress)
-        _check_compiler(short, session.device)
+        plan = plan_training(dataclasses.replace(short, runs_dir=str(place / "straight")), progress)
+        _check_compiler(short, plan.device)
         rank_micro(short.train, world)  # or `ValueError`: the ranks cannot share the batch
 
         def trained(where: str, *, kill_at: int | None = None, determined: bool = deterministic) -> dict[str, Any]:
@@ -88,8 +88,8 @@ def verify_resume(
             }  # fmt: skip
             return _in_a_process(task, place / f"{where}.task.json", f"{where} training", progress)
 
-        name = session.run.name
-        del session  # its memory maps
+        name = plan.run.name
+        del plan  # its memory maps
         straight_run, resumed_run = (RunDir(place / where / name) for where in ("straight", "resumed"))
         operations = trained("straight")["operations"]
         trained("resumed", kill_at=killed_at)
@@ -308,7 +308,7 @@ def _work(task: dict[str, Any]) -> None:
 
     if task["deterministic"]:
         torch.use_deterministic_algorithms(True, warn_only=True)
-    with warnings.catch_warnings(record=True) as caught, joined(lambda error: 1) as ranks:
+    with warnings.catch_warnings(record=True) as caught, init_distributed(lambda error: 1) as ranks:
         warnings.simplefilter("always")
         train(configs.from_dict(task["config"]), progress=telling, ranks=ranks)
     if ranks.is_first:

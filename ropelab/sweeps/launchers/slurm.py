@@ -24,7 +24,7 @@ from types import FrameType
 from typing import Any
 
 from ropelab.config import SlurmLauncher
-from ropelab.distributed import joined
+from ropelab.distributed import init_distributed
 from ropelab.errors import SchedulerError
 from ropelab.progress import Bar, tell
 from ropelab.sweeps import worker
@@ -274,7 +274,7 @@ def run_task(sweep: Sweep, index: int, *, max_requeues: int) -> None:
     _meet()
     first = True
     try:
-        with joined(lambda error: 1) as ranks, Bar() as bar:
+        with init_distributed(lambda error: 1) as ranks, Bar() as bar:
             first = ranks.is_first
             if first:
                 sweep.begun(index, own_job())

@@ -17,7 +17,7 @@ from ropelab.errors import NonFiniteLossError
 from ropelab.model import GPT
 from ropelab.training.batched.modules import join
 from ropelab.training.batched.stack import Block, Stack, block_of_all
-from ropelab.training.loop import UNREAD, Step, to_device
+from ropelab.training.loop import MAX_IN_FLIGHT, Step, to_device
 from ropelab.training.optimizer import FUSED, lr_at
 
 SHAPE = ("n_layer", "d_model", "n_head", "qk_norm")  # of a model's configuration: one in a stack
@@ -51,19 +51,19 @@ def stacked_steps(
     start: int,
     dtype: torch.dtype,
     positions_at: Sequence[At] | None = None,
-    settle_at: Callable[[int], bool] = lambda step: False,
-    unread: int | None = None,
+    sync_at: Callable[[int], bool] = lambda step: False,
+    max_in_flight: int | None = None,
     compiled: bool = False,
 ) -> Iterator[list[Step | NonFiniteLossError]]:
     """`training.steps` for M models at once: train from step `start` + 1 to config.steps, yielding every step.
 
     Models, their optimizers (`build_optimizer` of each with this config, fresh or as loaded), batches and positions
-    stand in one order, and so do the entries of what is yielded. A model whose loss or gradient is not finite leaves
+    are in one order, and so are the entries of what is yielded. A model whose loss or gradient is not finite leaves
     with the weights and moments of its last good step; its entry is the error from then on. The others go on, and when
-    none is left the iterator ends. `settle_at` and `unread` are those of `training.steps`. `compiled`: torch.compile of
-    the block of the stack, since the models' own are not called.
+    none is left the iterator ends. `sync_at` and `max_in_flight` are those of `training.steps`. `compiled`:
+    torch.compile of the block of the stack, since the models' own are not called.
 
-    After a settled step weights of the models and states of their optimizers are views of the stack: they can be
+    After a synced step weights of the models and states of their optimizers are views of the stack: they can be
     evaluated and saved as ever, but not trained or moved to another device. Once the iterator has ended or is closed
     they are tensors of their own.
 
@@ -72,9 +72,9 @@ def stacked_steps(
     """
     check_stackable(models, config.ctx)
     _check_optimizers(models, optimizers)
-    if unread is None:
-        unread = UNREAD if models[0].tokens.weight.device.type == "cuda" else 1
-    return _steps(models, optimizers, batches_at, config, start, dtype, positions_at, settle_at, unread, compiled)
+    if max_in_flight is None:
+        max_in_flight = MAX_IN_FLIGHT if models[0].tokens.weight.device.type == "cuda" else 1
+    return _steps(models, optimizers, batches_at, config, start, dtype, positions_at, sync_at, max_in_flight, compiled)
 
 
 def _check_optimizers(models: Sequence[GPT], optimizers: Sequence[torch.optim.AdamW]) -> None:
@@ -89,17 +89,17 @@ def _check_optimizers(models: Sequence[GPT], optimizers: Sequence[torch.optim.Ad
 
 def _steps(
     models: Sequence[GPT], optimizers: Sequence[torch.optim.AdamW], batches_at: Sequence[At], config: TrainConfig,
-    start: int, dtype: torch.dtype, positions_at: Sequence[At] | None, settle_at: Callable[[int], bool], unread: int,
-    compiled: bool,
+    start: int, dtype: torch.dtype, positions_at: Sequence[At] | None, sync_at: Callable[[int], bool],
+    max_in_flight: int, compiled: bool,
 ) -> Iterator[list[Step | NonFiniteLossError]]:  # fmt: skip
     stack = Stack(models, optimizers, dtype)
     device, fused = stack.device, stack.device.type in FUSED
-    assert unread == 1 or fused
+    assert max_in_flight == 1 or fused
     block: Block = torch.compile(block_of_all, dynamic=False) if compiled else block_of_all
     if config.activation_checkpointing:
         block = functools.partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
     failed: dict[int, NonFiniteLossError] = {}
-    waiting: list[tuple[int, float, Tensor]] = []  # step, lr, (losses, norms of the gradients) (2, M)
+    pending: list[tuple[int, float, Tensor]] = []  # step, lr, (losses, norms of the gradients) (2, M)
     # 1 from the first step on that comes to something not finite in a model that is present: no update is made any more
     broken = torch.zeros((), device=device)
     step = start
@@ -109,39 +109,39 @@ def _steps(
             for index in stack.present:
                 models[index].set_training_fraction((step - 1) / config.steps)
             windows = to_device(np.stack([at(step) for at in batches_at]), device)  # (M, batch_size, ctx + 1)
-            places = None  # (M, batch_size, ctx)
+            positions = None  # (M, batch_size, ctx)
             if positions_at is not None:
-                places = to_device(np.stack([at(step) for at in positions_at]), device)
+                positions = to_device(np.stack([at(step) for at in positions_at]), device)
             # each model's mean is over the targets of its whole batch, as in `training.steps`
             scored = (windows[..., 1:] != stack.separator).sum((1, 2))  # (M,)
             total = torch.zeros(len(models), device=device)
             for low in range(0, windows.shape[1], config.micro):
                 micro = windows[:, low : low + config.micro]  # (M, micro, ctx + 1)
-                places_of_micro = None if places is None else places[:, low : low + config.micro]
+                positions_of_micro = None if positions is None else positions[:, low : low + config.micro]
                 with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-                    hidden = stack.forward(micro[..., :-1], places_of_micro, block)  # (M, micro, ctx, C)
+                    hidden = stack.forward(micro[..., :-1], positions_of_micro, block)  # (M, micro, ctx, C)
                     losses = stack.nll(hidden, micro[..., 1:]).sum((1, 2)) / scored  # (M,)
                 # no loss depends on another model's weights, so the gradient of the sum is that of each
                 losses.sum().backward()  # type: ignore[no-untyped-call]
                 total += losses.detach()
             figures = torch.stack((total, stack.clip(config.grad_clip)))  # (2, M)
             lr = lr_at(step, config)
-            waiting.append((step, lr, figures))
+            pending.append((step, lr, figures))
             good = figures.isfinite().all(0) | ~stack.is_present  # (M,)
             broken = torch.maximum(broken, 1 - good.all().float())
             stack.step(lr, broken)
-            if len(waiting) < unread and step < config.steps and not settle_at(step):
+            if len(pending) < max_in_flight and step < config.steps and not sync_at(step):
                 continue
-            read: list[tuple[list[float], list[float]]] = torch.stack([both for _, _, both in waiting]).tolist()
+            read: list[tuple[list[float], list[float]]] = torch.stack([both for _, _, both in pending]).tolist()
             bad = [_not_finite(*figures_of_step, stack.present) for figures_of_step in read]
             made = next((n for n, some in enumerate(bad) if some), len(bad))  # updates
-            for n, ((taken, lr, _), (losses_of, norms_of)) in enumerate(zip(waiting[:made], read, strict=False)):
+            for n, ((taken, lr, _), (losses_of, norms_of)) in enumerate(zip(pending[:made], read, strict=False)):
                 yield [
-                    failed.get(index) or Step(taken, loss, lr, norm, settled=n == made - 1)
+                    failed.get(index) or Step(taken, loss, lr, norm, synced=n == made - 1)
                     for index, (loss, norm) in enumerate(zip(losses_of, norms_of, strict=True))
                 ]
-            if made < len(waiting):
-                step = waiting[made][0]
+            if made < len(pending):
+                step = pending[made][0]
                 for index, (what, value) in bad[made].items():
                     failed[index] = NonFiniteLossError(step, what, value)
                     stack.leave(index)
@@ -150,7 +150,7 @@ def _steps(
                     return
                 step -= 1  # the others take it again
                 broken = torch.zeros_like(broken)
-            waiting.clear()
+            pending.clear()
     finally:
         for index in stack.present.copy():
             stack.leave(index)
