@@ -1,13 +1,13 @@
 # `make demo` and `make test` need nothing but Python 3.11 or newer; everything lands in .venv.
 PYTHON ?= python3
 BIN := .venv/bin
-.PHONY: help demo test setup check fix bench clean
+.PHONY: help demo test setup check fix bench docs clean
 
 help:
 	@echo "make demo    set up and run the main job: report in demo/report.html"
 	@echo "make test    set up and run the tests"
 	@echo "make setup   set up only      make check   ruff and mypy      make fix   let ruff repair"
-	@echo "make bench   time training and evaluation"
+	@echo "make bench   time training and evaluation      make docs    this documentation as a site, in site/"
 
 # torch comes first and alone: the pin selects one build, and nothing later replaces it
 .venv/installed: pyproject.toml constraints.txt
@@ -19,6 +19,10 @@ help:
 
 .venv/installed-dev: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+.venv/installed-docs: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	@touch $@
 
 setup: .venv/installed-dev
@@ -44,5 +48,9 @@ bench: setup
 	$(BIN)/ropelab bench eval
 	$(BIN)/ropelab bench attention
 
+docs: .venv/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	$(BIN)/python scripts/check_site.py site
+
 clean:
-	rm -rf .venv demo dist build *.egg-info
+	rm -rf .venv demo dist build site *.egg-info
