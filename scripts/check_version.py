@@ -33,24 +33,27 @@ def notes(version: str) -> str:
     return match[1].strip() if match else ""
 
 
+def wrong(version: str) -> list[str]:
+    """A line for each file that does not name the version."""
+    said = {
+        "ropelab/__init__.py": found(r'^__version__ = "(.*)"$', "ropelab/__init__.py"),
+        "CITATION.cff": found(r"^version: (.*)$", "CITATION.cff"),
+    }
+    lines = [f"{name} says {other}, the tag {version}" for name, other in said.items() if other != version]
+    return lines if notes(version) else [*lines, f"CHANGELOG.md has no section headed: ## {version} - YYYY-MM-DD"]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tag", help="vVERSION")
     parser.add_argument("--notes", action="store_true", help="print the section of the changelog")
     options = parser.parse_args()
     version = options.tag.removeprefix("v")
-    said = {
-        "ropelab/__init__.py": found(r'^__version__ = "(.*)"$', "ropelab/__init__.py"),
-        "CITATION.cff": found(r"^version: (.*)$", "CITATION.cff"),
-    }
-    wrong = [f"{name} says {other}, the tag {version}" for name, other in said.items() if other != version]
-    if not notes(version):
-        wrong.append(f"CHANGELOG.md has no section headed: ## {version} - YYYY-MM-DD")
-    for line in wrong:
-        print(line, file=sys.stderr)
-    if options.notes and not wrong:
+    lines = wrong(version)
+    print(*lines, sep="\n", end="\n" if lines else "", file=sys.stderr)
+    if options.notes and not lines:
         print(notes(version))
-    return bool(wrong)
+    return bool(lines)
 
 
 if __name__ == "__main__":
