@@ -53,7 +53,7 @@ def commands_page() -> str:
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     lines = [
         "# Commands", "",
-        "What `-h` (or `--help`) says, made by `scripts/command_reference.py`. `ropelab --version` prints the version. "
+        "What `-h` (or `--help`) says, made by `scripts/command_reference.py`. Before the command, `--version` prints the version. "
         "`--json` prints one JSON object and nothing else. Results go to stdout, progress and messages to stderr.", "",
         "| exit status | meaning |", "|---|---|",
         "| 0 | done |", "| 1 | a run failed, or a verdict is FAIL |",
@@ -89,8 +89,8 @@ def completion() -> str:
     """How a shell completes commands and options, as far as the application offers it."""
     if any("--install-completion" in one.opts for one in typer.main.get_command(app).params):
         return (
-            "## Shell completion\n\n`ropelab --install-completion` teaches bash, zsh, fish or PowerShell the commands "
-            "and options; `ropelab --show-completion` prints what it would add."
+            "## Shell completion\n\nBefore a command, `--install-completion` teaches bash, zsh, fish or PowerShell the "
+            "commands, options and names of methods; `--show-completion` prints what it would add."
         )
     return "## Shell completion\n\nThere is none yet."
 
