@@ -53,8 +53,9 @@ def commands_page() -> str:
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     lines = [
         "# Commands", "",
-        "What `-h` (or `--help`) says, made by `scripts/command_reference.py`. Before the command, `--version` prints the version. "
-        "`--json` prints one JSON object and nothing else. Results go to stdout, progress and messages to stderr.", "",
+        "What `-h` (or `--help`) says, made by `scripts/command_reference.py`. Before the command, `--version` "
+        "prints the version. `--json` prints one JSON object and nothing else. Results go to stdout, progress and "
+        "messages to stderr.", "",
         "| exit status | meaning |", "|---|---|",
         "| 0 | done |", "| 1 | a run failed, or a verdict is FAIL |",
         "| 2 | a mistake in the command: one line that names the fix; nothing was written |",
