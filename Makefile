@@ -1,6 +1,8 @@
 # `make demo` and `make test` need nothing but Python 3.11 or newer; everything lands in .venv.
+# Another Python beside it: make VENV=.venv313 PYTHON=python3.13 test
 PYTHON ?= python3
-BIN := .venv/bin
+VENV ?= .venv
+BIN := $(VENV)/bin
 .PHONY: help demo test setup check fix bench docs clean
 
 help:
@@ -10,24 +12,24 @@ help:
 	@echo "make bench   time training and evaluation      make docs    this documentation as a site, in site/"
 
 # torch comes first and alone: the pin selects one build, and nothing later replaces it
-.venv/installed: pyproject.toml constraints.txt
+$(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("ropelab needs Python 3.11 or newer: make PYTHON=python3.11") if sys.version_info < (3, 11) else None'
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
 	@touch $@
 
-.venv/installed-dev: .venv/installed
+$(VENV)/installed-dev: $(VENV)/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-.venv/installed-docs: .venv/installed
+$(VENV)/installed-docs: $(VENV)/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	@touch $@
 
-setup: .venv/installed-dev
+setup: $(VENV)/installed-dev
 
-demo: .venv/installed
+demo: $(VENV)/installed
 	$(BIN)/ropelab demo
 
 # a process a core, a file at a time on each: with one thread, so that they do not get into each other's way
@@ -48,9 +50,9 @@ bench: setup
 	$(BIN)/ropelab bench eval
 	$(BIN)/ropelab bench attention
 
-docs: .venv/installed-docs
+docs: $(VENV)/installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	$(BIN)/python scripts/check_site.py site
 
 clean:
-	rm -rf .venv demo dist build site *.egg-info
+	rm -rf $(VENV) demo dist build site *.egg-info
