@@ -101,6 +101,9 @@ def test_the_tour_has_every_room_and_the_recipes_their_examples() -> None:
     }
     drawn = script("draw_architecture").read_rooms(CHECKOUT / "ropelab").values()
     assert rooms == {room.name if room.is_package else f"{room.name}.py" for room in drawn}
+    for room in drawn:
+        assert room.summary, f"{room.name} does not say what it is"
+        assert not room.summary.startswith("TODO"), f"{room.name} does not say what it is"
     recipes = text[text.index("## How to add a thing") : text.index("## What to run")]
     for path in re.findall(r"`([a-z_]+/[\w/]+\.py)`", recipes):
         assert "NAME" in path or (CHECKOUT / "ropelab" / path).exists(), f"{path}, which is to be copied, is not there"
