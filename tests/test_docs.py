@@ -109,6 +109,20 @@ def test_the_tour_has_every_room_and_the_recipes_their_examples() -> None:
         assert "NAME" in path or (CHECKOUT / "ropelab" / path).exists(), f"{path}, which is to be copied, is not there"
 
 
+def test_the_glossary_has_each_word_once_and_stored_keys_that_exist() -> None:
+    rows = re.findall(r"^\| ([^|]+) \| [^|]+ \|([^|]*)\|$", (DOCS / "glossary.md").read_text(encoding="utf-8"), re.M)
+    words = [word for first, _ in rows if first != "word" for word in first.split(", ")]
+    assert len(words) > 60
+    assert len(set(words)) == len(words), {word for word in words if words.count(word) > 1}
+    folders = (CHECKOUT / "ropelab", CHECKOUT / "configs")
+    code = "\n".join(
+        path.read_text(encoding="utf-8")
+        for folder in folders for path in folder.rglob("*.*") if path.suffix in (".py", ".yaml")
+    )  # fmt: skip
+    for key in (key for _, stored in rows for key in re.findall(r"`([\w.]+)/?`", stored)):
+        assert re.search(rf"\b{key.split('.')[-1]}\b", code), f"{key} is stored nowhere"
+
+
 def test_readme_counts_the_methods() -> None:
     text = (CHECKOUT / "README.md").read_text(encoding="utf-8")
     for group, what in (("pos", "encodings"), ("scaling", "scalings")):
