@@ -1,9 +1,10 @@
 # `make demo` and `make test` need nothing but Python 3.11 or newer; everything lands in .venv.
-# Another Python beside it: make VENV=.venv313 PYTHON=python3.13 test
 PYTHON ?= python3
+BIN = $(VENV)/bin
+.PHONY: help demo test setup check fix bench clean
+
+# another Python beside it: make VENV=.venv313 PYTHON=python3.13 test
 VENV ?= .venv
-BIN := $(VENV)/bin
-.PHONY: help demo test setup check fix bench docs clean
 
 help:
 	@echo "make demo    set up and run the main job: report in demo/report.html"
@@ -50,6 +51,7 @@ bench: setup
 	$(BIN)/ropelab bench eval
 	$(BIN)/ropelab bench attention
 
+.PHONY: docs
 docs: $(VENV)/installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	$(BIN)/python scripts/check_site.py site
