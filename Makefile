@@ -1,10 +1,9 @@
 # `make demo` and `make test` need nothing but Python 3.11 or newer; everything lands in .venv.
+# Another Python beside it: make VENV=.venv313 PYTHON=python3.13 test
 PYTHON ?= python3
-BIN = $(VENV)/bin
-.PHONY: help demo test setup check fix bench clean
-
-# another Python beside it: make VENV=.venv313 PYTHON=python3.13 test
 VENV ?= .venv
+BIN := $(VENV)/bin
+.PHONY: help demo test setup check fix bench clean
 
 help:
 	@echo "make demo    set up and run the main job: report in demo/report.html"
