@@ -77,16 +77,13 @@ PLACES = ("data.path={text}", "runs_dir={work}/runs", "cache_dir={work}/cache")
 OWN = ("runs_dir={work}/runs", "cache_dir={work}/cache", "device=cpu")
 SETTINGS = ("data=text", *PLACES, *SHAPE)
 TRAINED = ("train", "--pos", "rope", *SETTINGS, "train.steps=20", "train.dtype=fp32")
+EVALUATED = ("eval", "rope", *OWN, "--ctx", "512", "--protocol", "last", "eval.last=16",
+             "eval.scalings=[none,linear:16,yarn:16,ntk:16]")  # fmt: skip
 EVERY = ("train.steps=60", "train.checkpoint_every=6", "train.eval_every=9", "train.keep=[0.5]")
 JOBS = (
     Job("train", ("train", "--pos", "rope", *SETTINGS, *EVERY, "train.dtype=fp32")),
     Job("train-bf16", ("train", "--pos", "learned", *SETTINGS, *EVERY, "train.dtype=bf16")),
-    Job(
-        "eval",
-        ("eval", "rope", *OWN, "--ctx", "512", "--protocol", "last", "eval.last=16",
-         "eval.scalings=[none,linear:16,yarn:16,ntk:16]"),
-        (TRAINED,),
-    ),
+    Job("eval", EVALUATED, (TRAINED,)),
     Job("tokenise", ("data", "prepare", "data=text", *PLACES, "data.tokenizer=bpe", "data.vocab_size=900")),
     Job(
         "search",
@@ -106,7 +103,7 @@ SWEEP = Job(
 
 # written once, so that no kill can fall between and only faults are of interest
 FAULTS_ONLY = (
-    Job("report", ("report", "rope", "-o", "{work}/page", "runs_dir={work}/runs"), (TRAINED,), share=1),
+    Job("report", ("report", "rope", "-o", "{work}/page", "runs_dir={work}/runs"), (TRAINED, EVALUATED), share=1),
     Job("export", ("export", "rope", "-o", "{work}/exported", *OWN), (TRAINED,), share=1),
 )
 
