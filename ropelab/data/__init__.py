@@ -3,7 +3,7 @@
 from ropelab.data.batches import Batches
 from ropelab.data.corpora import CorpusInfo, describe
 from ropelab.data.documents import Progress
-from ropelab.data.fast import check_ends, from_json, keeps_bytes, prefix, to_json, token_id
+from ropelab.data.fast import apart, from_json, keeps_bytes, prefix, to_json, token_id
 from ropelab.data.overlap import Shingles
 from ropelab.data.prepare import CacheError, check_overlap, prepare
 from ropelab.data.tokenizers import Bpe, Bytes, Tokenizer, load_tokenizer
@@ -20,7 +20,7 @@ __all__ = [
     "Shingles",
     "Split",
     "Tokenizer",
-    "check_ends",
+    "apart",
     "check_overlap",
     "describe",
     "from_json",

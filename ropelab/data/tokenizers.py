@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 Tokens = NDArray[np.unsignedinteger[Any]]  # uint16 or uint32, see Tokenizer.dtype
 
 LONGEST = 1024  # bytes of a piece of text that BPE is trained on
+_LIMIT = 2**28  # bytes of a tokeniser's file
 _PIECE = 2**20  # characters encoded at a time
 _BLANKS = re.compile(rf"\s{{{LONGEST // 4}}}")  # a blank has up to three bytes
 # A single line end between two visible ASCII characters: GPT-2's pattern splits behind it, whatever is around.
@@ -108,6 +109,7 @@ class Bpe(Tokenizer):
 
     vocabulary: the tokens in the order of their ids, in GPT-2's alphabet of one printable character a byte.
     merges: pairs of tokens in the order in which they are merged.
+    ValueError: a token occurs twice, or a merge is not of tokens.
     """
 
     def __init__(self, name: str, vocabulary: Sequence[str], merges: Sequence[tuple[str, str]]) -> None:
@@ -115,6 +117,11 @@ class Bpe(Tokenizer):
         self.n_vocab = len(vocabulary) + 1
         self._vocabulary = list(vocabulary)
         self._merges = [(left, right) for left, right in merges]
+        known = set(vocabulary)
+        if len(known) != len(self._vocabulary):
+            raise ValueError("a token of its vocabulary occurs twice")
+        if odd := next((pair for pair in self._merges if not {*pair, "".join(pair)} <= known), None):
+            raise ValueError(f"its merge of {odd[0][:40]!r} and {odd[1][:40]!r} is not of tokens to a token")
         letters = alphabet()
         self._bytes = [bytes(letters[letter] for letter in token) for token in vocabulary]
         self.byte_lengths = np.array([len(token) for token in self._bytes], np.int64)
@@ -211,20 +218,23 @@ def _read(path: Path | None) -> str:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Read what `Tokenizer.save` wrote. ValueError: the file is no tokeniser."""
+    """Read what `Tokenizer.save` wrote. ValueError: the file is no tokeniser, or one that does not pass its trial."""
     try:
-        value = load_json(Path(path))
+        value = load_json(Path(path), limit=_LIMIT)
         if value["name"] == Bytes.name:
             return Bytes()
         if value["name"] == "fast":
-            from ropelab.data.fast import Fast
+            from ropelab.data.fast import tried
 
-            return Fast(value["source"], value["rows"])
+            return tried(value["source"], value["rows"])
+        if value["name"] not in ("bpe", "gpt2"):
+            raise ValueError("its name is none of bytes, bpe, gpt2, fast")
         return Bpe(value["name"], value["vocabulary"], [merge_pair(pair) for pair in value["merges"]])
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist: the run's tokeniser is missing") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no tokeniser ({error!r}): it is damaged or another file") from None
+        said = error if isinstance(error, ValueError) else repr(error)
+        raise ValueError(f"{path} is no tokeniser ({said}): it is damaged or another file") from None
 
 
 def _pieces() -> Any:

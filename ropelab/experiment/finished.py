@@ -33,6 +33,7 @@ def run_tokenizer(run: RunDir) -> data.Tokenizer:
         tokenizer = data.load_tokenizer(run.tokenizer_path)
     except ValueError as error:
         raise RunError(f"{error}; {fix}") from None
-    if tokenizer.digest != run.manifest().get("tokenizer", {}).get("digest"):
+    said = run.manifest().get("tokenizer", {})
+    if (tokenizer.digest, tokenizer.n_vocab) != (said.get("digest"), said.get("n_vocab")):
         raise RunError(f"{run.tokenizer_path} is not the tokeniser that {run.name} was trained with; {fix}")
     return tokenizer
