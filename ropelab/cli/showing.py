@@ -185,7 +185,8 @@ def _show_run(
         if item.partition("=")[0].partition(".")[0] not in RUN_KEYS:
             raise ValueError(f"a run has its own configuration: show RUN takes {', '.join(RUN_KEYS)}, not {item}")
     base = config.load([item for item in settings if not item.startswith("scaling")])
-    run = runs.find_run(name, Path(base.runs_dir).expanduser())
+    runs_dir = Path(base.runs_dir).expanduser()
+    run = runs.find_run(name, runs_dir, also=_named(runs_dir))
     manifest = run.whole_manifest()
     from ropelab.experiment.finished import trained_config
 
@@ -227,6 +228,18 @@ def _show_run(
     _print_diagnosis(numbers)
     if numbers["attention"] is not None:
         _print_attention(numbers["attention"], manifest["train_ctx"])
+
+
+def _named(runs_dir: Path) -> dict[str, str]:
+    """What has a name but is no run, and how it is shown: sweeps, claims, methods."""
+    from ropelab import claims, config, sweeps
+
+    found = {path.name: f"the sweep {path.name} (`ropelab status {path.name}`)" for path in sweeps.all_sweeps(runs_dir)}
+    for name in claims.packaged_claims(config.config_dir()):
+        found[name] = f"the claim {name} (`ropelab reproduce {name}`)"
+    for group in ("scaling", "pos"):
+        found |= {name: f"the method {name} (`ropelab show --{group} {name}`)" for name in config.choices(group)}
+    return found
 
 
 def _evaluated_length(diagnosed: dict[str, Any], scaling: str) -> int:
