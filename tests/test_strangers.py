@@ -327,22 +327,15 @@ TOKENISERS: dict[str, str] = {
     "endless as it is loaded": fast_one(
         {"normalizer": {"type": "Sequence", "normalizers": [DOUBLED] * 40}, "added_tokens": [WORD]}
     ),
-    "a pattern without an end": fast_one(
-        {
-            "pre_tokenizer": {
-                "type": "Split",
-                "pattern": {"Regex": r"([a-j ]+)+\d\d\d"},
-                "behavior": "Isolated",
-                "invert": False,
-            }
-        }
-    ),
+    "a pattern without an end": fast_one({"pre_tokenizer": {
+        "type": "Split", "pattern": {"Regex": r"([a-j ]+)+\d\d\d"}, "behavior": "Isolated", "invert": False,
+    }}),
     "a merge of nothing": json.dumps({"name": "bpe", "vocabulary": LETTERS, "merges": ["a bc"]}),
     "a token twice": json.dumps({"name": "bpe", "vocabulary": [*LETTERS[:-1], "a"], "merges": []}),
     "of another name": json.dumps({"name": "x", "vocabulary": LETTERS, "merges": []}),
     "with more tokens": json.dumps({"name": "bpe", "vocabulary": [*LETTERS, "ab", "abc"], "merges": ["a b", "ab c"]}),
     "of others": json.dumps({"name": "gpt2", "vocabulary": LETTERS, "merges": []}),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", TOKENISERS)

@@ -410,10 +410,10 @@ def _items(key: str, text: str) -> list[str]:
     """What stands between the commas of a list, quotes included; an item in quotes may hold commas itself."""
     found, at = [], 0
     while at <= len(text):
-        item = _ITEM.match(text, at)
-        assert item is not None
-        found.append(item[1].strip())
-        comma = text.find(",", item.end())
+        matched = _ITEM.match(text, at)
+        assert matched is not None
+        found.append(matched[1].strip())
+        comma = text.find(",", matched.end())
         at = comma + 1 if comma >= 0 else len(text) + 1
     for item in found:
         if item[:1] not in ('"', "'"):

@@ -6,7 +6,6 @@ character; bits per byte depend on it. The last id is the separator between join
 
 from __future__ import annotations
 
-import gzip
 import json
 import re
 from abc import ABC, abstractmethod
@@ -19,6 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ropelab.data.documents import Progress
+from ropelab.data.reading import chunks
 from ropelab.files import digest_of, load_json, write_sealed
 
 if TYPE_CHECKING:
@@ -213,8 +213,13 @@ def _plain_or_gz(path: Path) -> Path | None:
 
 def _read(path: Path | None) -> str:
     assert path is not None
-    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    return data.decode()
+    pieces, done = [], 0
+    for piece in chunks(path, lambda n_bytes: None):
+        done += len(piece)
+        if done > _LIMIT:
+            raise ValueError(f"{path} has more than {_LIMIT} bytes")
+        pieces.append(piece)
+    return b"".join(pieces).decode()
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
