@@ -353,6 +353,23 @@ def open_lock(folder: Path) -> int:
     return os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
 
 
+def is_locked(path: Path) -> bool:
+    """Does a process hold the lock on this file? Nobody holds one that is not there, is a link or cannot be opened."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # of a file system without locks, where nobody gets one
+        return False
+    finally:
+        os.close(handle)
+    return False
+
+
 def clear_abandoned(folder: Path, *, any_machine: bool = False) -> None:
     """Remove the temporary files and folders in `folder` that were left by processes which are gone.
 

@@ -84,16 +84,13 @@ PLACES = ("data.path={text}", "runs_dir={work}/runs", "cache_dir={work}/cache")
 OWN = ("runs_dir={work}/runs", "cache_dir={work}/cache", "device=cpu")
 SETTINGS = ("data=text", *PLACES, *SHAPE)
 TRAINED = ("train", "--pos", "rope", *SETTINGS, "train.steps=20", "train.dtype=fp32")
+EVALUATED = ("eval", "rope", *OWN, "--ctx", "512", "--protocol", "last", "eval.last=16",
+             "eval.scalings=[none,linear:16,yarn:16,ntk:16]")  # fmt: skip
 EVERY = ("train.steps=60", "train.checkpoint_every=6", "train.eval_every=9", "train.keep=[0.5]")
 JOBS = (
     Job("train", ("train", "--pos", "rope", *SETTINGS, *EVERY, "train.dtype=fp32")),
     Job("train-bf16", ("train", "--pos", "learned", *SETTINGS, *EVERY, "train.dtype=bf16")),
-    Job(
-        "eval",
-        ("eval", "rope", *OWN, "--ctx", "512", "--protocol", "last", "eval.last=16",
-         "eval.scalings=[none,linear:16,yarn:16,ntk:16]"),
-        (TRAINED,),
-    ),
+    Job("eval", EVALUATED, (TRAINED,)),
     Job("tokenise", ("data", "prepare", "data=text", *PLACES, "data.tokenizer=bpe", "data.vocab_size=900")),
     Job(
         "search",
@@ -113,7 +110,7 @@ SWEEP = Job(
 
 # written once, so that no kill can fall between and only faults are of interest
 FAULTS_ONLY = (
-    Job("report", ("report", "rope", "-o", "{work}/page", "runs_dir={work}/runs"), (TRAINED,), share=1),
+    Job("report", ("report", "rope", "-o", "{work}/page", "runs_dir={work}/runs"), (TRAINED, EVALUATED), share=1),
     Job("export", ("export", "rope", "-o", "{work}/exported", *OWN), (TRAINED,), share=1),
 )
 
@@ -374,8 +371,11 @@ class Bench:
         counted = json.loads(self._server.log.with_suffix(".json").read_text(encoding="utf-8"))
         return [shim.Operation(*item) for item in counted[key]]
 
-    def fault(self, first: int, *, lasting: bool) -> dict[str, Any]:
-        """The job on a disk that fails at its `first` operation: {"operation", "lasting", "differences"}."""
+    def fault(self, first: int, *, lasting: bool) -> dict[str, Any] | None:
+        """The job on a disk that fails at its `first` operation: {"operation", "lasting", "differences"}.
+
+        None where this time it did not ask for so many: a search saves what it has every few seconds.
+        """
         self._fresh()
         before = digests(self._work)
         process = self._server.start(self._filled(self.job.command), (str(self._work), first, lasting))
@@ -386,6 +386,8 @@ class Bench:
         else:
             said = self._server.log.read_text(encoding="utf-8", errors="replace")
             odd = complaints(process.exitcode, said, self._work, before, self._counted("done"))
+        if process.exitcode == 0 and self.job != SWEEP and not self._counted("refused"):
+            return None
         refused = " ".join((*self._counted("refused"), ("in", "a worker"))[0])  # which counts for itself
         try:
             self._server.finish(self._filled(self.job.command))
@@ -465,8 +467,12 @@ def faults(
             (name, n + 1, lasting) for name in asked for n in range(asked[name]) for lasting in (False, True)
         ]
         results: dict[str, list[dict[str, Any]]] = {name: [] for name in benches}
-        for name, first, lasting in sorted(draw.sample(all_of_them, min(wanted, len(all_of_them)))):
+        for name, first, lasting in draw.sample(all_of_them, len(all_of_them)):
+            if sum(map(len, results.values())) == wanted:
+                break
             trial = benches[name].fault(first, lasting=lasting)
+            if trial is None:
+                continue
             results[name].append(trial)
             if trial["differences"]:
                 say(f"{name}: {trial['operation']}{' and on' if lasting else ''}: {trial['differences'][:3]}")

@@ -1050,7 +1050,11 @@ BAD_SHOW: list[tuple[list[str], Sequence[str]]] = [
     (["ROPE", "ALIBI"], ["show takes one RUN"]),
     (["ROPE", "--pos", "rope"], ["show takes one RUN"]),
     (["ROPE", "train.lr=1"], ["has its own configuration"]),
-    (["nope"], ["there is no run 'nope'"]),
+    (["qqqq"], ["there is no run 'qqqq'", "`ropelab runs` lists those"]),
+    (["roep"], ["there is no run 'roep'", "did you mean the method rope (`ropelab show --pos rope`)?"]),
+    (["yarn"], ["there is no run 'yarn'", "did you mean the method yarn (`ropelab show --scaling yarn`)?"]),
+    (["c-yarn-8"], ["there is no run", "did you mean the claim c-yarn-8x (`ropelab reproduce c-yarn-8x`)?"]),
+    (["rope-txt-s0"], ["there is no run", "did you mean rope-text-s0-"]),
     (["--pos", "ropee"], ["did you mean rope?"]),
     (["--pos", "alibi", "--scaling", "yarn"], ["scaling=yarn", "pos=rope"]),
     (["--pos", "rope", "--factor", "4"], ["needs a scaling"]),
@@ -1283,6 +1287,36 @@ def test_odd_names_that_do_not_exist_are_named(refused: Refusals, tmp_path: Path
     refused("train", *refused.lab.tiny(f"runs_dir={file}"), says=["runs_dir=", name, "cannot be written"])
     refused("train", *refused.lab.tiny(f"cache_dir={file}"), says=["cache_dir=", name, "cannot be written"])
     refused("reproduce", "c-order", "-o", file, says=["-o ", name, "cannot be written"])
+
+
+IMPOSSIBLE: list[tuple[list[str], str]] = [
+    (["report", "--pdf"], "No such option: --pdf; `ropelab report -o FOLDER` writes a page, which a browser prints"),
+    (["eval", "--csv", "x.csv"], "No such option: --csv; `ropelab report -o FOLDER`"),
+    (["train", "--gpu", "0"], "No such option: --gpu; write device=cuda or device=cpu"),
+    (["train", "--lr", "1"], "No such option: --lr; settings have no dashes: write train.lr=VALUE"),
+    (["sweep", "--hidden-size", "8"], "--hidden-size; settings have no dashes: write model.d_model=VALUE"),
+    (["train", "--form", "x"], "No such option: --form; did you mean --from?"),
+    (["report", "--verbose"], "No such option: --verbose; `report` takes -o, --output, --help"),
+    (["diagnose", "x"], "No such command 'diagnose'; `ropelab show RUN`"),
+    (["compare", "a", "b"], "No such command 'compare'; `ropelab report"),
+    (["pdf"], "No such command 'pdf'; `ropelab --help` lists them"),
+    (["evaluate"], "No such command 'evaluate'. Did you mean 'eval'?"),
+    (["report", "-o", "x.pdf"], "-o x.pdf is the name of a file, and a report is a folder with report.html"),
+    (["reproduce", "c-order", "-o", "page.html"], "give -o page (a browser prints the page as PDF)"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "says"), IMPOSSIBLE, ids=[" ".join(row[0]) for row in IMPOSSIBLE])
+def test_what_cannot_be_done_names_what_can(
+    lab: Lab, arguments: list[str], says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["ropelab", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    told = capsys.readouterr()
+    assert (stopped.value.code, told.out) == (2, "")
+    assert told.err.count("\n") == 1
+    assert says in told.err
 
 
 # --- the process itself ---------------------------------------------------------------------------------------------

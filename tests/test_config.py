@@ -389,6 +389,24 @@ def test_odd_overrides_are_refused(overrides: list[str], says: str) -> None:
     assert says in refusal(*overrides)
 
 
+@pytest.mark.parametrize("kind", ["pipe", "link to a pipe", "/dev/zero", "/dev/stdin", "a terabyte"])
+def test_a_factors_file_without_an_end_is_refused_at_once(kind: str, tmp_path: Path) -> None:
+    file = Path(kind) if kind.startswith("/dev") else tmp_path / "factors.json"
+    if kind == "a terabyte":
+        with file.open("wb") as opened:
+            opened.truncate(2**40)
+    elif not kind.startswith("/dev"):
+        os.mkfifo(tmp_path / "pipe" if kind.startswith("link") else file)
+        if kind.startswith("link"):
+            file.symlink_to(tmp_path / "pipe")
+    command = [sys.executable, "-m", "ropelab", "show", "--scaling", "longrope", f"scaling.factors={file}"]
+    told = subprocess.run(command, stdin=subprocess.PIPE, capture_output=True, text=True, timeout=300, check=False)
+    assert told.returncode == 2
+    assert told.stderr.startswith(f"ropelab: scaling.factors={file} cannot be read (it ")
+    assert told.stderr.endswith("give a FILE of `ropelab search`\n")
+    assert told.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("path", "value", "says"),
     [

@@ -463,6 +463,16 @@ def test_a_few_random_kills_change_nothing(tmp_path: Path) -> None:
     assert (found["kills"], found["kills_in_equal_trials"]) == (4, 4)
 
 
+def test_a_few_random_faults_of_the_disk_lose_nothing(tmp_path: Path) -> None:
+    """The short form of its `--faults`, on a job that only faults have."""
+    out = tmp_path / "soak.json"
+    command = [sys.executable, "scripts/soak.py", "--faults", "2", "--jobs", "report", "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(out.read_text())["faults"]
+    assert (found["faults"], found["faults_without_a_loss"]) == (2, 2)
+
+
 def test_two_processes_evaluate_one_run_at_once(whole: Whole, tmp_path: Path) -> None:
     lab = whole.lab.copy(tmp_path / "lab")
     shutil.rmtree(lab.run.results)

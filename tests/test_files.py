@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import fcntl
 import os
 import subprocess
 import sys
@@ -243,3 +244,20 @@ def test_only_a_file_of_bounded_size_is_read(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         files.load_json(tmp_path / "none")
     assert files.read_json(tmp_path / "none") is None
+
+
+def test_a_lock_is_seen_while_a_process_holds_it(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    assert not files.is_locked(path)
+    assert not path.exists()
+    held = files.open_lock(tmp_path)
+    assert not files.is_locked(path)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    assert files.is_locked(path)
+    (tmp_path / "link").symlink_to(path)
+    assert not files.is_locked(tmp_path / "link")
+    fcntl.flock(held, fcntl.LOCK_SH)  # of a reader
+    assert not files.is_locked(path)
+    os.close(held)
+    os.mkfifo(tmp_path / "pipe")
+    assert not files.is_locked(tmp_path / "pipe")

@@ -493,6 +493,10 @@ ENDLESS: dict[str, dict[str, Any]] = {
         {"id": 0, "content": "!", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
          "special": True},
     ]},
+    "doubled as it is loaded": {**replaced({"String": "a"}, "aa", 40), "added_tokens": [
+        {"id": 0, "content": "a!", "single_word": False, "lstrip": False, "rstrip": False, "normalized": True,
+         "special": False},
+    ]},
     "a page between letters": replaced({"Regex": ""}, "b" * 1000),
     "bytes of bytes": {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [BYTE_STEP] * 40}},
     "a quantifier in a quantifier": split(r"([a-j ]+)+\d\d\d"),
@@ -519,11 +523,12 @@ def test_steps_that_published_tokenisers_have_pass_the_trial() -> None:
     prepended = replaced({"String": " "}, "▁")
     prepended["normalizer"]["normalizers"].insert(0, {"type": "Prepend", "prepend": "▁"})
     for change in (split(llama3), prepended, {"normalizer": {"type": "NFKD"}}):
-        data.check_ends(data.from_json({**with_tokens("<x>"), **change}, 300))
+        own = data.from_json({**with_tokens("<x>"), **change}, 300)
+        assert own.encode("a text").size
 
 
 def test_a_panic_beneath_a_tokeniser_is_one_line() -> None:
-    own = data.from_json({**with_tokens("<x>"), **split(r"([a-j ]+)+\d\d\d")}, 300)
+    own = fast.Fast({**with_tokens("<x>"), **split(r"([a-j ]+)+\d\d\d")}, 300)  # without its trial
     with pytest.raises(ValueError, match="fails on this text"):
         own.encode("abcdefghij" * 4)
 
@@ -595,6 +600,22 @@ def test_a_model_far_larger_than_its_weights_is_refused(base: Path, tmp_path: Pa
     found = T.GPTJConfig(vocab_size=256, n_embd=32, n_layer=1, n_head=4, rotary_dim=8, n_positions=64)
     folder = changed(save(tmp_path / "gptj", found), tmp_path / "other", n_positions=10**9)  # a table of angles
     assert "asks for a model of" in refused("eval", "--hf", folder, *settings(base))
+
+
+def test_a_tokeniser_of_other_files_is_made_apart_and_in_time(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save(tmp_path / "checkpoint", T.GPT2Config(vocab_size=256, n_embd=32, n_layer=1, n_head=4, n_positions=64))
+    rows = evaluated(folder, base)["rows"]
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").unlink(missing_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    found = evaluated(folder, base)
+    assert [row["nll"] for row in found["rows"]] == [row["nll"] for row in rows]
+    monkeypatch.setattr(checkpoint, "CONVERTING_SECONDS", 0.01)
+    assert "none can be made of its files (not in 0.01 seconds)" in refused("eval", "--hf", folder, *settings(base))
 
 
 def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(llama: Path, base: Path, tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from ropelab import files
+from ropelab import data, files
+from ropelab.data import fast
 from ropelab.errors import DamagedFileError
 from tests.test_faults import Said, _one_thread, nodes, one_line, replaced, ropelab  # noqa: F401 (fixture)
 from tests.test_runs import write_corpus
@@ -308,6 +309,70 @@ def test_a_hostile_folder_is_refused_or_harmless(good: Made, made: Made, tmp_pat
         assert untouched(made) == before, arguments
     ended_well(made.say("eval", run, "--ctx", "32,", "eval.tokens=200", f"cache_dir={good.root.parent / 'cache'}"))
     assert untouched(made) == before
+
+
+def fast_one(change: dict[str, Any]) -> str:
+    """The run's bytes as a tokeniser of the `tokenizers` library, with steps of a stranger's."""
+    return json.dumps({"name": "fast", "rows": 256, "source": {**data.to_json(data.Bytes()), **change}})
+
+
+LETTERS = list(data.to_json(data.Bytes())["model"]["vocab"])
+DOUBLED = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+WORD = {"id": 0, "content": "a!", "single_word": False, "lstrip": False, "rstrip": False, "normalized": True,
+        "special": False}  # fmt: skip
+TOKENISERS: dict[str, str] = {
+    "too large": " " * (2**28 + 1),
+    "of depth": "[" * 10**5,
+    "of depth within": fast_one({"normalizer": 0}).replace('"normalizer": 0', '"normalizer": ' + "[" * 900 + "]" * 900),
+    "endless on a text": fast_one({"normalizer": {"type": "Sequence", "normalizers": [DOUBLED] * 40}}),
+    "endless as it is loaded": fast_one(
+        {"normalizer": {"type": "Sequence", "normalizers": [DOUBLED] * 40}, "added_tokens": [WORD]}
+    ),
+    "a pattern without an end": fast_one({"pre_tokenizer": {
+        "type": "Split", "pattern": {"Regex": r"([a-j ]+)+\d\d\d"}, "behavior": "Isolated", "invert": False,
+    }}),
+    "a merge of nothing": json.dumps({"name": "bpe", "vocabulary": LETTERS, "merges": ["a bc"]}),
+    "a token twice": json.dumps({"name": "bpe", "vocabulary": [*LETTERS[:-1], "a"], "merges": []}),
+    "of another name": json.dumps({"name": "x", "vocabulary": LETTERS, "merges": []}),
+    "with more tokens": json.dumps({"name": "bpe", "vocabulary": [*LETTERS, "ab", "abc"], "merges": ["a b", "ab c"]}),
+    "of others": json.dumps({"name": "gpt2", "vocabulary": LETTERS, "merges": []}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TOKENISERS)
+def test_a_hostile_tokeniser_in_a_run_is_refused(
+    good: Made, made: Made, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(fast, "TRIAL_SECONDS", 1)
+    text = TOKENISERS[kind]
+    (made.run / "tokenizer.json").write_text(text, encoding="utf-8")
+    with contextlib.suppress(DamagedFileError):
+        if kind != "of others":  # else the manifest says that it is the run's
+            in_manifest(("tokenizer", "digest"), files.digest_of(defined(text)), of=RUN)(made)
+    run, cache, before = made.run.name, f"cache_dir={good.root.parent / 'cache'}", untouched(made)
+    for arguments in (
+        ("eval", run, "--ctx", "32,", "eval.tokens=200"), ("export", run, "-o", str(made.root / "exported")),
+        ("train", "--from", run, "train.steps=6"), ("show", run, "--attention"),
+        ("search", "longrope", run, "--ctx", "128"),
+    ):  # fmt: skip
+        there = sorted(made.runs.iterdir())
+        with within_seconds(240):
+            said = made.say(*arguments, cache)
+        ended_well(said)
+        assert said.status == 2, (arguments, said.out)
+        one_line(said, "tokenizer.json")
+        assert sorted(made.runs.iterdir()) == there
+        assert not (made.root / "exported").exists()
+    ended_well(made.say("show", run))
+    assert untouched(made) == before
+
+
+def defined(text: str) -> Any:
+    """What the digest of a tokeniser is of."""
+    value = files.parse_json(text)
+    if value["name"] == "fast":
+        value["source"] |= {"padding": None, "truncation": None}
+    return value
 
 
 @pytest.mark.parametrize("number", range(6))

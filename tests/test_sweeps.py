@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import socket
@@ -26,7 +27,7 @@ from ropelab import config as configs
 from ropelab.config import LocalLauncher, SlurmLauncher
 from ropelab.config import sweep_grammar as grammar
 from ropelab.errors import RunError, SchedulerError
-from ropelab.sweeps import Sweep
+from ropelab.sweeps import Sweep, control
 from ropelab.sweeps.launchers import local
 from ropelab.sweeps.launchers import slurm as slurm_launcher
 from tests.test_runs import _one_thread, home, tiny  # noqa: F401 (fixtures)
@@ -184,6 +185,31 @@ def test_launcher_settings_are_read_by_their_types() -> None:
     ):
         with pytest.raises(ValueError, match=said):
             configs.launcher(name, [override] if override else [])
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("['module load cuda, gcc']", ["module load cuda, gcc"]),
+        ('["export A=1,2", ulimit -n 4096]', ["export A=1,2", "ulimit -n 4096"]),
+        ("['echo \"a, b\"', [ -d x ]]", ['echo "a, b"', "[ -d x ]"]),
+        ("['echo it's, ok', x]", ["echo it's, ok", "x"]),
+        ("[it's]", ["it's"]),
+        ("[]", []),
+    ],
+)  # fmt: skip
+def test_a_line_of_the_launcher_may_hold_a_comma(text: str, lines: list[str]) -> None:
+    slurm = configs.launcher("slurm", [f"launcher.setup={text}"])
+    assert isinstance(slurm, SlurmLauncher)
+    assert list(slurm.setup) == lines
+    typed = shlex.split(control._typable("launcher.setup=", lines))  # as `retry` says it is typed
+    assert configs.launcher("slurm", typed) == slurm
+
+
+@pytest.mark.parametrize("text", ['[echo "a,b"]', "['a, b]", "[a 'b, c']", '["a, b]'])
+def test_a_line_that_a_comma_would_tear_is_refused_with_the_fix(text: str) -> None:
+    with pytest.raises(ValueError, match=r"write the whole item in quotes, such as launcher\.setup=\['export A=1,2'\]"):
+        configs.launcher("slurm", [f"launcher.setup={text}"])
 
 
 # --- bad input ------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from ropelab.cli import train, eval, sweep, reproduce, search, show, runs, verif
 from ropelab.cli import export, bench  # noqa: F401
 
 # isort: on
-from ropelab.cli.options import app, drop_output, one_line, open_streams, say
+from ropelab.cli.options import app, drop_output, one_line, open_streams, say, with_fix
 
 __all__ = ["app", "main"]
 
@@ -33,7 +33,7 @@ def main() -> None:
         sys.stdout.flush()
     except UsageError as error:
         status = 2
-        say(one_line(error.format_message()))  # type: ignore[attr-defined]
+        say(one_line(with_fix(error)))
     except typer.Abort:
         status = 1
         say(one_line("nothing was done; answer y, or add --yes"))

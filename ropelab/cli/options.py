@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import io
 import json
@@ -67,6 +68,17 @@ Ctx = Annotated[
 ]
 Protocol = Annotated[list[str] | None, typer.Option("--protocol", metavar="NAME", help="eval.protocol=NAME.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+PAGE = "`ropelab report -o FOLDER` writes a page, which a browser prints as PDF, with its pictures and results.csv"
+RESUMED = "the same `ropelab train` resumes what was stopped; --from RUN goes on from a finished run"
+INSTEAD = {  # of commands and options that others have
+    **dict.fromkeys(("--pdf", "--html", "--svg", "--png", "--csv", "plot", "compare"), PAGE),
+    **dict.fromkeys(("--gpu", "--cuda", "--cpu"), "write device=cuda or device=cpu"),
+    **dict.fromkeys(("--resume", "--finetune", "resume", "finetune"), RESUMED),
+    **dict.fromkeys(("diagnose", "explain"), "`ropelab show RUN` says why its curve bends"),
+    **dict.fromkeys(("list", "ls"), "`ropelab runs` lists runs, `ropelab show` methods, `ropelab status` sweeps"),
+}
 
 
 class Log(io.FileIO):
@@ -196,8 +208,39 @@ def option(overrides: list[str], option: str, key: str, values: list[str] | None
         overrides.append(f"{key}={value}")
 
 
+def with_fix(error: Any) -> str:
+    """What a mistake in commands and options is, and what can be typed instead."""
+    said: str = error.format_message()
+    if said.startswith("No such command"):
+        name = said.partition("'")[2].partition("'")[0]
+        if "Did you mean" in said and name not in INSTEAD:
+            return said
+        return f"No such command '{name}'; {INSTEAD.get(name, '`ropelab --help` lists them')}"
+    if type(error).__name__ != "NoSuchOption":
+        return said
+    from ropelab import config
+
+    name = error.option_name
+    said = f"No such option: {name}"
+    if name in INSTEAD:
+        return f"{said}; {INSTEAD[name]}"
+    parameters = error.ctx.command.params
+    options = [written for each in parameters for written in each.opts if written.startswith("-")]
+    if close := difflib.get_close_matches(name, options, n=1, cutoff=0.8):
+        return f"{said}; did you mean {close[0]}?"
+    takes = any("KEY=VALUE" in (each.metavar or "") for each in parameters)
+    if takes and (found := config.keys_called(name.strip("-").replace("-", "_"))):
+        return f"{said}; settings have no dashes: write {' or '.join(f'{key}=VALUE' for key in found)}"
+    return f"{said}; `{error.ctx.info_name}` takes {', '.join([*options, '--help'])}"
+
+
 def check_output(path: Path, *, picture: bool) -> None:
     """`ValueError`, before hours of work, for an -o that cannot be written; missing folders are made later."""
+    if not picture and path.suffix.lower() in (".html", ".htm", ".pdf", ".png", ".svg", ".csv") and not path.is_dir():
+        raise ValueError(
+            f"-o {path} is the name of a file, and a report is a folder with report.html, pictures and results.csv: "
+            f"give -o {path.with_suffix('')} (a browser prints the page as PDF)"
+        )
     if picture and path.suffix.lower() != ".png":
         raise ValueError(f"-o {path} is drawn as PNG; give it a name that ends in .png")
     if picture and path.is_dir():

@@ -174,7 +174,8 @@ def _show_run(
         if item.partition("=")[0].partition(".")[0] not in RUN_KEYS:
             raise ValueError(f"a run has its own configuration: show RUN takes {', '.join(RUN_KEYS)}, not {item}")
     base = config.load([item for item in settings if not item.startswith("scaling")])
-    run = runs.open_run(runs.find_run(name, Path(base.runs_dir).expanduser()), finished=False)
+    runs_dir = Path(base.runs_dir).expanduser()
+    run = runs.open_run(runs.find_run(name, runs_dir, also=_named(runs_dir)), finished=False)
     manifest, trained = run.manifest, run.config
     ((scaling, _),) = questions_of(config.to_dict(trained), settings, ())
     from ropelab.analysis import diagnose_run, trained_encoding
@@ -213,6 +214,18 @@ def _show_run(
     _print_diagnosis(numbers)
     if numbers["attention"] is not None:
         _print_attention(numbers["attention"], manifest["train_ctx"])
+
+
+def _named(runs_dir: Path) -> dict[str, str]:
+    """What has a name but is no run, and how it is shown: sweeps, claims, methods."""
+    from ropelab import claims, config, sweeps
+
+    found = {path.name: f"the sweep {path.name} (`ropelab status {path.name}`)" for path in sweeps.all_sweeps(runs_dir)}
+    for name in claims.packaged_claims(config.config_dir()):
+        found[name] = f"the claim {name} (`ropelab reproduce {name}`)"
+    for group in ("scaling", "pos"):
+        found |= {name: f"the method {name} (`ropelab show --{group} {name}`)" for name in config.choices(group)}
+    return found
 
 
 def _evaluated_length(diagnosed: dict[str, Any], scaling: str) -> int:

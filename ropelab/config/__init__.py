@@ -10,11 +10,13 @@ from ropelab.config.load import (
     config_dir,
     from_dict,
     keys,
+    keys_called,
     launcher,
     load,
     nearest,
     own_launcher,
     parse_scaling,
+    spelled_list,
     to_dict,
 )
 from ropelab.config.schema import (
@@ -55,6 +57,7 @@ __all__ = [
     "expand",
     "from_dict",
     "keys",
+    "keys_called",
     "launcher",
     "load",
     "named_sweep",
@@ -62,5 +65,6 @@ __all__ = [
     "own_launcher",
     "parse_scaling",
     "run_with_hydra",
+    "spelled_list",
     "to_dict",
 ]

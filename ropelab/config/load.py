@@ -136,6 +136,12 @@ def keys() -> list[str]:
     return _all_keys(_compose({}))
 
 
+def keys_called(name: str) -> list[str]:
+    """The dotted keys whose last name is this one, or what other programs call so."""
+    last = OTHER_NAMES.get(name, name)
+    return [key for key in keys() if key.rpartition(".")[2] == last]
+
+
 def load(overrides: Sequence[str] = (), *, parent: Mapping[str, Any] | None = None) -> Config:
     """Compose the shipped configuration with overrides such as `pos=alibi` and `train.lr=1e-3`.
 
@@ -410,6 +416,45 @@ def _unquoted(text: str) -> str:
     return text[1:-1] if len(text) >= 2 and text[0] == text[-1] and text[0] in "'\"" else text
 
 
+# an item in quotes up to the quote before a comma or the end, or all up to a comma
+_ITEM = re.compile(
+    r"""\s*('(?:(?!'\s*(?:,|$)).)*'(?=\s*(?:,|$))|"(?:(?!"\s*(?:,|$)).)*"(?=\s*(?:,|$))|[^,]*)""", re.DOTALL
+)
+
+
+def _items(key: str, text: str) -> list[str]:
+    """What stands between the commas of a list, quotes included; an item in quotes may hold commas itself."""
+    found, at = [], 0
+    while at <= len(text):
+        matched = _ITEM.match(text, at)
+        assert matched is not None
+        found.append(matched[1].strip())
+        comma = text.find(",", matched.end())
+        at = comma + 1 if comma >= 0 else len(text) + 1
+    for item in found:
+        if item[:1] not in ('"', "'"):
+            torn = item.count('"') % 2 or (len(found) > 1 and item.count("'") % 2)
+        else:
+            torn = len(item) < 2 or item[-1] != item[0]
+        if torn:
+            raise ValueError(
+                f"{key}: quotes around a comma are not those of an item ({_short(item)}); write the whole item in "
+                f"quotes, such as {key}=['export A=1,2'], and the whole setting in those of the shell"
+            )
+    return [item for item in found if item]
+
+
+def spelled_list(items: Iterable[str]) -> str:
+    """A list of texts as `load` and `launcher` read it."""
+
+    def spelled(item: str) -> str:
+        if not re.search(r"""[,'"]|^\s|\s$""", item):
+            return item
+        return f"'{item}'" if not re.search(r"'\s*(,|$)", item) else f'"{item}"'
+
+    return f"[{','.join(map(spelled, items))}]"
+
+
 def _parse(key: str, text: str, kind: Any) -> Any:
     """The value that `text` spells for an annotation of the schema."""
     optional = isinstance(kind, types.UnionType)
@@ -421,7 +466,7 @@ def _parse(key: str, text: str, kind: Any) -> Any:
         if not (text.startswith("[") and text.endswith("]")):
             raise ValueError(f"{key} takes a list such as [a,b], not '{text}'")
         inner = typing.get_args(kind)[0]
-        return [_parse(key, item.strip(), inner) for item in text[1:-1].split(",") if item.strip()]
+        return [_parse(key, item, inner) for item in _items(key, text[1:-1])]
     if kind is str:
         if not _unquoted(text):
             raise ValueError(f"{key} is empty; give {key}=VALUE{' or null' if optional else ''}, or leave it out")

@@ -3,7 +3,7 @@
 from ropelab.data.batches import Batches
 from ropelab.data.corpora import CorpusInfo, describe
 from ropelab.data.documents import Progress
-from ropelab.data.fast import check_ends, from_json, keeps_bytes, load_tokenizer, prefix, to_json, token_id
+from ropelab.data.fast import apart, from_json, keeps_bytes, load_tokenizer, prefix, to_json, token_id
 from ropelab.data.overlap import Shingles
 from ropelab.data.prepare import check_overlap, prepare
 from ropelab.data.tokenizers import Bpe, Bytes, Tokenizer
@@ -21,7 +21,7 @@ __all__ = [
     "Shingles",
     "Split",
     "Tokenizer",
-    "check_ends",
+    "apart",
     "check_overlap",
     "describe",
     "drawn_positions",

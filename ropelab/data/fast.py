@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ropelab.data.tokenizers import Bpe, Bytes, Tokenizer, Tokens, alphabet, merge_pair
+from ropelab.data.tokenizers import LIMIT, Bpe, Bytes, Tokenizer, Tokens, alphabet, merge_pair
 from ropelab.files import load_json
 
 if TYPE_CHECKING:
@@ -26,15 +26,13 @@ if TYPE_CHECKING:
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # a byte that no token holds, in vocabularies with byte fallback
 _SPACE = "▁"  # U+2581, for a space in vocabularies of SentencePiece
 MAX_IDS = 2**24  # the largest vocabularies that there are have some 2**18
-TRIAL_SECONDS = 10  # of work for the text of a trial, which takes milliseconds
-_LOADING_SECONDS = 300  # by the clock, for all of it
-_SPARE = 2**30  # bytes that the trial may take beyond those of the tokeniser
+TRIAL_SECONDS = 10  # of work for a trial, and one for each MiB of the tokeniser: a vocabulary of 256,000 takes 0.06
+_PATIENCE = 300  # seconds by the clock, beside them
+_SPARE = 2**30  # bytes that a trial may take, and 64 for each of the tokeniser's: that vocabulary takes 15
 _GROWTH = 64  # characters made of one: Unicode's own compatibility forms have 18 at most
-_TRIAL = """
-import json, resource, signal, sys
-from tokenizers import Tokenizer
+_LIMITED = """
+import json, os, resource, signal, sys
 given = json.load(sys.stdin)
-encoder, text = Tokenizer.from_str(given["source"]), given["text"]
 try:
     held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (held + given["spare"], resource.RLIM_INFINITY))
@@ -42,14 +40,21 @@ except (OSError, ValueError):
     pass  # no /proc, or a limit already: the time is limited all the same
 signal.signal(signal.SIGPROF, signal.SIG_DFL)
 signal.setitimer(signal.ITIMER_PROF, given["seconds"])  # of work: a busy machine is no fault
-for line in text.splitlines(keepends=True):
+"""
+_TRIAL = """
+try:
+    encoder = Tokenizer.from_str(given["source"])
+except Exception as error:
+    print(" ".join(str(error).split())[:200])
+    sys.exit(4)
+for line in given["text"].splitlines(keepends=True):
     most = given["growth"] * len(line)
     if encoder.normalizer is not None and len(encoder.normalizer.normalize_str(line)) > most:
         sys.exit(3)
     if encoder.pre_tokenizer is not None:
         if sum(len(piece) for piece, _ in encoder.pre_tokenizer.pre_tokenize_str(line)) > most:
             sys.exit(3)
-(encoded,) = encoder.encode_batch_fast([text], add_special_tokens=True)
+(encoded,) = encoder.encode_batch_fast([given["text"]], add_special_tokens=True)
 encoder.decode(encoded.ids, skip_special_tokens=False)
 """
 
@@ -59,6 +64,7 @@ class Fast(Tokenizer):
 
     source: the parsed tokenizer.json. rows: ids that the model has, where they are more than the tokeniser's.
     Special tokens are never added. Byte lengths are those of the tokens' text: `keeps_bytes` says whether they add up.
+    Only what came through a trial (`tried`) is loaded: a stranger's tokenizer.json may have no end already there.
     ValueError: it is no tokenizer.json.
     """
 
@@ -68,17 +74,15 @@ class Fast(Tokenizer):
         if isinstance(rows, bool) or not isinstance(rows, int) or not 0 <= rows <= MAX_IDS:
             raise ValueError(f"a tokeniser has no {str(rows)[:40]} rows")
         self._source = dict(source) | {"padding": None, "truncation": None}
-        with _failing_as("cannot be read"):
+        with _failing_as("it cannot be read"):
             vocabulary = self._encoder.get_vocab(with_added_tokens=True)
             added = {token["content"] for token in self._source.get("added_tokens") or []}
             by_letter = alphabet() if _byte_level(self._source) else None
         if not vocabulary:
-            raise ValueError("the checkpoint's tokenizer.json has no vocabulary; fetch it again")
+            raise ValueError("it has no vocabulary")
         self.size = 1 + max(vocabulary.values())
         if self.size > MAX_IDS:
-            raise ValueError(
-                f"the checkpoint's tokenizer.json has the id {self.size - 1}, which no model has a row for"
-            )
+            raise ValueError(f"it has the id {self.size - 1}, which no model has a row for")
         self.n_vocab = max(self.size, rows) + 1
         self.byte_lengths = np.zeros(self.n_vocab - 1, np.int64)
         for token, index in vocabulary.items():
@@ -94,13 +98,13 @@ class Fast(Tokenizer):
         return Encoder.from_str(json.dumps(self._source))
 
     def encode_batch(self, texts: Sequence[str]) -> list[Tokens]:
-        with _failing_as("fails on this text"):
+        with _failing_as("the checkpoint's tokeniser fails on this text"):
             encoded = self._encoder.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(one.ids, self.dtype) for one in encoded]
 
     def ids(self, text: str, *, special: bool) -> list[int]:
         """Ids of a short text, with or without what the post-processor puts around it."""
-        with _failing_as("fails on a text"):
+        with _failing_as("the checkpoint's tokeniser fails on a text"):
             return list(self._encoder.encode(text, add_special_tokens=special).ids)
 
     def id_of(self, content: str) -> int | None:
@@ -122,41 +126,54 @@ def _failing_as(what: str) -> Iterator[None]:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         said = " ".join(str(error).split())[:200]
-        raise ValueError(f"the checkpoint's tokenizer.json {what} ({said})") from None
+        raise ValueError(f"{what} ({said})") from None
 
 
-def check_ends(tokenizer: Tokenizer) -> None:
-    """Encode a short text in a process of its own, with little time and memory: a stranger's steps may have no end.
+def tried(source: Mapping[str, Any], rows: int) -> Fast:
+    """A `Fast`, after it was loaded and encoded a short text in a process of its own, with little time and memory.
 
-    The text has runs of every printable ASCII character, on which a pattern with one quantifier inside another never
-    ends. `ValueError` where the steps do not come to an end, fail, or make far more text than they are given.
+    For a stranger's steps may have no end. The text has runs of every printable ASCII character, on which a pattern
+    with one quantifier inside another never ends. `ValueError` where it is no tokenizer.json, or its steps do not come
+    to an end, fail, or make far more text than they are given.
     """
-    if not isinstance(tokenizer, Fast):
-        return
     letters = [*map(chr, range(32, 127)), "\t", "\n", "é", "汉", "🙂"]
     runs = "\n".join(letter * 64 for letter in letters)
     text = f"The quick brown fox, aged 1234, jumps over a bad cabbage; it didn't fade. \n{runs}"
-    given = {
-        "source": json.dumps(tokenizer.definition()["source"]), "text": text, "seconds": TRIAL_SECONDS,
-        "spare": _SPARE, "growth": _GROWTH,
-    }  # fmt: skip
     try:
-        done = subprocess.run(
-            [sys.executable, "-P", "-c", _TRIAL], input=json.dumps(given), capture_output=True, text=True, check=False,
-            timeout=_LOADING_SECONDS + TRIAL_SECONDS, env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
-        )  # fmt: skip
-        status = done.returncode
-    except subprocess.TimeoutExpired:
-        status = -signal.SIGPROF
-    if not status:
-        return
+        written = json.dumps(source)
+    except (RecursionError, TypeError, ValueError):
+        raise ValueError("it cannot be read (it is nested too deeply)") from None
+    seconds, spare = TRIAL_SECONDS + len(written) / 2**20, _SPARE + 64 * len(written)
+    given = {"source": written, "text": text, "growth": _GROWTH}
+    status, said = apart("from tokenizers import Tokenizer", _TRIAL, given, seconds=seconds, spare=spare)
+    if status == 4:
+        raise ValueError(f"it cannot be read ({said})")
     if status == -signal.SIGPROF:
-        why = f"is not done with {len(text)} characters in {TRIAL_SECONDS} seconds; its steps may have no end"
+        why = f"is not done with {len(text)} characters in {seconds:.0f} seconds; its steps may have no end"
     elif status == 3:
         why = f"makes more than {_GROWTH} characters of each"
+    elif status:
+        why = f"fails on {len(text)} characters of plain text, or takes more than {spare >> 20} MiB for them"
     else:
-        why = f"fails on {len(text)} characters of plain text, or takes more than {_SPARE >> 20} MiB for them"
-    raise ValueError(f"the checkpoint's tokenizer.json {why}: it is damaged or hostile; fetch it from its author again")
+        return Fast(source, rows)
+    raise ValueError(f"it {why}: it is damaged or hostile")
+
+
+def apart(imports: str, work: str, given: Mapping[str, Any], *, seconds: float, spare: int = _SPARE) -> tuple[int, str]:
+    """Python statements in a process of its own, with limits: its exit status and what it printed.
+
+    imports: come before the limits. given: JSON values, which `work` finds under this name. seconds: of work, after
+    which the status is -SIGPROF. spare: bytes that may be taken beside the imports.
+    """
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", f"{imports}\n{_LIMITED}{work}"], capture_output=True, text=True, check=False,
+            input=json.dumps({**given, "seconds": seconds, "spare": spare}), timeout=_PATIENCE + seconds,
+            env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return -signal.SIGPROF, ""
+    return done.returncode, done.stdout.strip()
 
 
 def _byte_level(source: Mapping[str, Any]) -> bool:
@@ -207,13 +224,14 @@ def to_json(tokenizer: Tokenizer) -> dict[str, Any]:
 def from_json(source: Mapping[str, Any], rows: int) -> Tokenizer:
     """The tokeniser of a tokenizer.json for a model of `rows` tokens: one of ours where it is one, else a `Fast`.
 
-    It may have ids that the model has not: special tokens that no text has. `ValueError` for what is no tokenizer.json.
+    It may have ids that the model has not: special tokens that no text has. `ValueError`, without the file's name, for
+    what is no tokenizer.json, or does not pass its trial.
     """
     try:
         found = _ours(source)
     except (AttributeError, LookupError, TypeError, ValueError):  # not even the shape of one: `Fast` says what is wrong
         found = None
-    return found if found is not None and rows == found.n_vocab - 1 else Fast(source, rows)
+    return found if found is not None and rows == found.n_vocab - 1 else tried(source, rows)
 
 
 def prefix(tokenizer: Tokenizer) -> list[int]:
@@ -254,15 +272,18 @@ def _ours(source: Mapping[str, Any]) -> Tokenizer | None:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Read what `Tokenizer.save` wrote. ValueError: the file is no tokeniser."""
+    """Read what `Tokenizer.save` wrote. `ValueError`: the file is no tokeniser, or one that does not pass its trial."""
     try:
-        value = load_json(Path(path))
+        value = load_json(Path(path), limit=LIMIT)
         if value["name"] == Bytes.name:
             return Bytes()
         if value["name"] == "fast":
-            return Fast(value["source"], value["rows"])
+            return tried(value["source"], value["rows"])
+        if value["name"] not in ("bpe", "gpt2"):
+            raise ValueError("its name is none of bytes, bpe, gpt2, fast")
         return Bpe(value["name"], value["vocabulary"], [merge_pair(pair) for pair in value["merges"]])
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist: the run's tokeniser is missing") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no tokeniser ({error!r}): it is damaged or another file") from None
+        said = error if isinstance(error, ValueError) else repr(error)
+        raise ValueError(f"{path} is no tokeniser ({said}): it is damaged or another file") from None

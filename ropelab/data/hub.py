@@ -10,7 +10,7 @@ from typing import Any, overload
 
 from ropelab import files
 from ropelab.data.documents import Document, Progress, author_of, document, offer_fields, title_of
-from ropelab.data.reading import check_ends, check_json_lines, is_json, is_packed, leads_outside
+from ropelab.data.reading import check_bounded, leads_outside
 from ropelab.errors import DamagedFileError
 
 CARD_LIMIT = 2**22  # bytes of a dataset's card
@@ -73,9 +73,11 @@ def load_hub(path: str, subset: str | None, *, follow: bool = False) -> Any:
     try:
         if Path(path).exists():
             _check_card(Path(path))
-            builder = datasets.load_dataset_builder(path, subset)
+        builder = datasets.load_dataset_builder(path, subset)
+        if Path(path).exists():
             _check_files(Path(path), builder.config.data_files or {}, follow=follow)
-        return datasets.load_dataset(path, subset)
+        builder.download_and_prepare(dl_manager=_checking(builder))
+        return builder.as_dataset()
     except Refused as error:
         raise ValueError(str(error)) from None
     except Exception as error:  # whatever goes wrong in there comes from the dataset or the network
@@ -129,7 +131,7 @@ def _names(value: Any, *, inside: bool = False) -> Iterator[str]:
 
 
 def _check_files(folder: Path, data_files: Mapping[Any, Iterable[Any]], *, follow: bool) -> None:
-    """`Refused`: a local dataset's card names files outside of its folder, or files that `datasets` dies of."""
+    """`Refused`: a local dataset's card names files outside of its folder."""
     for name in (str(file) for part in data_files.values() for file in part):
         file = Path(os.path.normpath(name))
         if "://" in name or "::" in name or not file.is_relative_to(folder.resolve()):
@@ -139,13 +141,46 @@ def _check_files(folder: Path, data_files: Mapping[Any, Iterable[Any]], *, follo
             )
         if not follow and leads_outside(file, folder):
             raise Refused(f"{name} is a link to outside of data.path={folder}: put the file itself there")
-        try:
-            if is_json(file):
-                check_json_lines(file)
-            elif is_packed(file):
-                check_ends(file)
-        except ValueError as error:
-            raise Refused(str(error)) from None
+
+
+def _checking(builder: Any) -> Any:
+    """What fetches a dataset's files, which are checked (`check_bounded`) before any is unpacked or read.
+
+    `Refused`: a file that `datasets` would die of, or that unpacks without an end.
+    """
+    import datasets
+
+    class Checking(datasets.DownloadManager):  # type: ignore[misc]
+        def download(self, url_or_urls: Any) -> Any:
+            fetched = super().download(url_or_urls)
+            for name, path in _pairs(url_or_urls, fetched):
+                try:
+                    check_bounded(Path(path), name.partition("?")[0])
+                except ValueError as error:
+                    raise Refused(str(error)) from None
+            return fetched
+
+    return Checking(
+        dataset_name=builder.dataset_name,
+        data_dir=builder.config.data_dir,
+        base_path=builder.base_path,
+        download_config=datasets.DownloadConfig(  # as `datasets` has it, so that what was fetched before is found
+            cache_dir=builder._cache_downloaded_dir, use_etag=False, token=builder.token,
+            storage_options=builder.storage_options,
+        ),
+    )  # fmt: skip
+
+
+def _pairs(names: Any, paths: Any) -> Iterator[tuple[str, str]]:
+    """(name, path) of whatever a structure of names was fetched to, which has the same structure."""
+    if isinstance(names, dict):
+        for key, inner in names.items():
+            yield from _pairs(inner, paths[key])
+    elif isinstance(names, list | tuple):
+        for one, path in zip(names, paths, strict=True):
+            yield from _pairs(one, path)
+    else:
+        yield str(names), str(paths)
 
 
 def read_split(rows: Any, label: str, path: str, text_field: str, progress: Progress | None) -> HubDocuments:

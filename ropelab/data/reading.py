@@ -5,10 +5,13 @@ from __future__ import annotations
 import codecs
 import csv
 import gzip
+import itertools
 import json
 import lzma
 import os
 import stat
+import tarfile
+import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -131,9 +134,97 @@ def read_text(path: Path) -> str:
     return "".join(_decoded(path, lambda n_bytes: None))
 
 
-def check_json_lines(path: Path) -> None:
+def check_bounded(path: Path, name: str) -> None:
+    """ValueError: a file that `datasets` would unpack, or read, to far more than any text, or would crash of.
+
+    That looks into a file, whatever it is called: so does this. name: says what is in it (`is_json`).
+    """
+    if not is_regular(path):
+        raise ValueError(f"{path} is no regular file: give a file")
+    packed = _packed_as(path)
+    if packed == ".parquet":
+        check_parquet(path)
+    elif packed == ".zip":
+        _check_zip(path)
+    elif packed == ".tar":
+        _check_tar(path)
+    elif packed and packed not in COMPRESSIONS:
+        raise ValueError(f"{path} is packed as {packed[1:]}, of which it is not known what it unpacks to: unpack it")
+    elif is_json(Path(name)):
+        _check_nesting(path, chunks(path, lambda n_bytes: None, packed))
+    elif packed:
+        for _ in chunks(path, lambda n_bytes: None, packed):
+            pass
+
+
+# what files of a kind begin with
+_MAGIC = {b"PAR1": ".parquet", b"\x1f\x8b": ".gz", b"\xfd7zXZ\0": ".xz", b"\x28\xb5\x2f\xfd": ".zst",
+          b"PK\x03\x04": ".zip", b"PK\x05\x06": ".zip", b"BZh": ".bz2", b"7z\xbc\xaf\x27\x1c": ".7z", b"Rar!": ".rar",
+          b"\x04\x22\x4d\x18": ".lz4"}  # fmt: skip
+
+
+def _packed_as(path: Path) -> str:
+    """What a file is packed as, by what it begins with; empty for what is not."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(8)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}): check its permissions") from None
+    found = next((ending for magic, ending in _MAGIC.items() if head.startswith(magic)), "")
+    return ".tar" if found in ("", ".gz", ".xz", ".bz2") and _is_tar(path) else found
+
+
+def _is_tar(path: Path) -> bool:
+    """Is it an archive of tar, packed or not? It is only looked into as far as its first header."""
+    try:
+        return tarfile.is_tarfile(path)
+    except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error):
+        return False
+
+
+def _check_zip(path: Path) -> None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            done = 0
+            for member in archive.infolist():  # no more is unpacked of each than this says
+                done += member.file_size
+                _check_size(path, done, size_of(path))
+            for member in archive.infolist():
+                _check_member(path, member.filename, lambda: archive.open(member))  # noqa: B023
+    except (zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise _damaged(path, error) from None
+
+
+def _check_tar(path: Path) -> None:
+    try:
+        with tarfile.open(path) as archive:
+            done = 0
+            for member in archive:
+                done += member.size
+                _check_size(path, done, size_of(path))
+                if member.isfile():
+                    _check_member(path, member.name, lambda: archive.extractfile(member))  # noqa: B023
+    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+        raise _damaged(path, error) from None
+
+
+def _check_member(path: Path, name: str, opened: Callable[[], Any]) -> None:
+    """A file in an archive: none that is packed itself, and JSON as of `_check_nesting`."""
+    if name.endswith("/"):
+        return
+    with opened() as file:
+        head = file.read(8)
+        if any(head.startswith(magic) for magic in _MAGIC):
+            raise ValueError(
+                f"{path} holds a packed file, {name[:80]!r}: unpack {path.name}, so that it can be looked at"
+            )
+        if is_json(Path(name)):
+            _check_nesting(path, itertools.chain([head], iter(lambda: file.read(_CHUNK), b"")))
+
+
+def _check_nesting(path: Path, pieces: Iterable[bytes]) -> None:
     """ValueError: a line is nested so deeply that a reader written in C would crash; and whatever has no end."""
-    for line in _lines(_decoded(path, lambda n_bytes: None)):
+    for line in _lines(_letters(path, pieces)):
         if line.count("[") + line.count("{") > 500:
             try:
                 json.loads(line)
@@ -143,18 +234,15 @@ def check_json_lines(path: Path) -> None:
                 continue
 
 
-def check_ends(path: Path) -> None:
-    """ValueError: a packed file that unpacks to far more than any text, or is damaged."""
-    for _ in chunks(path, lambda n_bytes: None):
-        pass
-
-
 # --- bytes ------------------------------------------------------------------------------------------------------------
 
 
-def chunks(path: Path, told: Told) -> Iterator[bytes]:
-    """The bytes of a file, unpacked, piece by piece. ValueError: it is no regular file, damaged, or a bomb."""
-    ending = path.suffix.lower()
+def chunks(path: Path, told: Told, packed: str | None = None) -> Iterator[bytes]:
+    """The bytes of a file, unpacked, piece by piece. ValueError: it is no regular file, damaged, or a bomb.
+
+    packed: one of `COMPRESSIONS`, or empty; without it, as the name says.
+    """
+    ending = path.suffix.lower() if packed is None else packed
     try:
         if not is_regular(path) and path.exists():
             raise ValueError(f"{path} is no regular file (a pipe or a device has no end): give a file")
@@ -206,10 +294,15 @@ def _unpacked(raw: IO[bytes], ending: str) -> Any:
 
 
 def _decoded(path: Path, told: Told) -> Iterator[str]:
-    """The text of a file piece by piece: UTF-8, or UTF-16 or UTF-32 by its mark. ValueError: it is empty or no text."""
+    """The text of a file piece by piece, as of `_letters`."""
+    yield from _letters(path, chunks(path, told))
+
+
+def _letters(path: Path, pieces: Iterable[bytes]) -> Iterator[str]:
+    """Text piece by piece: UTF-8, or UTF-16 or UTF-32 by its mark. ValueError: it is empty or no text."""
     decoder: codecs.IncrementalDecoder | None = None
     encoding, start, empty = "utf-8", 0, True
-    for chunk in chunks(path, told):
+    for chunk in pieces:
         if decoder is None:
             encoding = next((name for mark, name in _MARKS.items() if chunk.startswith(mark)), "utf-8")
             decoder = codecs.getincrementaldecoder(encoding)()
@@ -315,32 +408,91 @@ def _csv_rows(lines: Iterable[str], path: Path) -> Iterator[Row]:
 
 
 def _parquet_rows(path: Path, text_field: str, told: Told) -> Iterator[Row]:
+    if not is_regular(path):
+        raise ValueError(f"{path} is no regular file: give a file")
+    size, number = size_of(path), 0
+    with _opened_parquet(path) as file:
+        names = file.schema_arrow.names
+        top = {text_field if text_field in names else text_field.partition(".")[0], "title", "id", "author"}
+        wanted = [name for name in names if name in top]
+        if text_field.partition(".")[0] not in names and text_field not in names:
+            wanted = names  # to say what there is
+        check_parquet(path, wanted)
+        for batch in file.iter_batches(_ROWS, columns=wanted):
+            for row in batch.to_pylist():
+                number += 1
+                yield number, f"{path}, row {number},", row
+            told(min(size, size * number // max(1, file.metadata.num_rows)))
+
+
+@contextmanager
+def _opened_parquet(path: Path, **how: Any) -> Iterator[Any]:
+    """A .parquet file. ValueError: it is damaged, or cannot be read."""
     import pyarrow
     import pyarrow.parquet
 
-    if not is_regular(path):
-        raise ValueError(f"{path} is no regular file: give a file")
-    size, done, number = size_of(path), 0, 0
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            top = {text_field if text_field in names else text_field.partition(".")[0], "title", "id", "author"}
-            wanted = [name for name in names if name in top]
-            if text_field.partition(".")[0] not in names and text_field not in names:
-                wanted = names  # to say what there is
-            for batch in file.iter_batches(_ROWS, columns=wanted):
-                done += batch.nbytes
-                _check_size(path, done, size)
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, f"{path}, row {number},", row
-                told(min(size, size * number // max(1, file.metadata.num_rows)))
+        with pyarrow.parquet.ParquetFile(path, **how) as file:
+            yield file
     except pyarrow.ArrowException as error:
         raise ValueError(
             f"{path} is damaged or no .parquet file ({' '.join(str(error).split())}): fetch it again"
         ) from None
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror or error}): fetch it again") from None
+
+
+def check_parquet(path: Path, names: Sequence[str] | None = None) -> None:
+    """ValueError: the columns of these names (of all) come to far more than any text, or are damaged.
+
+    What is fixed in length is counted as the file declares it. Texts can stand in it once for many rows: they are
+    read so, and counted for each row.
+    """
+    size, done = size_of(path), 0
+    with _opened_parquet(path) as file:
+        schema, groups = file.metadata.schema, file.metadata.num_row_groups
+        columns = [schema.column(index) for index in range(len(schema))]
+        columns = [one for one in columns if names is None or one.path.partition(".")[0] in names or one.path in names]
+        at = {schema.column(index).path: index for index in range(len(schema))}
+        texts = [column.path for column in columns if column.physical_type == "BYTE_ARRAY"]
+        short: set[int] = set()  # groups of which a row at a time is read: a text may continue the one before
+        for group in range(groups):
+            rows = file.metadata.row_group(group)
+            done += 4 * rows.num_rows
+            for column in columns:
+                chunk = rows.column(at[column.path])
+                done += chunk.total_uncompressed_size
+                if column.path not in texts:
+                    done += chunk.num_values * max(8, column.length or 0)
+                elif "DELTA_BYTE_ARRAY" in chunk.encodings:
+                    short.add(group)
+            _check_size(path, done, size)
+    done = 0
+    for singly in (False, True):
+        with _opened_parquet(path, read_dictionary=[] if singly else texts) as file:
+            for group in [group for group in range(groups if texts else 0) if (group in short) is singly]:
+                many = 1 if singly else max(1, file.metadata.row_group(group).num_rows)
+                for batch in file.iter_batches(many, row_groups=[group], columns=texts):
+                    done += sum(_spelled_out(column) for column in batch.columns)
+                    _check_size(path, done, size)
+
+
+def _spelled_out(array: Any) -> int:
+    """Bytes of an array whose texts stand in it once for many rows, as if they stood in each."""
+    import pyarrow
+    import pyarrow.compute
+
+    kind = array.type
+    if pyarrow.types.is_dictionary(kind):
+        lengths = pyarrow.compute.binary_length(array.dictionary).cast("int64")
+        return int(pyarrow.compute.sum(lengths.take(array.indices)).as_py() or 0)
+    if pyarrow.types.is_struct(kind):
+        return sum(_spelled_out(array.field(index)) for index in range(kind.num_fields))
+    if pyarrow.types.is_map(kind):
+        return _spelled_out(array.keys) + _spelled_out(array.items)
+    if pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind):
+        return _spelled_out(array.flatten())
+    return int(array.nbytes)
 
 
 def _rows_to_documents(rows: Iterable[Row], path: Path, name: str, text_field: str) -> list[Document]:

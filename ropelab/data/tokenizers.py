@@ -6,7 +6,6 @@ character; bits per byte depend on it. The last id is the separator between join
 
 from __future__ import annotations
 
-import gzip
 import json
 import re
 from abc import ABC, abstractmethod
@@ -19,6 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ropelab.data.documents import Progress
+from ropelab.data.reading import chunks
 from ropelab.files import digest_of, write_sealed
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 Tokens = NDArray[np.unsignedinteger[Any]]  # uint16 or uint32, see Tokenizer.dtype
 
 LONGEST = 1024  # bytes of a piece of text that BPE is trained on
+LIMIT = 2**28  # bytes of a tokeniser's file
 _PIECE = 2**20  # characters encoded at a time
 _BLANKS = re.compile(rf"\s{{{LONGEST // 4}}}")  # a blank has up to three bytes
 # A single line end between two visible ASCII characters: GPT-2's pattern splits behind it, whatever is around.
@@ -108,6 +109,7 @@ class Bpe(Tokenizer):
 
     vocabulary: the tokens in the order of their ids, in GPT-2's alphabet of one printable character a byte.
     merges: pairs of tokens in the order in which they are merged.
+    ValueError: a token occurs twice, or a merge is not of tokens.
     """
 
     def __init__(self, name: str, vocabulary: Sequence[str], merges: Sequence[tuple[str, str]]) -> None:
@@ -115,6 +117,11 @@ class Bpe(Tokenizer):
         self.n_vocab = len(vocabulary) + 1
         self._vocabulary = list(vocabulary)
         self._merges = [(left, right) for left, right in merges]
+        known = set(vocabulary)
+        if len(known) != len(self._vocabulary):
+            raise ValueError("a token of its vocabulary occurs twice")
+        if odd := next((pair for pair in self._merges if not {*pair, "".join(pair)} <= known), None):
+            raise ValueError(f"its merge of {odd[0][:40]!r} and {odd[1][:40]!r} is not of tokens to a token")
         letters = alphabet()
         self._bytes = [bytes(letters[letter] for letter in token) for token in vocabulary]
         self.byte_lengths = np.array([len(token) for token in self._bytes], np.int64)
@@ -206,8 +213,13 @@ def _plain_or_gz(path: Path) -> Path | None:
 
 def _read(path: Path | None) -> str:
     assert path is not None
-    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    return data.decode()
+    pieces, done = [], 0
+    for piece in chunks(path, lambda n_bytes: None):
+        done += len(piece)
+        if done > LIMIT:
+            raise ValueError(f"{path} has more than {LIMIT} bytes")
+        pieces.append(piece)
+    return b"".join(pieces).decode()
 
 
 def _pieces() -> Any:

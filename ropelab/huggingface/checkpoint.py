@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
-import json
 import math
 import re
+import signal
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -49,6 +49,20 @@ OF_TOKENIZERS = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt",
     "special_tokens_map.json", "added_tokens.json", "spiece.model", "sentencepiece.bpe.model",
 )  # fmt: skip
+BESIDE_VOCABULARIES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+CONVERTING_SECONDS = 300  # of work, to make a tokenizer.json of other files
+_CONVERTED = """
+try:
+    found = transformers.AutoTokenizer.from_pretrained(given["place"], trust_remote_code=False, local_files_only=True)
+    source = found.backend_tokenizer.to_str()
+    if not found("a text")["input_ids"]:  # some classes make an empty one of nothing
+        raise ValueError("no vocabulary")
+except Exception as error:
+    print(type(error).__name__)
+    sys.exit(4)
+with open(given["to"], "w", encoding="utf-8") as file:
+    file.write(source)
+"""
 
 
 @contextmanager
@@ -412,24 +426,30 @@ def read_tokenizer(folder: Path, rows: int) -> data.Tokenizer:
         source = read_json(folder / "tokenizer.json")
         if not isinstance(source, dict):
             raise ValueError(f"{folder / 'tokenizer.json'} is damaged: it is no JSON object; fetch it again")
-        return _tried(data.from_json(source, rows))
-    try:
-        with quiet(), _laid_out(folder, names=OF_TOKENIZERS) as place:
-            found = transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False, local_files_only=True)
-        source = json.loads(found.backend_tokenizer.to_str())
-        if not found("a text")["input_ids"]:  # some classes make an empty one of nothing
-            raise ValueError("no vocabulary")
-    except Exception as error:  # each tokeniser fails in its own way without its files
+        return _own(folder / "tokenizer.json", source, rows)
+    source, status, said = None, 0, "there are none"
+    if any(own_file(folder, name) is not None for name in OF_TOKENIZERS if name not in BESIDE_VOCABULARIES):
+        with _laid_out(folder, names=OF_TOKENIZERS) as place:
+            status, said = data.apart(
+                "import torch, transformers", _CONVERTED, {"place": str(place), "to": str(place / "made.json")},
+                seconds=CONVERTING_SECONDS, spare=2**32,
+            )  # fmt: skip
+            source = read_json(place / "made.json") if not status else None
+    if not isinstance(source, dict):  # each tokeniser fails in its own way without its files
+        late = f"not in {CONVERTING_SECONDS} seconds"
+        why = late if status == -signal.SIGPROF else (said.splitlines() or ["it fails"])[-1]
         raise ValueError(
-            f"{folder} has no tokenizer.json, and none can be made of its files ({type(error).__name__}); write "
-            "one with AutoTokenizer.from_pretrained(...).save_pretrained(FOLDER)"
-        ) from None
-    return _tried(data.from_json(source, rows))
+            f"{folder} has no tokenizer.json, and none can be made of its files ({why}); write one with "
+            "AutoTokenizer.from_pretrained(...).save_pretrained(FOLDER)"
+        )
+    return _own(folder, source, rows)
 
 
-def _tried(tokenizer: data.Tokenizer) -> data.Tokenizer:
-    data.check_ends(tokenizer)
-    return tokenizer
+def _own(path: Path, source: Mapping[str, Any], rows: int) -> data.Tokenizer:
+    try:
+        return data.from_json(source, rows)
+    except ValueError as error:
+        raise ValueError(f"the checkpoint's {path} is no tokeniser: {error}; fetch it from its author again") from None
 
 
 class Beginning(NamedTuple):

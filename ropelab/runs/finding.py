@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,11 @@ def all_runs(runs_dir: Path) -> list[RunDir]:
     return sorted(found, key=RunDir.written)
 
 
-def find_run(name: str, runs_dir: Path) -> RunDir:
-    """The run that a path, a folder name, or an unambiguous beginning of one names. `RunError` otherwise."""
+def find_run(name: str, runs_dir: Path, also: Mapping[str, str] | None = None) -> RunDir:
+    """The run that a path, a folder name, or an unambiguous beginning of one names. `RunError` otherwise.
+
+    also: names of what else can be meant, and what it is in words, for the suggestion.
+    """
     if not name.strip():
         raise RunError("a run has a name, or a beginning of one; `ropelab runs` lists them")
     given = Path(name).expanduser()
@@ -73,8 +77,9 @@ def find_run(name: str, runs_dir: Path) -> RunDir:
         more = f" and {len(matches) - 8} more" if len(matches) > 8 else ""
         listed = ", ".join(run.name for run in matches[:8])
         raise RunError(f"'{name}' names {len(matches)} runs: {listed}{more}; give more of the name of one")
-    close = difflib.get_close_matches(name, [run.name for run in known], n=1, cutoff=0.4)
-    hint = f"did you mean {close[0]}?" if close else f"`ropelab runs` lists those in {runs_dir}"
+    other = also or {}
+    close = difflib.get_close_matches(name, [*(run.name for run in known), *other], n=1, cutoff=0.4)
+    hint = f"did you mean {other.get(close[0], close[0])}?" if close else f"`ropelab runs` lists those in {runs_dir}"
     raise RunError(f"there is no run '{name}'; {hint}")
 
 

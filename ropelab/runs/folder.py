@@ -181,22 +181,7 @@ class RunDir:
     def status(self) -> str:
         """done | failed | running | interrupted: `running` with a free lock is a process that died."""
         status = str(self.manifest().get("status", "unknown"))
-        return "interrupted" if status == "running" and not self._locked() else status
-
-    def _locked(self) -> bool:
-        try:
-            handle = os.open(self.path / "lock", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError:
-            return False
-        try:
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
-        finally:
-            os.close(handle)
-        return False
+        return "interrupted" if status == "running" and not files.is_locked(self.path / "lock") else status
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

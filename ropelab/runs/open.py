@@ -69,7 +69,8 @@ class OpenRun:
             tokenizer = data.load_tokenizer(path)
         except ValueError as error:
             raise RunError(f"{error}; {fix}") from None
-        if tokenizer.digest != self.manifest.get("tokenizer", {}).get("digest"):
+        known = self.manifest.get("tokenizer", {})
+        if (tokenizer.digest, tokenizer.n_vocab) != (known.get("digest"), known.get("n_vocab")):
             raise RunError(f"{path} is not the tokeniser that {self.name} was trained with; {fix}")
         return tokenizer
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ropelab import sweeps
-from ropelab.config import LAUNCHERS, Config, LocalLauncher, SlurmLauncher, expand, own_launcher
+from ropelab.config import LAUNCHERS, Config, LocalLauncher, SlurmLauncher, expand, own_launcher, spelled_list
 from ropelab.errors import SchedulerError
 from ropelab.sweeps.folder import PENDING, RUNNING, Standing, Sweep
 from ropelab.sweeps.launchers import local, slurm
@@ -185,7 +185,7 @@ def kept_settings(sweep: Sweep, name: str, given: Collection[str]) -> list[str]:
 
 def _typable(key: str, value: Any) -> str:
     """A stored text as it would be typed in a shell; letters that steer a terminal are replaced."""
-    text = f"[{','.join(map(str, value))}]" if isinstance(value, list) else str(value)
+    text = spelled_list(map(str, value)) if isinstance(value, list) else str(value)
     text = "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
     return shlex.quote(key + (text if len(text) <= 300 else f"{text[:300]}..."))
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ropelab import files
-from ropelab.errors import OutsideError, RunError
+from ropelab.errors import DamagedFileError, OutsideError, RunError
 from ropelab.evaluation import EvalResult
 from ropelab.runs import SWEEPS, RunDir
 
@@ -190,17 +190,7 @@ class Sweep:
 
     def is_at_work(self, index: int) -> bool:
         """Does a process of this machine work on the task: train, evaluate, or save because it was left alone?"""
-        try:
-            handle = os.open(self.work_path(index), os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except OSError:
-            return False
-        try:
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
-            return True
-        finally:
-            os.close(handle)
-        return False
+        return files.is_locked(self.work_path(index))
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -222,20 +212,13 @@ class Sweep:
 
     def holder(self) -> Holder | None:
         """The process that works on the sweep now."""
-        try:
-            handle = os.open(self.own("lock"), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError:
+        if not files.is_locked(lock := self.own("lock")):
             return None
         try:
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            process, _, host = os.read(handle, 512).decode(errors="replace").partition(" ")
-            return Holder(int(process), host) if process.isdecimal() else None
-        except OSError:
+            process, _, host = files.read(lock, limit=512).decode(errors="replace").partition(" ")
+        except (OSError, DamagedFileError):
             return None
-        finally:
-            os.close(handle)
-        return None
+        return Holder(int(process), host) if process.isdecimal() else None
 
     # --- how it stands
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import logging
 import lzma
@@ -10,6 +11,8 @@ import os
 import random
 import subprocess
 import sys
+import tarfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,7 @@ from test_data_corpora import jsonl, prose, texts, write
 
 from ropelab import config as configs
 from ropelab.config import FIRST_ENDINGS, DataConfig, SplitNames
-from ropelab.data import Corpus, check_overlap, prepare
+from ropelab.data import Corpus, check_overlap, prepare, reading
 from ropelab.data import corpora as corpora_module
 from ropelab.data import tokenizers as tokenizers_module
 from ropelab.data.documents import document
@@ -407,6 +410,124 @@ def test_a_bomb_of_parquet_is_refused(tmp_path: Path, config: MakeConfig) -> Non
     assert file.stat().st_size < 100_000
     with pytest.raises(ValueError, match="unpacks to more than 100 times its size"):
         read(config(path=file), tmp_path)
+
+
+def repeated(path: Path, **how: Any) -> Path:
+    """200 MiB of text: one that is in the file once, for all of its rows."""
+    import pyarrow
+    import pyarrow.parquet
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pyarrow.table({"text": ["a" * 2**20] * 200})
+    pyarrow.parquet.write_table(table, path, **{"compression": "zstd", "dictionary_pagesize_limit": 2**30, **how})
+    return path
+
+
+def nulls(path: Path) -> Path:
+    import pyarrow
+    import pyarrow.parquet
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.nulls(2**24, pyarrow.string())}), path)
+    return path
+
+
+def zeros(path: Path) -> Path:
+    """Texts, and beside them numbers that are there once for 100 million."""
+    import pyarrow
+    import pyarrow.parquet
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = pyarrow.array([[0] * 10**6] * 100, pyarrow.list_(pyarrow.int64()))
+    pyarrow.parquet.write_table(pyarrow.table({"text": [prose(i, 4) for i in range(100)], "n": beside}), path)
+    return path
+
+
+DELTAS = {"use_dictionary": False, "column_encoding": {"text": "DELTA_BYTE_ARRAY"}, "compression": "none"}
+
+
+@pytest.mark.parametrize("name", ["text", "hf"])
+@pytest.mark.parametrize(
+    "made", [repeated, lambda path: repeated(path, **DELTAS), nulls], ids=["a dictionary", "continued", "nulls"]
+)
+def test_a_parquet_that_holds_a_text_once_for_many_rows_is_refused_before_it_is_read(
+    name: str, made: Callable[[Path], Path], tmp_path: Path, config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = made(tmp_path / "in" / "train.parquet")
+    assert file.stat().st_size < 3 * 2**20
+    monkeypatch.setattr(
+        reading, "_rows_to_documents", lambda rows, *about: pytest.fail(f"it was read: {next(rows)[0]}")
+    )
+    with pytest.raises(ValueError, match=r"train\.parquet unpacks to more than 100 times its size"):
+        read(config(name, file.parent), tmp_path)
+
+
+def test_numbers_beside_the_text_are_not_read_and_count_only_where_they_would_be(
+    tmp_path: Path, config: MakeConfig
+) -> None:
+    file = zeros(tmp_path / "in" / "train.parquet")
+    assert read(config("text", file.parent), tmp_path).details["documents"]["train"] > 80
+    with pytest.raises(ValueError, match=r"train\.parquet unpacks to more than 100 times its size"):
+        read(config("hf", file.parent), tmp_path)
+
+
+def archive(path: Path, name: str, content: bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
+            packed.writestr(name, content)
+    else:
+        with tarfile.open(path, "w:gz") as packed:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            packed.addfile(member, io.BytesIO(content))
+    return path
+
+
+LINES = b"".join(json.dumps({"text": prose(i, 4)}).encode() + b"\n" for i in range(30))
+
+
+@pytest.mark.parametrize("kind", [".zip", ".tar.gz"])
+def test_an_archive_of_a_dataset_is_looked_into_before_it_is_unpacked(
+    kind: str, tmp_path: Path, config: MakeConfig
+) -> None:
+    if kind == ".zip":  # a .tar is for `datasets` one of samples with several files, none of which is a table
+        good = archive(tmp_path / "good" / f"train{kind}", "train.jsonl", LINES)
+        assert sum(read(config("hf", good.parent), tmp_path).details["documents"].values()) == 30
+    for number, (name, content, why) in enumerate([
+        ("train.jsonl", b'{"text": "' + b"a" * 2**25 + b'"}', "unpacks to more than 100 times its size"),
+        ("train.jsonl", b'{"text": ' + b"[" * 10**5 + b"]" * 10**5 + b"}\n", "nested too deeply"),
+        ("train.jsonl.gz", gzip.compress(LINES), r"holds a packed file, 'train\.jsonl\.gz'"),
+    ]):  # fmt: skip
+        file = archive(tmp_path / f"bad{number}" / f"train{kind}", name, content)
+        with pytest.raises(ValueError, match=why):
+            read(config("hf", file.parent), tmp_path)
+
+
+def test_a_bomb_is_known_by_what_it_begins_with(tmp_path: Path, config: MakeConfig) -> None:
+    """`datasets` unpacks whatever it can, however a file is called."""
+    bomb(tmp_path / "in" / "train.jsonl.gz").rename(tmp_path / "in" / "train.txt")
+    with pytest.raises(ValueError, match=r"train\.txt unpacks to more than 100 times its size"):
+        read(config("hf", tmp_path / "in"), tmp_path)
+
+
+def test_what_is_fetched_from_the_hub_is_checked_as_a_local_file_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    file = bomb(tmp_path / "in" / "train.jsonl.gz")
+    builder = datasets.load_dataset_builder("json", data_files={"train": str(file)}, cache_dir=str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda path, subset: builder)
+    with pytest.raises(ValueError, match=r"train\.jsonl\.gz unpacks to more than 100 times its size"):
+        load_hub("somebody/something", None)
+
+
+def test_a_packed_vocabulary_is_read_up_to_a_size(tmp_path: Path, config: MakeConfig) -> None:
+    for name, content in (("vocab.json.gz", b"{" + b" " * 2**25 + b"}"), ("merges.txt.gz", b"#version: 0.2\n")):
+        (tmp_path / name).write_bytes(gzip.compress(content))
+    with pytest.raises(ValueError, match=r"are no GPT-2 tokeniser \(.*unpacks to more than 100 times its size"):
+        tokenizers_module.read_gpt2(tmp_path)
 
 
 def test_the_progress_of_reading_is_told_in_bytes(tmp_path: Path, config: MakeConfig) -> None:
