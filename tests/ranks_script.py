@@ -28,7 +28,7 @@ from ropelab.experiment.session import Session
 from ropelab.ranks import Elsewhere, Ranks, joined, replicated, sharded, whole
 from ropelab.runs import all_runs
 from ropelab.training import Loss, NonFiniteLossError, build_optimizer, steps, validation_nll
-from tests.test_runs import tiny
+from tests.lab import tiny
 from tests.test_training import Windows, gpt, recipe, windows
 
 STEPS = 4
