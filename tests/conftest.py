@@ -12,6 +12,7 @@ from pathlib import Path
 
 # before torch is imported: processes that share a core, and bits that do not depend on how many cores there are
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # where a sweep takes two threads for a run, they do not spin for a busy core
 
 import hypothesis
 import pytest
@@ -21,7 +22,7 @@ import typer.testing
 from tests import lab
 
 # a machine that is busy is not a fault of the program
-hypothesis.settings.register_profile("ropelab", deadline=None)
+hypothesis.settings.register_profile("ropelab")
 hypothesis.settings.load_profile("ropelab")
 
 # building it takes twenty times as long as refusing a command; it is the same tree for every command of a process
@@ -30,6 +31,17 @@ typer.testing._get_command = typer.main.get_command  # type: ignore[attr-defined
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what it runs in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+RUNS = {"shared", "home", "folder"}  # fixtures of runs, and of the texts that they are trained on
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whoever asks for a run, or for a text to train one on, goes through more than a unit."""
+    for item in items:
+        if RUNS & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.integration)
 
 
 @pytest.fixture(autouse=True)

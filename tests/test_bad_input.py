@@ -69,7 +69,7 @@ OVERRIDE = st.one_of(
     st.builds("{}={}".format, WRONG_KEYS, VALUES),
 )
 OVERRIDES = st.lists(OVERRIDE, min_size=1, max_size=4)
-QUICK = settings(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+QUICK = settings(derandomize=True, suppress_health_check=list(HealthCheck))
 
 
 @pytest.fixture(scope="module")

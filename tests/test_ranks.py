@@ -285,7 +285,7 @@ def test_a_killed_training_is_resumed_bit_exactly(out: Path, home: Path, tmp_pat
     assert run.manifest()["status"] == "running"
     assert 25 <= len(run.metrics()) < 60
     status, output, errors = ended(start(command(home, tmp_path, *LONG)))
-    assert (status, [line for line in errors.splitlines() if "a verdict will lack" not in line]) == (0, [])
+    assert (status, [line for line in errors.splitlines() if line.startswith(("ropelab:", "Traceback"))]) == (0, [])
     result = json.loads(output)  # one object, of one rank
     assert (result["step"], result["skipped"]) == (60, False)
     assert_same_training(run, the_run(out / "long"))

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ropelab import files, runs
+from ropelab.experiment import candidates
 from scripts.soak import complaints, differences, digests
 from tests.lab import BPE, SIX, Lab, Said, ropelab
 from tests.shim import Shim, failing
@@ -46,7 +47,10 @@ def begin(job: str, lab: Lab, whole: Whole) -> None:  # noqa: F811
 
 
 @pytest.mark.parametrize("job", COMMANDS)
-def test_a_disk_that_fails_once_is_said_and_costs_nothing(whole: Whole, tmp_path: Path, job: str) -> None:  # noqa: F811
+def test_a_disk_that_fails_once_is_said_and_costs_nothing(
+    whole: Whole, tmp_path: Path, job: str, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:  # fmt: skip
+    monkeypatch.setattr(candidates, "SAVE_EVERY", -1.0)  # after each of them, however long they take
     lab = Lab(tmp_path / "lab", whole.lab.text)
     begin(job, lab, whole)
     with failing(lab.root) as counted:

@@ -25,7 +25,7 @@ LAB = Path(__file__).parent.parent / "scripts" / "slurm_lab.sh"
 ON_SLURM = (
     "--launcher", "slurm", "launcher.mem_gb=1", "launcher.cpus=1", "launcher.time_min=10",
 )  # fmt: skip
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
