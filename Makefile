@@ -3,11 +3,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-.PHONY: help demo test setup check fix bench clean
+.PHONY: help demo test-fast test test-slow setup check fix bench clean docs
 
 help:
 	@echo "make demo    set up and run the main job: report in demo/report.html"
-	@echo "make test    set up and run the tests"
+	@echo "make test-fast   after each edit: what goes through no run, no process and no picture, in a minute on two cores"
+	@echo "make test        all tests but the slow ones: before a commit"
+	@echo "make test-slow   those: real Slurm and torchrun, kills, memory, the wheel, Triton's kernels, the GPU check dry"
 	@echo "make setup   set up only      make check   ruff and mypy      make fix   let ruff repair"
 	@echo "make bench   time training and evaluation      make docs    this documentation as a site, in site/"
 
@@ -32,9 +34,18 @@ setup: $(VENV)/installed-dev
 demo: $(VENV)/installed
 	$(BIN)/ropelab demo
 
-# a process a core, a file at a time on each: with one thread, so that they do not get into each other's way
+# a process a core, with one thread each, so that they do not get into each other's way. Who is done takes over from the
+# others; but slow tests of a file stay together, since what they start (a Slurm) is there once.
+pytest = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8
+
+test-fast: setup
+	$(pytest) --dist worksteal -m 'not integration and not slow'
+
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile
+	$(pytest) --dist worksteal -m 'not slow' --durations=15
+
+test-slow: setup
+	$(pytest) --dist loadfile -m slow --durations=15
 
 check: setup
 	$(BIN)/ruff check .

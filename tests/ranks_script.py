@@ -30,7 +30,7 @@ from ropelab.runs import all_runs
 from ropelab.training import build_optimizer, steps
 from ropelab.training.loop import Loss, validation_nll
 from ropelab.training.trainer import RunTraining
-from tests.test_runs import tiny
+from tests.lab import tiny
 from tests.test_training import Windows, gpt, recipe, windows
 
 STEPS = 4

@@ -77,7 +77,7 @@ cases = st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None, max_examples=120)
+@settings(max_examples=120)
 @given(cases)
 def test_every_kernel_equals_the_plain_loop(case: dict[str, Any]) -> None:
     """Forward and gradients of queries, keys, values and biases, in every kernel that serves the case.

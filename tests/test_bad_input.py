@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from ropelab import config as configs
 from ropelab import data
-from tests.test_faults import SHAPE, Lab, ropelab
-from tests.test_runs import write_corpus
+from tests.lab import SIX, Lab, made_lab, ropelab
 
 EXAMPLES = {"train": 90, "show": 40, "method": 30, "eval": 30, "runs": 15, "search": 15, "verify": 10}
 assert sum(EXAMPLES.values()) >= 200
@@ -70,16 +69,14 @@ OVERRIDE = st.one_of(
     st.builds("{}={}".format, WRONG_KEYS, VALUES),
 )
 OVERRIDES = st.lists(OVERRIDE, min_size=1, max_size=4)
-QUICK = settings(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+QUICK = settings(derandomize=True, suppress_health_check=list(HealthCheck))
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+def lab(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     """A finished run, and from then on no text that could be read: what is right ends there, in a line."""
     folder = tmp_path_factory.mktemp("bad")
-    write_corpus(folder / "text")
-    lab = Lab(folder / "lab", folder / "text")
-    assert lab.train("--json").status == 0
+    lab = made_lab(shared).copy(folder / "lab")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "prepare", unread)
         patch.chdir(folder)
@@ -192,4 +189,4 @@ def test_search(lab: Lab, method: str, overrides: list[str], options: list[str])
 )  # fmt: skip
 @settings(QUICK, max_examples=EXAMPLES["verify"])
 def test_verify_resume(lab: Lab, overrides: list[str], options: list[str]) -> None:
-    check(lab, "verify-resume", *options, *SHAPE[3:6], *overrides)
+    check(lab, "verify-resume", *options, *SIX[3:6], *overrides)

@@ -15,15 +15,15 @@ from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
-from ropelab import bench, cli, config, devices
+from ropelab import bench, config, devices
 from ropelab.attention import Request, choose_kernel
 from ropelab.bench import accuracy, ours, peers, timing
 from ropelab.bench.train import causal_flops_per_token, flops_per_token
 from ropelab.cli.bench import WIDTH, written
 from ropelab.config import Config
 from ropelab.positions import slopes
+from tests.lab import changed, invoke
 
 SHAPE = ["model.n_layer=1", "model.d_model=16", "model.n_head=2", "train.ctx=16"]
 SCRIPT = Path(__file__).parent.parent / "scripts" / "gpu_check.sh"
@@ -33,12 +33,11 @@ of_x_transformers = pytest.mark.filterwarnings("ignore:.torch.jit.script. is dep
 
 
 def tiny(*more: str) -> Config:
-    last = {item.partition("=")[0]: item for item in (*SHAPE, "device=cpu", "train.dtype=fp32", *more)}
-    return config.load(list(last.values()))
+    return config.load(changed((*SHAPE, "device=cpu", "train.dtype=fp32"), *more))
 
 
 def answer(*arguments: str) -> tuple[int, str, str]:
-    result = CliRunner().invoke(cli.app, ["bench", *arguments])
+    result = invoke("bench", *arguments)
     return result.exit_code, result.stdout, result.stderr
 
 

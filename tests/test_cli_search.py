@@ -9,9 +9,6 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,39 +17,19 @@ import pytest
 import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from typer.testing import CliRunner, Result
 
 from ropelab import cli, config, data
 from ropelab.config import Config
 from ropelab.runs import RunDir
 from ropelab.search import longrope as searching
+from tests.lab import TINY, Process, as_json, changed, invoke, ropelab, waited_for
+from tests.lab import refused as mistake
 
-SHAPE = [
-    "model.n_layer=1", "model.d_model=32", "model.n_head=2", "train.ctx=32", "train.steps=3", "train.batch_size=8",
-    "train.dtype=fp32", "device=cpu",
-]  # fmt: skip
+SHAPE = changed(TINY, "model.d_model=32", "train.steps=3")
 SMALL = ["search.population=8", "search.mutations=3", "search.crossovers=3", "search.iterations=2",
          "search.parents=4", "search.samples=3", "search.short_iterations=1"]  # fmt: skip
 EVALUATIONS = 8 + 2 * 6
 TEST = ["--protocol", "last", "eval.last=64", "eval.tokens=512"]  # as the search reports at 128 tokens
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def invoke(*arguments: object) -> Result:
-    return CliRunner().invoke(cli.app, [str(item) for item in arguments])
-
-
-def as_json(*arguments: object) -> Any:
-    done = invoke(*arguments, "--json")
-    assert done.exit_code == 0, f"{arguments}: {done.stderr} {done.exception!r}"
-    return json.loads(done.stdout, parse_constant=lambda name: pytest.fail(f"JSON has no {name}"))
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +45,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     before = {key: os.environ.get(key) for key in ("ROPELAB_RUNS", "ROPELAB_CACHE")}
     os.environ |= {"ROPELAB_RUNS": str(root / "runs"), "ROPELAB_CACHE": str(root / "cache")}
     for pos in ("rope", "alibi"):
-        as_json("train", *SHAPE, "data=text", f"data.path={root / 'text'}", f"pos={pos}")
+        as_json("train", *SHAPE, f"data.path={root / 'text'}", f"pos={pos}")
     run = run_of(root, "rope")
     # larger weights make sharper attention, so that a wrong angle shows in the losses
     larger = {name: 20 if "qkv" in name else 6 for name, tensor in run.load_weights().items() if tensor.dim() >= 2}
@@ -307,12 +284,8 @@ LONG = ["search.population=400", "search.mutations=10", "search.crossovers=10", 
         "search.samples=3", "eval.tokens=512"]  # fmt: skip
 
 
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
 def command(runs: Path, run: RunDir) -> list[str]:
-    return [sys.executable, "-m", "ropelab", "search", "longrope", run.name, "--ctx", "128", *LONG,
-            f"runs_dir={runs}", "--json"]  # fmt: skip
+    return ["search", "longrope", run.name, "--ctx", "128", *LONG, f"runs_dir={runs}", "--json"]
 
 
 @pytest.fixture(scope="module")
@@ -321,7 +294,8 @@ def uninterrupted(lab: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = run_of(lab, "rope")
     folder = tmp_path_factory.mktemp("whole") / run.name
     copy_run(run, folder)
-    subprocess.run(command(folder.parent, run), capture_output=True, env=ONE_THREAD, check=True)
+    done = ropelab(*command(folder.parent, run))
+    assert done.status == 0, done.err
     return folder
 
 
@@ -329,7 +303,6 @@ def copy_run(run: RunDir, folder: Path) -> None:
     shutil.copytree(run.path, folder, ignore=shutil.ignore_patterns("searches", "results"))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_killed_search_goes_on_to_the_same_result(
     lab: Path, uninterrupted: Path, tmp_path: Path, signum: signal.Signals
@@ -339,15 +312,11 @@ def test_a_killed_search_goes_on_to_the_same_result(
     run = run_of(lab, "rope")
     cut = tmp_path / run.name
     copy_run(run, cut)
-    process = subprocess.Popen(command(tmp_path, run), stderr=subprocess.PIPE, env=ONE_THREAD, text=True)
+    process = Process(cli.main, *command(tmp_path, run))
     folder = cut / "searches"
-    end = time.monotonic() + 120
-    while not any(folder.glob("*/state.json")):
-        assert process.poll() is None, process.stderr and process.stderr.read()
-        assert time.monotonic() < end
-        time.sleep(0.01)
+    waited_for(lambda: any(folder.glob("*/state.json")), process)
     process.send_signal(signum)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate()
     assert process.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[signum]
     if signum != signal.SIGKILL:
         (line,) = [line for line in errors.splitlines() if "the same command goes on from there" in line]
@@ -356,8 +325,9 @@ def test_a_killed_search_goes_on_to_the_same_result(
     (state,) = folder.glob("*/state.json")
     known = len(json.loads(state.read_bytes())["long"])
 
-    again = subprocess.run(command(tmp_path, run), capture_output=True, env=ONE_THREAD, check=True)
-    resumed = json.loads(again.stdout)
+    again = ropelab(*command(tmp_path, run))
+    assert again.status == 0, again.err
+    resumed = json.loads(again.out)
     assert 0 < resumed["scored"] == 2 * resumed["search"]["evaluations"] - known
     (mine,), (theirs,) = (list(path.glob("searches/*/result.json")) for path in (cut, uninterrupted))
     assert mine.read_bytes() == theirs.read_bytes()
@@ -370,18 +340,19 @@ def test_a_full_disk_is_named_and_loses_nothing(lab: Path, uninterrupted: Path, 
     full = tmp_path / run.name
     copy_run(run, full)
 
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-
-    words = command(tmp_path, run)
-    failed = subprocess.run(words, capture_output=True, env=ONE_THREAD, text=True, preexec_fn=limit, check=False)
-    assert failed.returncode == 1
-    line = failed.stderr.splitlines()[-1]
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, hard))
+    try:
+        failed = ropelab(*command(tmp_path, run))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert failed.status == 1
+    line = failed.err.splitlines()[-1]
     assert "File too large" in line
     assert str(full / "searches") in line
-    assert "Traceback" not in failed.stderr
+    assert "Traceback" not in failed.err
     assert not list(full.glob("searches/*/.*"))
-    subprocess.run(words, capture_output=True, env=ONE_THREAD, check=True)
+    assert ropelab(*command(tmp_path, run)).status == 0
     (mine,), (theirs,) = (list(path.glob("searches/*/result.json")) for path in (full, uninterrupted))
     assert mine.read_bytes() == theirs.read_bytes()
 
@@ -433,12 +404,7 @@ def listing(folder: Path) -> list[str]:
 def test_a_mistake_is_one_line_and_leaves_nothing(lab: Path, arguments: list[str], says: list[str]) -> None:
     words = {"ROPE": run_of(lab, "rope").name, "ALIBI": run_of(lab, "alibi").name, "FOLDER": str(lab)}
     before = listing(lab)
-    done = invoke("search", "longrope", *(words.get(item, item) for item in arguments))
-    assert isinstance(done.exception, SystemExit), repr(done.exception)
-    assert done.exit_code == 2, done.stderr
-    assert done.stdout == ""
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("ropelab: ")
+    line = mistake("search", "longrope", *(words.get(item, item) for item in arguments))
     for part in says:
         assert part in line
     assert listing(lab) == before

@@ -383,17 +383,38 @@ def methods() -> list[list[str]]:
     return pairs
 
 
+def shown(settings: list[str]) -> dict[str, Any]:
+    ends = settings in (["pos=learned"], ["pos=learned", "scaling=block_causal"])
+    return encoding.describe(loaded(*settings), ctx=L if ends else 3 * L)
+
+
+def parts(numbers: dict[str, Any]) -> tuple[str, ...]:
+    """The kind of a picture: the parts of the numbers that it draws, whatever they are called and come to."""
+    there = {key: numbers[key] for key in ("rotation", "bias", "embedding", "logit_scale", "coverage") if numbers[key]}
+    inner = {f"{key}.{name}" for key, part in there.items() if isinstance(part, dict) for name in part if part[name]}
+    return tuple(sorted({*there, *inner}))
+
+
 @pytest.mark.parametrize("settings", methods(), ids=lambda item: "-".join(part.partition("=")[2] for part in item))
 def test_every_method_is_shown_and_drawn(settings: list[str]) -> None:
-    ends = settings in (["pos=learned"], ["pos=learned", "scaling=block_causal"])
-    ctx = L if ends else 3 * L
-    numbers = encoding.describe(loaded(*settings), ctx=ctx)
+    """As a figure; one of each kind becomes a file, in the next test."""
+    numbers = shown(settings)
+    ctx = numbers["ctx"]
     json.dumps(numbers, allow_nan=False)
     if numbers["pos"].startswith("sinusoidal"):
         assert (len(numbers["embedding"]), len(numbers["embedding"][0])) == (ctx, 32)
     known = [numbers[key] for key in ("rotation", "bias", "embedding")]
     assert any(part is not None for part in known) or numbers["notes"]
-    assert figures.png(figures.explain(numbers)).startswith(b"\x89PNG")
+    assert figures.explain(numbers).axes
+
+
+def test_every_kind_of_picture_becomes_a_file() -> None:
+    kinds = {parts(numbers): numbers for numbers in map(shown, methods())}
+    assert len(kinds) >= 10
+    drawn = {part.partition(".")[0] for kind in kinds for part in kind}
+    assert drawn == {"rotation", "bias", "embedding", "logit_scale", "coverage"}
+    for numbers in kinds.values():
+        assert figures.png(figures.explain(numbers)).startswith(b"\x89PNG")
 
 
 def test_the_picture_of_a_run_is_readable() -> None:

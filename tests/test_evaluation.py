@@ -74,7 +74,7 @@ def scored_pairs(layout: Layout, ctx: int) -> list[tuple[int, int, int]]:
 ladders = st.sampled_from([(4, 8, 16), (6, 12), (8,), (4, 16), (5, 10, 20)])
 
 
-@settings(deadline=None, max_examples=120)
+@settings(max_examples=120)
 @given(
     st.sampled_from([*SAME_TARGETS, "prefix"]),
     ladders,

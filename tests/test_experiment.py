@@ -18,13 +18,14 @@ from ropelab.model import GPT
 from ropelab.positions import Geometry, Spectrum
 from ropelab.runs import NO_SCALING, RunDir, build_model
 from ropelab.scalings import SCALINGS, Scaling, build
+from tests.lab import changed
 
 SHAPE = [
     "model.n_layer=2",
     "model.d_model=32",
     "model.n_head=2",
     "train.ctx=16",
-    "train.batch_size=4",
+    "train.batch_size=64",  # and validation, of 1024 windows, in 16 passes
     "train.steps=3",
 ]
 
@@ -37,8 +38,7 @@ def settings(folder: Path, *more: str) -> Config:
         f"runs_dir={folder / 'runs'}",
         f"cache_dir={folder / 'cache'}",
     ]
-    last = {item.partition("=")[0]: item for item in (*SHAPE, *places, *more)}
-    return config.load(list(last.values()))
+    return config.load(changed((*SHAPE, *places), *more))
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ lost, and never another number.
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import random
@@ -31,83 +30,11 @@ from ropelab.errors import RunError
 from ropelab.evaluation import evaluations
 from ropelab.runs import RunDir
 from ropelab.training import compile_blocks
-from tests.test_runs import content, lines_without_speed, steps_saved, write_corpus
+from tests.lab import ASKED, BPE, ROOT, SIX, Lab, Process, Said, made_lab, one_line, ropelab
+from tests.test_runs import content, lines_without_speed, steps_saved
 
-ROOT = Path(__file__).parent.parent
-SHAPE = (
-    "data=text", "data.tokenizer=bpe", "data.vocab_size=300", "model.n_layer=1", "model.d_model=16", "model.n_head=2",
-    "train.ctx=32", "train.batch_size=2", "train.steps=6", "train.eval_every=3", "train.checkpoint_every=2",
-    "train.dtype=fp32", "device=cpu",
-)  # fmt: skip
 SEARCH = ("search.population=4", "search.iterations=1", "search.mutations=1", "search.crossovers=1",
           "search.parents=2", "search.samples=2", "search.start_tokens=[0]")  # fmt: skip
-ASKED = ("--ctx", "64", "--protocol", "last", "eval.last=8", "eval.tokens=2000", "--json")
-
-
-class Said(NamedTuple):
-    status: int
-    out: str
-    err: str
-
-
-def ropelab(*arguments: str) -> Said:
-    """A command line in this process, from the entry point on; an exception that leaves it is a traceback."""
-    out, err = io.StringIO(), io.StringIO()
-    before = sys.argv
-    sys.argv = ["ropelab", *arguments]
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as ended:
-            cli.main()
-    finally:
-        sys.argv = before
-    status = ended.value.code or 0
-    assert isinstance(status, int)
-    return Said(status, out.getvalue(), err.getvalue())
-
-
-class Lab(NamedTuple):
-    """A folder with runs and a cache of its own, and a text that is shared."""
-
-    root: Path
-    text: Path
-
-    @property
-    def runs(self) -> Path:
-        return self.root / "runs"
-
-    @property
-    def cache(self) -> Path:
-        return self.root / "cache"
-
-    @property
-    def run(self) -> RunDir:
-        (run,) = (path for path in self.runs.iterdir() if not path.name.startswith("."))
-        return RunDir(run)
-
-    def places(self) -> tuple[str, ...]:
-        return f"runs_dir={self.runs}", f"cache_dir={self.cache}"
-
-    def train(self, *more: str) -> Said:
-        return ropelab("train", "--pos", "rope", *SHAPE, f"data.path={self.text}", *self.places(), *more)
-
-    def evaluate(self, *more: str, name: str = "rope") -> Said:
-        return ropelab("eval", name, *ASKED, *self.places(), "device=cpu", *more)
-
-    def report(self, *more: str) -> Said:
-        return ropelab("report", "-o", str(self.root / "report"), f"runs_dir={self.runs}", *more)
-
-    def copy(self, to: Path) -> Lab:
-        shutil.copytree(self.root, to, symlinks=True)
-        return Lab(to, self.text)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Whole(NamedTuple):
@@ -120,16 +47,10 @@ class Whole(NamedTuple):
     val_nll: float
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("faults")
-    write_corpus(folder / "text")
-    lab = Lab(folder / "lab", folder / "text")
-    assert lab.train().status == 0
-    evaluated = lab.evaluate()
-    assert evaluated.status == 0, evaluated.err
-    rows = json.loads(evaluated.out)["rows"]
+@pytest.fixture(scope="session")
+def whole(shared: Path) -> Whole:
+    lab = made_lab(shared)
+    rows = json.loads(lab.evaluate().out)["rows"]
     assert [row["status"] for row in rows] == ["ok", "ok"]
     return Whole(lab, rows, content(lab.run), lines_without_speed(lab.run), lab.run.manifest()["val_nll"])
 
@@ -143,14 +64,6 @@ def assert_as_before(lab: Lab, whole: Whole) -> None:
     evaluated = lab.evaluate()
     assert evaluated.status == 0, evaluated.err
     assert json.loads(evaluated.out)["rows"] == whole.rows
-
-
-def one_line(said: Said, *words: str) -> None:
-    """A mistake as it is to be said: one line, with these words in it."""
-    assert said.err.count("\n") == 1, said.err
-    assert said.err.startswith("ropelab: ")
-    for word in words:
-        assert word in said.err
 
 
 # --- damaged files --------------------------------------------------------------------------------------------------
@@ -390,7 +303,7 @@ def test_a_full_disk_is_said_in_a_line_and_costs_nothing(
         commands: dict[str, Callable[[], Said]] = {
             "train": lambda: lab.train("--json"),
             "eval": lab.evaluate,
-            "prepare": lambda: ropelab("data", "prepare", *SHAPE[:3], f"data.path={lab.text}", *lab.places()),
+            "prepare": lambda: ropelab("data", "prepare", *BPE, f"data.path={lab.text}", *lab.places()),
             "search": lambda: ropelab("search", "longrope", "rope", "--ctx", "64", "--json", *SEARCH, *lab.places()),
             "report": lambda: lab.report("rope"),
         }
@@ -443,8 +356,8 @@ def test_a_read_only_run_can_be_read_and_is_not_written(whole: Whole, tmp_path: 
 def test_a_place_below_a_file_is_refused_in_a_line(whole: Whole, tmp_path: Path, key: str) -> None:
     (tmp_path / "file").write_text("")
     there = f"{key}={tmp_path / 'file' / 'below'}"
-    other = f"cache_dir={whole.lab.cache}" if key == "runs_dir" else f"runs_dir={tmp_path / 'runs'}"
-    said = ropelab("train", "--pos", "rope", *SHAPE, f"data.path={whole.lab.text}", there, other)
+    other = f"cache_dir={tmp_path / 'cache'}" if key == "runs_dir" else f"runs_dir={tmp_path / 'runs'}"
+    said = ropelab("train", "--pos", "rope", *SIX, f"data.path={whole.lab.text}", there, other)
     assert said.status == 2
     one_line(said, there, "another")
     assert not (tmp_path / "runs").exists() or list((tmp_path / "runs").iterdir()) == []
@@ -457,7 +370,7 @@ def test_a_few_random_kills_change_nothing(tmp_path: Path) -> None:
     """The short form of scripts/soak.py, on what is not killed in other tests; training is, in tests/test_runs.py."""
     out = tmp_path / "soak.json"
     command = [sys.executable, "scripts/soak.py", "--kills", "4", "--jobs", "eval,tokenise", "--out", str(out)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(out.read_text())
     assert (found["kills"], found["kills_in_equal_trials"]) == (4, 4)
@@ -476,10 +389,9 @@ def test_a_few_random_faults_of_the_disk_lose_nothing(tmp_path: Path) -> None:
 def test_two_processes_evaluate_one_run_at_once(whole: Whole, tmp_path: Path) -> None:
     lab = whole.lab.copy(tmp_path / "lab")
     shutil.rmtree(lab.run.results)
-    command = [sys.executable, "-m", "ropelab", "eval", "rope", *ASKED, *lab.places(), "device=cpu"]
-    pair = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
+    pair = [Process(cli.main, "eval", "rope", *ASKED, *lab.places(), "device=cpu") for _ in range(2)]
     for process in pair:
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate()
         assert process.returncode == 0, err
         assert json.loads(out)["rows"] == whole.rows
     assert len(list(lab.run.results.iterdir())) == 2

@@ -24,14 +24,14 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from typer.testing import CliRunner, Result
 
-from ropelab import cli, config, data, huggingface, runs, training
+from ropelab import config, data, huggingface, runs, training
 from ropelab.config import Method
 from ropelab.evaluation import ladder_of
 from ropelab.huggingface import checkpoint, export, import_checkpoint, rotary
 from ropelab.positions import ENCODINGS
 from ropelab.runs import RunDir
+from tests.lab import changed, good, invoke, refused
 
 CTX = 32  # training length of everything here
 SHAPE = ("model.n_layer=2", "model.d_model=32", "model.n_head=4")
@@ -86,10 +86,9 @@ def trained(place: Place) -> Callable[[str], RunDir]:
     def run(name: str) -> RunDir:
         if name not in made:
             settings, _ = EXPORTED[name]
-            shape = [item for item in SHAPE if item.partition("=")[0] not in {s.partition("=")[0] for s in settings}]
             bpe = ["data.tokenizer=bpe", "data.vocab_size=300"] if name == "rope" else []
             resolved = config.load([
-                f"pos={name.split()[0]}", *settings, *shape, *bpe, f"train.ctx={CTX}", "train.steps=60",
+                f"pos={name.split()[0]}", *changed(SHAPE, *settings), *bpe, f"train.ctx={CTX}", "train.steps=60",
                 "train.batch_size=8", "train.lr=1e-2", "train.dtype=fp32", "data=text", f"data.path={place.text}",
                 *place.settings,
             ])  # fmt: skip
@@ -97,25 +96,6 @@ def trained(place: Place) -> Callable[[str], RunDir]:
         return made[name]
 
     return run
-
-
-def invoke(*arguments: object) -> Result:
-    return CliRunner().invoke(cli.app, [str(item) for item in arguments])
-
-
-def good(*arguments: object) -> Result:
-    done = invoke(*arguments)
-    assert done.exit_code == 0, f"{arguments}: {done.stderr} {done.exception!r}"
-    return done
-
-
-def refused(*arguments: object) -> str:
-    """The one line that a mistake is told."""
-    done = invoke(*arguments)
-    assert done.exit_code == 2, f"{arguments}: {done.exit_code} {done.output} {done.exception!r}"
-    (line,) = done.stderr.strip().splitlines()
-    assert line.startswith("ropelab: ")
-    return line
 
 
 @torch.no_grad()

@@ -15,12 +15,12 @@ import pytest
 from ropelab import config as configs
 from ropelab import runs
 from ropelab.sweeps.launchers import local
-from tests.test_runs import _one_thread, home, tiny  # noqa: F401 (fixtures)
+from tests.lab import Process, tiny
 
 FOREVER = ("train.steps=1000000", "train.eval_every=1000000", "train.checkpoint_every=1000000")
 
 
-def task(home: Path, runs_dir: Path, *overrides: str) -> dict[str, Any]:  # noqa: F811
+def task(home: Path, runs_dir: Path, *overrides: str) -> dict[str, Any]:
     return {"config": configs.to_dict(tiny(home, runs_dir, *overrides)), "evaluations": []}
 
 
@@ -29,15 +29,13 @@ def silent(description: str, done: int, total: int, **facts: Any) -> None:
 
 
 @pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> dict[int, subprocess.Popen[str]]:
+def started(forked_workers: None, monkeypatch: pytest.MonkeyPatch) -> dict[int, Process]:
     """The worker processes that were started, by the number of their task."""
-    found: dict[int, subprocess.Popen[str]] = {}
+    found: dict[int, Process] = {}
     start = local._start
 
-    def remembering(
-        task: dict[str, Any], index: int, lines: local.Lines, gpu: str | None = None
-    ) -> subprocess.Popen[str]:
-        found[index] = start(task, index, lines, gpu)
+    def remembering(task: dict[str, Any], index: int, lines: local.Lines, gpu: str | None = None) -> Any:
+        found[index] = start(task, index, lines, gpu)  # type: ignore[assignment]
         return found[index]
 
     monkeypatch.setattr(local, "_start", remembering)
@@ -77,9 +75,9 @@ def test_nothing_to_do() -> None:
 
 
 def test_a_failing_and_a_killed_worker_leave_the_others_alone(
-    home: Path,  # noqa: F811
+    home: Path,
     tmp_path: Path,
-    started: dict[int, subprocess.Popen[str]],
+    started: dict[int, Process],
 ) -> None:
     """Four tasks, two at a time: one is killed while it trains, one is refused, two are finished; in order."""
     tasks = [
@@ -111,9 +109,9 @@ def test_a_failing_and_a_killed_worker_leave_the_others_alone(
 
 
 def test_a_signal_to_the_parent_has_the_workers_save(
-    home: Path,  # noqa: F811
+    home: Path,
     tmp_path: Path,
-    started: dict[int, subprocess.Popen[str]],
+    started: dict[int, Process],
 ) -> None:
     """SIGTERM while two of three train: both save and say so, the third is never started."""
     training: set[str] = set()
@@ -146,7 +144,8 @@ def test_a_signal_to_the_parent_has_the_workers_save(
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_while_a_worker_is_started_reaches_it(
-    home: Path,  # noqa: F811
+    home: Path,
+    forked_workers: None,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     signum: int,
@@ -170,7 +169,7 @@ def test_a_signal_while_a_worker_is_started_reaches_it(
 
 
 def test_a_signal_is_forwarded_while_the_workers_are_silent(
-    home: Path,  # noqa: F811
+    home: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -186,7 +185,7 @@ def test_a_signal_is_forwarded_while_the_workers_are_silent(
 
 
 def test_a_worker_that_cannot_start_is_reported(
-    home: Path,  # noqa: F811
+    home: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -4,34 +4,21 @@ from __future__ import annotations
 
 import shutil
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 import ropelab as package
 from ropelab import files
 from ropelab.runs import RunDir
-from tests.test_faults import Lab, changed_manifest, one_line, ropelab, stopped_at
-from tests.test_runs import content, write_corpus
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+from tests.lab import Lab, made_lab, one_line, ropelab
+from tests.test_faults import changed_manifest, stopped_at
+from tests.test_runs import content
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    folder = tmp_path_factory.mktemp("leftovers")
-    write_corpus(folder / "text")
-    lab = Lab(folder / "lab", folder / "text")
-    assert lab.train().status == 0
-    return lab
+def lab(shared: Path) -> Lab:
+    return made_lab(shared)
 
 
 REFUSED = {

@@ -454,7 +454,7 @@ def test_every_type_of_transformers_is_covered_and_equal(kind: str) -> None:
     """
     largest = {True: 0.0, False: 0.0}
 
-    @settings(deadline=None, max_examples=100)
+    @settings(max_examples=100)
     @given(rotary_settings(), st.data())
     def compare(case: dict[str, Any], data: st.DataObject) -> None:
         parameters = {"factor": case["factor"], **parameters_of(kind, case, data)}
@@ -497,7 +497,7 @@ def test_partial_rotary_equals_transformers(fraction: float) -> None:
     torch.testing.assert_close(rope(64, 128, fraction=fraction).inv_freq().float(), theirs, rtol=1e-6, atol=0)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(rotary_settings())
 def test_dynamic_forms_and_fixed_ntk_equal_transformers_with_the_factor_of_the_length(case: dict[str, Any]) -> None:
     """dynamic_linear and dynamic_yarn are transformers' linear and yarn at s = max(1, ctx/L), to 1e-12; and ntk at
@@ -755,7 +755,7 @@ def test_dynamic_scalings_are_rope_up_to_the_original_length(name: str, factor: 
     assert not same(said(dynamic, 513), said(plain, 513))
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(rotary_settings())
 def test_ntk_keeps_the_first_pair_and_interpolates_the_last(case: dict[str, Any]) -> None:
     """NTK's first pair is RoPE's to the bit, its last is linear interpolation's to 1e-12, and between it falls."""
@@ -804,7 +804,7 @@ def test_a_scaling_that_keeps_every_pair_is_refused(name: str) -> None:
     build(method("pos", "p_rope", p=0.1), method("scaling", "yarn", factor=8.0), Geometry(128, 2, 8192))  # temperature
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.sampled_from([2.0, 4.0, 8.0, 32.0]), st.sampled_from(["index", "rotations"]), st.integers(0, 1000))
 def test_yarn_scores_are_those_of_ntk_by_parts_times_mscale_squared(factor: float, ramp: str, seed: int) -> None:
     """On the rotated dimensions; with full rotary that is the whole score."""

@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +24,9 @@ from ropelab.runs import RunDir
 from ropelab.training import Step, build_optimizer, steps
 from ropelab.training.loop import validation_nll
 from ropelab.training.plan import rank_micro
+from tests.lab import PATIENCE, ROOT, settings, tiny, train, waited_for
 from tests.ranks_script import CHANGES, ENCODINGS, LONG, OTHER_SEED, SCORED, SHARDED, scored
-from tests.test_runs import (  # noqa: F401 (fixtures)
-    ROOT,
-    _one_thread,
-    assert_same_training,
-    home,
-    interrupted,
-    lines_without_speed,
-    settings,
-    steps_saved,
-    tiny,
-    train,
-)
+from tests.test_runs import assert_same_training, interrupted, lines_without_speed, lines_written, steps_saved
 from tests.test_training import gpt, recipe, windows
 
 KINDS = ("ddp", "fsdp")
@@ -58,7 +47,7 @@ def start(command: list[str]) -> subprocess.Popen[str]:
     )
 
 
-def ended(process: subprocess.Popen[str], timeout: float = 120) -> tuple[int, str, str]:
+def ended(process: subprocess.Popen[str], timeout: float = PATIENCE) -> tuple[int, str, str]:
     """Exit status, stdout and stderr. One that does not come to an end is stopped, and with it what it started."""
     try:
         output, errors = process.communicate(timeout=timeout)
@@ -70,11 +59,11 @@ def ended(process: subprocess.Popen[str], timeout: float = 120) -> tuple[int, st
 
 
 @pytest.fixture(scope="module")
-def out(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def out(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What tests/ranks_script.py left behind."""
     folder = tmp_path_factory.mktemp("ranks")
     script = Path(__file__).parent / "ranks_script.py"
-    status, output, errors = ended(start(torchrun(str(script), str(folder), str(home))), timeout=240)
+    status, output, errors = ended(start(torchrun(str(script), str(folder), str(home))))
     assert (status, output) == (0, ""), errors
     return folder
 
@@ -154,7 +143,7 @@ def assert_close(run: RunDir, other: RunDir, rel: float = 1e-5) -> None:
         assert line == pytest.approx(its, rel=rel)
 
 
-def test_sixty_steps_of_a_run_are_those_of_one_process(out: Path, home: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_sixty_steps_of_a_run_are_those_of_one_process(out: Path, home: Path, tmp_path: Path) -> None:
     run = the_run(out / "long")
     alone = train(home, tmp_path, *LONG)
     assert run.name == alone.name
@@ -191,7 +180,7 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_resuming_is_bit_exact(
 
 
 def test_a_run_goes_on_with_other_ranks_and_says_so(
-    out: Path, home: Path, said: list[dict[str, Any]], tmp_path: Path  # noqa: F811
+    out: Path, home: Path, said: list[dict[str, Any]], tmp_path: Path
 ) -> None:  # fmt: skip
     """Two replicas, then two shards, then one process."""
     assert all(rank["runs"][f"mixed {kind}"][0] == signal.SIGTERM for rank in said for kind in KINDS)
@@ -208,7 +197,7 @@ def test_a_run_goes_on_with_other_ranks_and_says_so(
 
 
 def test_evaluation_over_ranks_gives_the_numbers_of_one_process(
-    out: Path, home: Path, said: list[dict[str, Any]], tmp_path: Path  # noqa: F811
+    out: Path, home: Path, said: list[dict[str, Any]], tmp_path: Path
 ) -> None:  # fmt: skip
     """Bit by bit: the passes are the same, on one rank or the other."""
     run = the_run(out / "straight")
@@ -267,7 +256,7 @@ def test_a_batch_that_the_ranks_do_not_divide_is_refused_once(out: Path, said: l
 # --- the command ----------------------------------------------------------------------------------------------------
 
 
-def command(home: Path, runs_dir: Path, *overrides: str) -> list[str]:  # noqa: F811
+def command(home: Path, runs_dir: Path, *overrides: str) -> list[str]:
     return torchrun("-m", "ropelab", "train", "--json", *settings(home, runs_dir, *overrides))
 
 
@@ -278,23 +267,19 @@ def workers_of(launcher: subprocess.Popen[str]) -> list[int]:
 
 @pytest.mark.skipif(not os.environ.get("ROPELAB_COMPILE_TESTS"), reason="minutes of compiling: ROPELAB_COMPILE_TESTS=1")
 @pytest.mark.parametrize("pos", ["rope", "alibi", "t5"])
-def test_sharded_compiled_and_recomputed_it_is_one_process(pos: str, home: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_sharded_compiled_and_recomputed_it_is_one_process(pos: str, home: Path, tmp_path: Path) -> None:
     """All three at once, as a large model has it."""
     changes = ("train.parallel=fsdp", "train.compile=true", "train.activation_checkpointing=true")
     given = (f"pos={pos}", "train.dtype=fp32")
-    status, _, errors = ended(start(command(home, tmp_path / "two", *given, *changes)), timeout=600)
+    status, _, errors = ended(start(command(home, tmp_path / "two", *given, *changes)))
     assert status == 0, errors
     assert_close(the_run(tmp_path / "two"), train(home, tmp_path / "one", *given))
 
 
-def test_a_killed_training_is_resumed_bit_exactly(out: Path, home: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_killed_training_is_resumed_bit_exactly(out: Path, home: Path, tmp_path: Path) -> None:
     """`torchrun -m ropelab train`, killed with SIGKILL in the middle, against one that was not."""
     process = start(command(home, tmp_path, *LONG))
-    deadline = time.monotonic() + 90
-    while not any(file.read_bytes().count(b"\n") >= 25 for file in tmp_path.glob("*/metrics.jsonl")):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+    waited_for(lambda: lines_written(tmp_path) >= 25, process)
     for pid in (process.pid, *workers_of(process)):
         os.kill(pid, signal.SIGKILL)
     process.communicate()
@@ -302,13 +287,13 @@ def test_a_killed_training_is_resumed_bit_exactly(out: Path, home: Path, tmp_pat
     assert run.manifest()["status"] == "running"
     assert 25 <= len(run.metrics()) < 60
     status, output, errors = ended(start(command(home, tmp_path, *LONG)))
-    assert (status, [line for line in errors.splitlines() if "a verdict will lack" not in line]) == (0, [])
+    assert (status, [line for line in errors.splitlines() if line.startswith(("ropelab:", "Traceback"))]) == (0, [])
     result = json.loads(output)  # one object, of one rank
     assert (result["step"], result["skipped"]) == (60, False)
     assert_same_training(run, the_run(out / "long"))
 
 
-def test_a_mistake_is_said_once_and_ends_all_ranks_with_2(home: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_mistake_is_said_once_and_ends_all_ranks_with_2(home: Path, tmp_path: Path) -> None:
     _, output, errors = ended(start(command(home, tmp_path, "train.steps=0")))
     assert output == ""
     ours = [line for line in errors.splitlines() if line.startswith("ropelab: ")]
@@ -321,7 +306,7 @@ def test_a_mistake_is_said_once_and_ends_all_ranks_with_2(home: Path, tmp_path: 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_usr2_stops_a_training_of_one_process_too(home: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_usr2_stops_a_training_of_one_process_too(home: Path, tmp_path: Path) -> None:
     run = interrupted(home, tmp_path, at=3, signum=signal.SIGUSR2)
     assert steps_saved(run)[-1] == "step-00000003"
     assert status_of(errors.Interrupted(signal.SIGUSR2, run.name, 3)) == 140

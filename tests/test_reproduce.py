@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
 from ropelab import config, reproduce
-from ropelab.cli.options import app
+from tests.lab import invoke
+
+pytestmark = pytest.mark.usefixtures("forked_workers")
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "mini.yaml").write_text(
         f"""
 train: [data=text, 'data.path={place / "text"}', model.n_layer=1, model.d_model=16, model.n_head=2, train.ctx=16,
-        train.batch_size=4, train.steps=6, train.dtype=fp32]
+        train.batch_size=32, train.steps=6, train.dtype=fp32]
 eval: {{ctx: [L, 2L], tokens: 1000, last: 4, stride: 4}}
 """,
         encoding="utf-8",
@@ -57,10 +58,10 @@ checks:
 
 def run(place: Path, name: str, *arguments: str) -> Any:
     folders = [f"runs_dir={place / 'runs'}", f"cache_dir={place / 'cache'}"]
-    return CliRunner().invoke(app, ["reproduce", str(place / name), *folders, *arguments])
+    return invoke("reproduce", place / name, *folders, *arguments)
 
 
-def test_a_claim_file_is_trained_evaluated_and_judged_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_claim_file_is_trained_evaluated_and_judged_once(place: Path) -> None:
     result = run(place, "my claim.yaml", "--seeds", "2", "-o", str(place / "out"), "--json")
     assert result.exit_code == 0, result.output
     answer = json.loads(result.stdout)
@@ -87,7 +88,7 @@ def test_runs_in_a_stack_give_the_same_numbers(place: Path) -> None:
     """The six runs in two batched steps of three: the losses of runs that were trained alone."""
     alone = json.loads(run(place, "my claim.yaml", "--seeds", "2", "--json").stdout)
     arguments = ["reproduce", str(place / "my claim.yaml"), "--seeds", "2", "--stack", "3", "--json"]
-    result = CliRunner().invoke(app, [*arguments, f"runs_dir={place / 'stacked'}", f"cache_dir={place / 'cache'}"])
+    result = invoke(*arguments, f"runs_dir={place / 'stacked'}", f"cache_dir={place / 'cache'}")
     assert result.exit_code == 0, result.output
     stacked = json.loads(result.stdout)
     manifests = [json.loads(path.read_text()) for path in (place / "stacked").glob("*/manifest.json")]
@@ -115,7 +116,7 @@ def test_a_failing_run_is_named_and_the_others_finish(place: Path, tmp_path: Pat
     broken = tmp_path / "broken.yaml"
     (tmp_path / "mini.yaml").write_text((place / "mini.yaml").read_text(encoding="utf-8"), encoding="utf-8")
     broken.write_text(text.replace("rope: [pos=rope]", "rope: [pos=rope, model.d_model=6]"), encoding="utf-8")
-    result = CliRunner().invoke(app, ["reproduce", str(broken), f"runs_dir={tmp_path}", f"cache_dir={place / 'cache'}"])
+    result = invoke("reproduce", broken, f"runs_dir={tmp_path}", f"cache_dir={place / 'cache'}")
     assert result.exit_code == 1
     assert "even head dimension" in result.stderr
     assert "pos=rope" in result.stderr

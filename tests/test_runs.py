@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
-import functools
 import json
 import os
 import random
 import resource
 import signal
-import string
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,66 +21,12 @@ from safetensors.torch import load_file
 
 from ropelab import config as configs
 from ropelab import data, errors, files, runs, training
-from ropelab.cli.options import app
-from ropelab.config import Config, Method
+from ropelab.cli import app, main
+from ropelab.config import Method
 from ropelab.errors import NonFiniteLossError, RunError
 from ropelab.runs import RunDir
 from ropelab.training.plan import steps_to_keep
-
-ROOT = Path(__file__).parent.parent
-TINY = (
-    "data=text", "model.n_layer=1", "model.d_model=16", "model.n_head=2", "train.ctx=32", "train.batch_size=2",
-    "train.steps=8", "train.eval_every=5", "train.dtype=fp32", "device=cpu",
-)  # fmt: skip
-
-
-def write_corpus(folder: Path, *, seed: int = 5, n: int = 16) -> None:
-    """Text files of random words: varied, so that none of it counts as overlap."""
-    draw = random.Random(seed)
-    words = ["".join(draw.choices(string.ascii_lowercase, k=draw.randint(2, 9))) for _ in range(2000)]
-    folder.mkdir()
-    for index in range(n):
-        lines = [" ".join(draw.choices(words, k=12)) for _ in range(10)]
-        (folder / f"{index:02}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-@pytest.fixture(scope="session")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a small corpus; its token cache is shared."""
-    folder = tmp_path_factory.mktemp("runs")
-    write_corpus(folder / "corpus")
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Bit-equal numbers need the same number of threads, here and in the processes that are started."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@functools.cache
-def load(*overrides: str) -> Config:
-    """`configs.load`, once for each command line: composing takes a while."""
-    return configs.load(overrides)
-
-
-def settings(home: Path, runs_dir: Path, *overrides: str) -> list[str]:
-    """The command line of a tiny run; later overrides win."""
-    pairs = dict(item.split("=", 1) for item in (*TINY, *overrides))
-    paths = [f"data.path={home / 'corpus'}", f"cache_dir={home / 'cache'}", f"runs_dir={runs_dir}"]
-    return [f"{key}={value}" for key, value in pairs.items()] + paths
-
-
-def tiny(home: Path, runs_dir: Path, *overrides: str) -> Config:
-    return load(*settings(home, runs_dir, *overrides))
-
-
-def train(home: Path, runs_dir: Path, *overrides: str) -> RunDir:
-    return RunDir(Path(training.train(tiny(home, runs_dir, *overrides))["run_dir"]))
+from tests.lab import Process, finished, load, settings, tiny, train, waited_for, write_corpus
 
 
 def at_step(when: int, do: Callable[[], object]) -> Callable[..., None]:
@@ -254,10 +196,12 @@ def test_names_say_what_the_run_is() -> None:
 # --- stop and go on -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("pos", ["learned", "sinusoidal", "rope"])
+@pytest.mark.parametrize(("pos", "dtype"), [("learned", "fp32"), ("rope", "bf16")])
 def test_stopping_and_going_on_changes_no_bit(home: Path, tmp_path: Path, pos: str, dtype: str) -> None:
-    """Stopped by SIGTERM after step 3 and by SIGINT after step 6 of 8, with weights kept after steps 2 and 6."""
+    """Stopped by SIGTERM after step 3 and by SIGINT after step 6 of 8, with weights kept after steps 2 and 6.
+
+    Every encoding is stopped and gone on with in tests/test_zoo.py.
+    """
     overrides = (f"pos={pos}", f"train.dtype={dtype}", "train.keep=[0.25,0.75]")
     straight = train(home, tmp_path / "straight", *overrides)
     run = interrupted(home, tmp_path / "stopped", *overrides, at=3)
@@ -375,7 +319,6 @@ def garble_the_state(checkpoint: Path) -> None:
 @pytest.fixture(scope="module")
 def straight(home: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     """The tiny run, trained without a stop."""
-    torch.set_num_threads(1)
     return train(home, tmp_path_factory.mktemp("straight"))
 
 
@@ -452,7 +395,6 @@ def test_earlier_checkpoints_stay_until_the_new_one_is_read_back(
     assert steps_saved(run) == ["step-00000003", "step-00000005"]
     assert run.status() == "failed"
     monkeypatch.undo()
-    torch.set_num_threads(1)
     assert_same_training(train(home, tmp_path), straight)
 
 
@@ -494,55 +436,39 @@ def test_a_run_that_failed_and_then_succeeds_forgets_the_failure(home: Path, tmp
 
 # --- real processes -------------------------------------------------------------------------------------------------
 
-LONG = ("train.steps=250", "train.checkpoint_every=10", "train.eval_every=125")
+LONG = ("train.steps=250", "train.checkpoint_every=10", "train.eval_every=125", "train.batch_size=4")
 
 
 @pytest.fixture(scope="module")
 def long_straight(home: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
-    torch.set_num_threads(1)
     return train(home, tmp_path_factory.mktemp("long"), *LONG)
 
 
-def command(home: Path, runs_dir: Path, *overrides: str) -> list[str]:
-    return [sys.executable, "-m", "ropelab", "train", *settings(home, runs_dir, *overrides)]
+def start(home: Path, runs_dir: Path, *changes: str) -> Process:
+    return Process(main, "train", *settings(home, runs_dir, *LONG, *changes))
 
 
-def start(home: Path, runs_dir: Path, *overrides: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        command(home, runs_dir, *overrides), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def wait_for_lines(process: subprocess.Popen[str], runs_dir: Path, n: int) -> None:
-    """Until metrics.jsonl has n lines."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        found = list(runs_dir.glob("*/metrics.jsonl"))
-        if found and found[0].read_bytes().count(b"\n") >= n:
-            return
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.002)
-    pytest.fail(f"{n} steps did not come within two minutes")
+def lines_written(runs_dir: Path) -> int:
+    """The lines of the one metrics.jsonl that there is, or will be."""
+    return sum(path.read_bytes().count(b"\n") for path in runs_dir.glob("*/metrics.jsonl"))
 
 
 def test_signals_from_outside(home: Path, tmp_path: Path, long_straight: RunDir) -> None:
     """SIGTERM and SIGINT to `ropelab train`: saved, said, 143 and 130; a second process is refused meanwhile."""
-    first = start(home, tmp_path, *LONG, "train.steps=250")
-    wait_for_lines(first, tmp_path, 5)
+    first = start(home, tmp_path)
+    waited_for(lambda: lines_written(tmp_path) >= 5, first)
     (run,) = runs.all_runs(tmp_path)
     assert run.status() == "running"
     first.send_signal(signal.SIGSTOP)  # holds the run for as long as the second one takes
-    second = subprocess.run(
-        command(home, tmp_path, *LONG), cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert second.returncode == 2
-    assert second.stderr == f"ropelab: {run.name} is being written by another process; wait for it or stop it\n"
+    second = finished(main, "train", *settings(home, tmp_path, *LONG))
+    assert second.status == 2
+    assert second.err == f"ropelab: {run.name} is being written by another process; wait for it or stop it\n"
     first.send_signal(signal.SIGCONT)
     for process, signum, status in ((first, signal.SIGTERM, 143), (None, signal.SIGINT, 130)):
-        stopped = process or start(home, tmp_path, *LONG)
-        wait_for_lines(stopped, tmp_path, len(run.metrics()) + 5)
+        stopped = process or start(home, tmp_path)
+        waited_for(lambda more=len(run.metrics()) + 5: lines_written(tmp_path) >= more, stopped)  # type: ignore[misc]
         stopped.send_signal(signum)
-        output, errors = stopped.communicate(timeout=60)
+        output, errors = stopped.communicate()
         assert (stopped.returncode, output) == (status, ""), errors
         step = run.metrics()[-1]["step"]
         said = errors.splitlines()[-1]  # before it, what a verdict will lack
@@ -555,14 +481,22 @@ def test_signals_from_outside(home: Path, tmp_path: Path, long_straight: RunDir)
 def test_kills_at_random_moments(home: Path, tmp_path: Path, long_straight: RunDir) -> None:
     draw = random.Random(2)
     for progress in (0, 60, 120):
-        process = start(home, tmp_path, *LONG)
-        wait_for_lines(process, tmp_path, progress + draw.randint(2, 50))
+        process = start(home, tmp_path)
+        waited_for(lambda at=progress + draw.randint(2, 50): lines_written(tmp_path) >= at, process)  # type: ignore[misc]
         time.sleep(draw.uniform(0, 0.01))
         process.kill()
         process.communicate()
         (run,) = runs.all_runs(tmp_path)
         assert run.status() == "interrupted"
     assert_same_training(train(home, tmp_path, *LONG), long_straight)
+
+
+SIXTY = ("train.steps=60", "train.eval_every=60", "train.batch_size=4")
+
+
+@pytest.fixture(scope="module")
+def sixty_straight(home: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    return train(home, tmp_path_factory.mktemp("sixty"), *SIXTY)
 
 
 @pytest.mark.parametrize(
@@ -575,10 +509,11 @@ def test_kills_at_random_moments(home: Path, tmp_path: Path, long_straight: RunD
     ],
 )
 def test_a_full_disk_ends_the_training_with_a_line_and_loses_nothing(
-    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], limit: int | None, status: str, what: str
-) -> None:
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], sixty_straight: RunDir, limit: int | None,
+    status: str, what: str,
+) -> None:  # fmt: skip
     every = 1000 if limit in (5_000, None) else 5
-    overrides = ("train.steps=60", "train.eval_every=60", f"train.checkpoint_every={every}")
+    overrides = (*SIXTY, f"train.checkpoint_every={every}")
     run = interrupted(home, tmp_path / "full", *overrides, at=4)
     limit = limit or run.manifest_path.stat().st_size + 20
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
@@ -596,8 +531,7 @@ def test_a_full_disk_ends_the_training_with_a_line_and_loses_nothing(
     assert run.status() == status
     assert steps_saved(run) == ["step-00000004"]
     assert [path.name for path in run.path.rglob(".*")] == []
-    straight = train(home, tmp_path / "straight", *overrides)
-    assert_same_training(train(home, tmp_path / "full", *overrides), straight)
+    assert_same_training(train(home, tmp_path / "full", *overrides), sixty_straight)
 
 
 # --- the folder of runs ---------------------------------------------------------------------------------------------

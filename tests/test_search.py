@@ -48,7 +48,7 @@ def check_inside(space: Space, child: Candidate) -> None:
     assert child.attention_factor in space.attention_factors
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data(), spaces(), st.integers(0, 10**6), st.sampled_from([0.05, 0.3, 1.0]))
 def test_children_are_in_the_space(data: st.DataObject, space: Space, seed: int, probability: float) -> None:
     """Mutants, crossings and uniform draws never fall, keep the bounds and the steps, whatever their parents."""
@@ -61,7 +61,7 @@ def test_children_are_in_the_space(data: st.DataObject, space: Space, seed: int,
         check_inside(space, crossed)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data(), spaces(), st.integers(0, 10**6))
 def test_a_crossing_takes_every_part_from_a_parent(data: st.DataObject, space: Space, seed: int) -> None:
     """Each factor is that of one parent at the same pair, to the nearest step inside the bound."""
@@ -139,7 +139,7 @@ class Asked:
         return self.known[candidate]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 10**9))
 def test_the_best_never_gets_worse_and_never_loses_to_a_seed(seed: int) -> None:
     """The history falls or stays, ends with the best of all that was asked, and no seed is better. Each is asked once,
@@ -157,7 +157,7 @@ def test_the_best_never_gets_worse_and_never_loses_to_a_seed(seed: int) -> None:
     assert all(found.score <= bowl(candidate) for candidate in SEEDS.values())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 10**9), st.integers(0, 51))
 def test_a_resumed_search_is_the_uninterrupted_one(seed: int, die_at: int) -> None:
     """Killed at any candidate and run again with the scores so far: the same questions in the same order, the same end.

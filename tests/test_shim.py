@@ -18,14 +18,16 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ropelab import files, runs
+from ropelab.search import scores
 from scripts.soak import complaints, differences, digests
+from tests.lab import BPE, SIX, Lab, Said, ropelab
 from tests.shim import Shim, failing
-from tests.test_faults import SEARCH, SHAPE, Lab, Said, Whole, _one_thread, ropelab, whole  # noqa: F401 (fixtures)
+from tests.test_faults import SEARCH, Whole, whole  # noqa: F401 (fixture)
 
 COMMANDS: dict[str, Callable[[Lab], Said]] = {
     "train": lambda lab: lab.train("train.keep=[0.5]"),
     "eval": lambda lab: lab.evaluate(),
-    "prepare": lambda lab: ropelab("data", "prepare", *SHAPE[:3], f"data.path={lab.text}", *lab.places()),
+    "prepare": lambda lab: ropelab("data", "prepare", *BPE, f"data.path={lab.text}", *lab.places()),
     "search": lambda lab: ropelab("search", "longrope", "rope", "--ctx", "64", "--json", *SEARCH, *lab.places()),
     "report": lambda lab: lab.report("rope"),
 }
@@ -45,7 +47,10 @@ def begin(job: str, lab: Lab, whole: Whole) -> None:  # noqa: F811
 
 
 @pytest.mark.parametrize("job", COMMANDS)
-def test_a_disk_that_fails_once_is_said_and_costs_nothing(whole: Whole, tmp_path: Path, job: str) -> None:  # noqa: F811
+def test_a_disk_that_fails_once_is_said_and_costs_nothing(
+    whole: Whole, tmp_path: Path, job: str, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:  # fmt: skip
+    monkeypatch.setattr(scores, "SAVE_EVERY", -1.0)  # after each of them, however long they take
     lab = Lab(tmp_path / "lab", whole.lab.text)
     begin(job, lab, whole)
     with failing(lab.root) as counted:
@@ -72,7 +77,7 @@ def test_a_point_of_a_sweep_is_not_left_out_for_a_full_disk(whole: Whole, tmp_pa
     """`--skip-invalid` is for settings that cannot be."""
     places = (f"data.path={whole.lab.text}", f"runs_dir={tmp_path / 'runs'}", f"cache_dir={tmp_path / 'cache'}")
     with failing(tmp_path / "cache", 4):
-        said = ropelab("sweep", "pos=rope,alibi", "--skip-invalid", "--dry-run", *SHAPE, *places)
+        said = ropelab("sweep", "pos=rope,alibi", "--skip-invalid", "--dry-run", *SIX, *places)
     assert (said.status, said.out) == (2, "")
     assert said.err.splitlines()[-1].startswith(f"ropelab: cache_dir={tmp_path / 'cache'} cannot be written")
 

@@ -16,18 +16,18 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from ropelab import runs, sweeps
+from ropelab import cli, runs, sweeps
 from ropelab.errors import SchedulerError
 from ropelab.sweeps import Standing, Sweep
 from ropelab.sweeps.launchers import slurm
-from tests.test_runs import home  # noqa: F401 (fixture)
-from tests.test_sweeps import SMALL, assert_equal, changed, command, waited_for, weights
+from tests.lab import Process, changed, finished, waited_for
+from tests.test_sweeps import SMALL, assert_equal, weights
 
 LAB = Path(__file__).parent.parent / "scripts" / "slurm_lab.sh"
 ON_SLURM = (
     "--launcher", "slurm", "launcher.mem_gb=1", "launcher.cpus=1", "launcher.time_min=10",
 )  # fmt: skip
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
@@ -51,16 +51,15 @@ def lab() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def settings(home: Path) -> tuple[str, ...]:  # noqa: F811
+def settings(home: Path) -> tuple[str, ...]:
     return (*SMALL, f"data.path={home / 'corpus'}", f"cache_dir={home / 'cache'}")
 
 
 def ropelab(*arguments: str, status: int = 0) -> tuple[str, str]:
-    process = command(*arguments)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == status, err
-    assert "Traceback" not in err
-    return out, err
+    said = finished(cli.main, *arguments)
+    assert said.status == status, said.err
+    assert "Traceback" not in said.err
+    return said.out, said.err
 
 
 def ended(sweep: Sweep) -> list[Standing]:
@@ -71,7 +70,7 @@ def ended(sweep: Sweep) -> list[Standing]:
         found[:] = sweeps.standings(sweep)
         return not any(one.state in (sweeps.PENDING, sweeps.RUNNING) for one in found)
 
-    waited_for(look, 150)
+    waited_for(look)
     return found
 
 
@@ -119,7 +118,9 @@ def rough(lab: Path, settings: tuple[str, ...], tmp_path_factory: pytest.TempPat
     folder = tmp_path_factory.mktemp("rough")
     long = changed(settings, "train.steps=500", "train.eval_every=500", "train.checkpoint_every=200")
     lrs = "train.lr=1e-3,2e-3,3e-3,1e30"
-    parent = command("sweep", lrs, "train.warmup_steps=0", *ON_SLURM, *long, f"runs_dir={folder / 'runs'}", "--wait")
+    parent = Process(
+        cli.main, "sweep", lrs, "train.warmup_steps=0", *ON_SLURM, *long, f"runs_dir={folder / 'runs'}", "--wait"
+    )
     jobs: dict[int, str] = {}
 
     def submitted() -> bool:
@@ -240,9 +241,9 @@ def test_a_task_that_makes_room_queues_itself_again_and_no_other(
     def standing(task: int) -> Standing:
         return sweeps.standings(sweep)[task]
 
-    waited_for(lambda: min(standing(task).step or 0 for task in (1, 2, 3, 4)) >= 5, 120)
+    waited_for(lambda: min(standing(task).step or 0 for task in (1, 2, 3, 4)) >= 5)
     subprocess.run(["scancel", jobs[1]], check=True)
-    waited_for(lambda: standing(0).state == "DONE" and "saved at step" in standing(1).note, 120)
+    waited_for(lambda: standing(0).state == "DONE" and "saved at step" in standing(1).note)
     waited_for(lambda: squeue(jobs[1], "%T") == "CANCELLED")
     answers = [sweep.answer(task) for task in (0, 1)]
     subprocess.run(["scancel", "--signal=USR2", jobs[3], jobs[4]], check=True)
@@ -252,7 +253,7 @@ def test_a_task_that_makes_room_queues_itself_again_and_no_other(
         seen.extend(standing(task).state for task in (3, 4))
         return all(restarts(jobs[task]) == 1 and squeue(jobs[task], "%T") == "RUNNING" for task in (3, 4))
 
-    waited_for(back, 120)
+    waited_for(back)
     assert set(seen) <= {"PENDING", "RUNNING"}
     assert [restarts(jobs[task]) for task in range(5)] == [0, 0, 0, 1, 1]
     assert [sweep.answer(task) for task in (0, 1)] == answers
@@ -311,7 +312,7 @@ def test_hydras_own_launcher_still_works(lab: Path, settings: tuple[str, ...], t
             "hydra.launcher.mem_gb=1", "hydra.launcher.timeout_min=5", "hydra.launcher.cpus_per_task=1",
             *settings, f"runs_dir={tmp_path / 'runs'}",
         ],
-        cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
+        cwd=tmp_path, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
     assert {run.manifest()["status"] for run in runs.all_runs(tmp_path / "runs")} == {"done"}

@@ -11,15 +11,14 @@ from typing import Any
 
 import matplotlib
 import pytest
-from typer.testing import CliRunner
 
 from ropelab import config, evaluation, report, training
 from ropelab.analysis import diagnose_run
-from ropelab.cli.options import app
 from ropelab.config import Method
 from ropelab.evaluation import evaluations
 from ropelab.report import figures
 from ropelab.runs import RunDir
+from tests.lab import invoke
 from tests.test_experiment import enlarged, settings
 
 matplotlib.use("Agg")
@@ -108,7 +107,7 @@ def test_the_commands_of_a_report_give_its_numbers_again(run: RunDir, folder: Pa
     for command in commands:
         words = shlex.split(command)[1:]
         places = [f"runs_dir={run.path.parent}", f"cache_dir={folder / 'cache'}"]
-        done = CliRunner().invoke(app, [*words, *places, "--json"])
+        done = invoke(*words, *places, "--json")
         assert done.exit_code == 0, (command, done.stderr)
         again.add(json.dumps(json.loads(done.stdout)["rows"]))
     assert again == stored
@@ -190,10 +189,10 @@ def test_a_scaling_whose_parameters_leave_everything_alone_says_so(run: RunDir, 
             ["--scaling", "rerope", "scaling.window=500", "scaling.log_scaling=false"],
             ["--scaling", "yarn", "--factor", "1"]]  # fmt: skip
     for words in idle:
-        done = CliRunner().invoke(app, ["eval", *map(str, common), *words, "--json"])
+        done = invoke("eval", *common, *words, "--json")
         assert done.exit_code == 0
         assert "changes nothing at these lengths" in done.stderr, words
-    done = CliRunner().invoke(app, ["eval", *map(str, common), "--scaling", "self_extend", "--json"])
+    done = invoke("eval", *common, "--scaling", "self_extend", "--json")
     assert "changes nothing" not in done.stderr
 
 
@@ -202,8 +201,8 @@ def test_a_factors_file_is_not_contradicted(run: RunDir, folder: Path, tmp_path:
     file.write_text(json.dumps({"long_factors": FACTORS, "factor": 4, "start_tokens": 2, "attention_factor": 1.1}))
     common = ["eval", str(run.path), "--ctx", "64", f"cache_dir={folder / 'cache'}", "--scaling", "longrope"]
     for more in (["--factor", "8"], ["scaling.start_tokens=0"], ["scaling.long_factors=[1.0]"]):
-        done = CliRunner().invoke(app, [*common, f"scaling.factors={file}", *more])
+        done = invoke(*common, f"scaling.factors={file}", *more)
         assert done.exit_code == 2
         assert "leave one of them out" in done.stderr
         assert len(done.stderr.splitlines()) == 1
-    assert CliRunner().invoke(app, [*common, f"scaling.factors={file}", "--factor", "4"]).exit_code == 0
+    assert invoke(*common, f"scaling.factors={file}", "--factor", "4").exit_code == 0

@@ -22,9 +22,8 @@ import pytest
 from ropelab import data, files
 from ropelab.data import fast
 from ropelab.errors import DamagedFileError
-from tests.test_faults import Said, _one_thread, nodes, one_line, replaced, ropelab  # noqa: F401 (fixture)
-from tests.test_runs import write_corpus
-from tests.test_sweeps import SMALL
+from tests.lab import TINY, Said, changed, forked_workers, once, one_line, ropelab, write_corpus
+from tests.test_faults import nodes, replaced
 
 SECRET = "what only the user may read"
 
@@ -59,11 +58,12 @@ def sweep_of_two(root: Path) -> Made:
     """A good folder, and beside it the text and the cache."""
     write_corpus(root / "text")
     made = Made(root / "good")
-    settings = [item for item in SMALL if not item.startswith("train.steps")]
-    said = ropelab(
-        "sweep", "pos=rope,alibi", *settings, "train.steps=4", "eval.last=8", "eval.protocol=last",
-        "eval.tokens=500", f"data.path={root / 'text'}", f"runs_dir={made.runs}", f"cache_dir={root / 'cache'}",
+    settings = changed(
+        TINY, "train.steps=4", "eval.ctx=64", "eval.last=8", "eval.protocol=last", "eval.tokens=500",
+        f"data.path={root / 'text'}", f"runs_dir={made.runs}", f"cache_dir={root / 'cache'}",
     )  # fmt: skip
+    with forked_workers():
+        said = ropelab("sweep", "pos=rope,alibi", *settings)
     assert said.status == 0, said.err
     made.mine.mkdir()
     for name in ("thesis.txt", "step-00000009", "metrics.jsonl", "0000.json"):
@@ -72,8 +72,8 @@ def sweep_of_two(root: Path) -> Made:
 
 
 @pytest.fixture(scope="module")
-def good(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    return sweep_of_two(tmp_path_factory.mktemp("strangers"))
+def good(shared: Path) -> Made:
+    return Made(once(shared / "strangers", sweep_of_two) / "good")
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ import pytest
 
 from ropelab import cli
 from ropelab.cli.options import print_table, print_text, say
-from tests.test_faults import Lab, ropelab
-from tests.test_runs import write_corpus
+from tests.lab import made_lab, ropelab, settings
+from tests.test_faults import SEARCH
 
 
 def shell(redirected: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -28,9 +28,9 @@ def shell(redirected: str, **environment: str) -> subprocess.CompletedProcess[st
 @pytest.mark.parametrize(
     ("command", "status", "out", "err"),
     [
-        ("show --pos rope >&-", 0, "", ""),
-        ("show --pos rope 2>&-", 0, "pos rope", ""),
-        ("show --pos rope >&- 2>&- <&-", 0, "", ""),
+        ("show >&-", 0, "", ""),
+        ("show 2>&-", 0, "Position encodings", ""),
+        ("show >&- 2>&- <&-", 0, "", ""),
         ("runs >/dev/null 2>/dev/full", 0, "", ""),
         ("runs >&-", 0, "", "there are no runs"),
         ("nosuch 2>&-", 2, "", ""),
@@ -52,12 +52,9 @@ def test_an_output_that_cannot_be_written_is_no_traceback(
     assert done.stderr.count("\n") == bool(err), done.stderr
 
 
-def test_with_a_closed_output_no_file_gets_its_number(tmp_path: Path) -> None:
+def test_with_a_closed_output_no_file_gets_its_number(home: Path, tmp_path: Path) -> None:
     """What is printed must not end up in a file that was opened as number 1."""
-    write_corpus(tmp_path / "text")
-    where = f"runs_dir={tmp_path / 'runs'} cache_dir={tmp_path / 'cache'} data=text data.path={tmp_path / 'text'}"
-    shape = "model.n_layer=1 model.d_model=16 model.n_head=2 train.ctx=32 train.batch_size=2 train.steps=2 device=cpu"
-    done = shell(f"train {where} {shape} >&- 2>&-")
+    done = shell(f"train {' '.join(settings(home, tmp_path / 'runs', 'train.steps=2'))} >&- 2>&-")
     assert done.returncode == 0
     (run,) = [path for path in (tmp_path / "runs").iterdir() if path.is_dir()]
     assert json.loads((run / "manifest.json").read_text(encoding="utf-8"))["status"] == "done"
@@ -86,7 +83,7 @@ EVIL = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202e"
 
 
 def test_a_name_cannot_steer_the_terminal_wherever_it_is_printed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from rich.table import Table
     from rich.text import Text
@@ -103,13 +100,11 @@ def test_a_name_cannot_steer_the_terminal_wherever_it_is_printed(
     assert all(word in printed.out for word in ("title", "head", "cell"))
     assert printed.err.startswith("said ")
 
-    write_corpus(tmp_path / "text")
-    lab = Lab(tmp_path / "lab", tmp_path / "text")
-    assert lab.train().status == 0
+    lab = made_lab(shared).copy(tmp_path / "lab")
     evil = lab.run.path.rename(lab.runs / f"rope{EVIL}x")
     for command in (
         ["eval", str(evil), "--ctx", "32,", "--protocol", "last", "eval.last=8"], ["eval", *lab.places()], ["runs"],
-        ["show", str(evil)], ["search", "longrope", "--ctx", "64"], ["runs", "rm", str(evil), "--yes"],
+        ["show", str(evil)], ["search", "longrope", "--ctx", "64", *SEARCH], ["runs", "rm", str(evil), "--yes"],
     ):  # fmt: skip
         said = ropelab(*command, *(lab.places() if "eval" not in command[:1] else ()))
         assert not STEERING & set(said.out + said.err), (command, said)

@@ -12,14 +12,14 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
+from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from ropelab import cli, runs, sweeps
@@ -30,14 +30,12 @@ from ropelab.errors import RunError, SchedulerError
 from ropelab.sweeps import Sweep, control
 from ropelab.sweeps.launchers import local
 from ropelab.sweeps.launchers import slurm as slurm_launcher
-from tests.test_runs import _one_thread, home, tiny  # noqa: F401 (fixtures)
+from tests.lab import TINY, Process, changed, tiny, waited_for
 
 Run = Callable[..., tuple[int, str, str]]
-SMALL = (
-    "data=text", "model.n_layer=1", "model.d_model=16", "model.n_head=2", "train.ctx=32", "train.batch_size=2",
-    "train.steps=8", "train.eval_every=5", "train.dtype=fp32", "device=cpu", "eval.ctx=64",
-)  # fmt: skip
-LONG = ("train.steps=700", "train.eval_every=700", "train.checkpoint_every=100")
+SMALL = (*TINY, "eval.ctx=64")
+# that take their time: a small batch, so that most of it is not the validation at the end
+LONG = ("train.steps=700", "train.eval_every=700", "train.checkpoint_every=100", "train.batch_size=4")
 
 
 @pytest.fixture
@@ -59,23 +57,13 @@ def ropelab(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 
 @pytest.fixture
-def here(home: Path, tmp_path: Path) -> tuple[str, ...]:  # noqa: F811
-    """Settings of a sweep of tiny runs in a folder of its own."""
+def here(home: Path, forked_workers: None, tmp_path: Path) -> tuple[str, ...]:
+    """Settings of a sweep of tiny runs in a folder of its own, with workers that are forked.
+
+    Those of a sweep that is a process of its own are started as always.
+    """
     folders = f"data.path={home / 'corpus'}", f"cache_dir={home / 'cache'}", f"runs_dir={tmp_path / 'runs'}"
     return (*SMALL, *folders)
-
-
-def changed(settings: tuple[str, ...], *other: str) -> tuple[str, ...]:
-    """Settings with some of their keys, or more of them, set otherwise."""
-    keys = {item.partition("=")[0] for item in other}
-    return (*(item for item in settings if item.partition("=")[0] not in keys), *other)
-
-
-def command(*arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "ropelab", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
 
 
 def weights(runs_dir: Path) -> dict[str, dict[str, torch.Tensor]]:
@@ -88,13 +76,6 @@ def assert_equal(found: dict[str, dict[str, torch.Tensor]], expected: dict[str, 
         assert tensors.keys() == expected[name].keys()
         for key, tensor in tensors.items():
             assert torch.equal(tensor, expected[name][key]), f"{name} {key}"
-
-
-def waited_for(condition: Callable[[], bool], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come"
-        time.sleep(0.05)
 
 
 # --- the grammar ----------------------------------------------------------------------------------------------------
@@ -124,7 +105,7 @@ def test_values_are_expanded_as_hydra_does(overrides: list[str], points: list[li
     assert grammar.expand(overrides) == points
 
 
-@settings(deadline=None, max_examples=25)
+@examples(max_examples=25)
 @given(st.lists(st.lists(st.integers(0, 99), min_size=1, max_size=4, unique=True), min_size=1, max_size=3))
 def test_the_points_are_the_product_of_all_values(values: list[list[int]]) -> None:
     """Every combination is there once, the last key turning fastest, whatever the values are."""
@@ -443,7 +424,7 @@ def test_a_killed_sweep_goes_on_to_the_same_numbers(ropelab: Run, here: tuple[st
     """Killed with -9: its workers save and end by themselves, `status` says LOST, `retry` finishes."""
     straight = changed(here, f"runs_dir={tmp_path / 'straight'}", *LONG)
     assert ropelab("sweep", "pos=rope,alibi", *straight)[0] == 0
-    process = command("sweep", "pos=rope,alibi", *changed(here, *LONG))
+    process = Process(cli.main, "sweep", "pos=rope,alibi", *changed(here, *LONG))
     runs_dir = tmp_path / "runs"
 
     def steps() -> list[int]:
@@ -475,13 +456,13 @@ def test_a_killed_sweep_goes_on_to_the_same_numbers(ropelab: Run, here: tuple[st
 
 def test_a_run_that_two_sweeps_share_is_trained_once(ropelab: Run, here: tuple[str, ...], tmp_path: Path) -> None:
     """The second sweep waits for the run that the first one trains."""
-    long = changed(here, "train.steps=500", "train.eval_every=500")
-    first = command("sweep", "pos=rope", *long)
+    long = changed(here, "train.steps=500", "train.eval_every=500", "train.batch_size=4")
+    first = Process(cli.main, "sweep", "pos=rope", *long)
     waited_for(lambda: any(run.metrics() for run in runs.all_runs(tmp_path / "runs")))
     status, out, err = ropelab("sweep", "pos=rope,alibi", *long, "--json")
     assert status == 0, err
     assert [one["state"] for one in json.loads(out)["runs"]] == ["DONE", "DONE"]
-    first.communicate(timeout=60)
+    first.communicate()
     assert first.returncode == 0
     (shared, _) = Sweep(sweeps.all_sweeps(tmp_path / "runs")[-1]).tasks
     assert [line["step"] for line in runs.RunDir(tmp_path / "runs" / shared["run"]).metrics()] == list(range(1, 501))
@@ -517,13 +498,13 @@ def test_runs_are_listed_and_removed_by_what_they_have(ropelab: Run, here: tuple
 def test_cancel_stops_a_sweep_of_another_process(ropelab: Run, here: tuple[str, ...], tmp_path: Path) -> None:
     where = f"runs_dir={tmp_path / 'runs'}"
     asked = ("sweep", "pos=rope,alibi", "launcher.jobs=1", *changed(here, "train.steps=100000"))
-    process = command(*asked)
+    process = Process(cli.main, *asked)
     waited_for(lambda: any(run.metrics() for run in runs.all_runs(tmp_path / "runs")))
     status, _, err = ropelab(*asked)
     assert status == 2
     assert "is being worked on by another process" in err
     assert ropelab("cancel", where)[0] == 0
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate()
     assert process.returncode == 143
     assert "goes on" in err
     status, out, _ = ropelab("status", where, "--json")
@@ -599,7 +580,7 @@ def test_the_cap_holds(monkeypatch: pytest.MonkeyPatch, jobs: int, slots: int, m
 # --- the folder -----------------------------------------------------------------------------------------------------
 
 
-def made(tmp_path: Path, home: Path, n: int = 3) -> Sweep:  # noqa: F811
+def made(tmp_path: Path, home: Path, n: int = 3) -> Sweep:
     config = configs.to_dict(tiny(home, tmp_path))
     tasks = [{"run": f"run-{i}", "points": [], "config": config, "evaluations": []} for i in range(n)]
     return sweeps.create(tmp_path, "sweep", tasks, settings=["seed=0,1,2"], points=["a"])
@@ -614,7 +595,7 @@ def made(tmp_path: Path, home: Path, n: int = 3) -> Sweep:  # noqa: F811
     ],
 )  # fmt: skip
 def test_a_job_without_a_result_stands_as_the_cluster_says(
-    tmp_path: Path, home: Path, told: str | None, state: str  # noqa: F811
+    tmp_path: Path, home: Path, told: str | None, state: str
 ) -> None:  # fmt: skip
     sweep = made(tmp_path, home)
     sweep.add_job(1, "7_1")
@@ -627,7 +608,7 @@ def test_a_job_without_a_result_stands_as_the_cluster_says(
         assert one.note == f"the cluster says {told}: first | slurmstepd: killed"
 
 
-def test_a_job_that_slurm_queued_again_is_not_cancelled_any_more(tmp_path: Path, home: Path) -> None:  # noqa: F811
+def test_a_job_that_slurm_queued_again_is_not_cancelled_any_more(tmp_path: Path, home: Path) -> None:
     """Preempted at once, it said that it was stopped; then the cluster put it back, and it began anew."""
     sweep = made(tmp_path, home)
     sweep.add_job(0, "7_0")
@@ -641,7 +622,7 @@ def test_a_job_that_slurm_queued_again_is_not_cancelled_any_more(tmp_path: Path,
 
 
 def test_a_sweep_of_another_machine_is_cancelled_there(
-    tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+    tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     """Where folders are shared, the process of a lock may be one of another machine: here it is somebody else."""
     sweep = made(tmp_path, home)
@@ -654,7 +635,7 @@ def test_a_sweep_of_another_machine_is_cancelled_there(
     assert sweep.holder() is None
 
 
-def test_an_answer_wins_over_the_cluster(tmp_path: Path, home: Path) -> None:  # noqa: F811
+def test_an_answer_wins_over_the_cluster(tmp_path: Path, home: Path) -> None:
     sweep = made(tmp_path, home)
     sweep.add_job(0, "7_0")
     sweep.say(0, {"error": "ValueError: no"})
@@ -669,7 +650,7 @@ def test_an_answer_wins_over_the_cluster(tmp_path: Path, home: Path) -> None:  #
 
 
 @pytest.mark.parametrize("run", ["../x", "/etc", "a/b", 3, None])
-def test_an_altered_sweep_cannot_lead_out_of_the_folder_of_runs(tmp_path: Path, home: Path, run: Any) -> None:  # noqa: F811
+def test_an_altered_sweep_cannot_lead_out_of_the_folder_of_runs(tmp_path: Path, home: Path, run: Any) -> None:
     sweep = made(tmp_path, home)
     file = sweep.path / "manifest.json"
     content = json.loads(file.read_text(encoding="utf-8"))
@@ -679,7 +660,7 @@ def test_an_altered_sweep_cannot_lead_out_of_the_folder_of_runs(tmp_path: Path, 
         Sweep(sweep.path)
 
 
-def test_sweeps_are_found_by_the_beginning_of_their_names(tmp_path: Path, home: Path) -> None:  # noqa: F811
+def test_sweeps_are_found_by_the_beginning_of_their_names(tmp_path: Path, home: Path) -> None:
     with pytest.raises(RunError, match="there is no sweep in"):
         sweeps.find_sweep(None, tmp_path)
     one, other = made(tmp_path, home, 2), made(tmp_path, home, 3)
@@ -697,7 +678,7 @@ def test_sweeps_are_found_by_the_beginning_of_their_names(tmp_path: Path, home: 
         sweeps.find_sweep(one.name, tmp_path)
 
 
-def test_a_worker_left_alone_saves_and_ends(home: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_worker_left_alone_saves_and_ends(home: Path, tmp_path: Path) -> None:
     """Its stdin closes, as when the process that started it was killed."""
     task = {
         "config": configs.to_dict(tiny(home, tmp_path, "train.steps=100000", "train.checkpoint_every=100000")),
@@ -712,7 +693,7 @@ def test_a_worker_left_alone_saves_and_ends(home: Path, tmp_path: Path) -> None:
     waited_for(lambda: any(run.metrics() for run in runs.all_runs(tmp_path)))
     process.stdin.close()
     process.stdin = None
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate()
     assert "saved at step" in json.loads(out.splitlines()[-1])["cancelled"]
     (run,) = runs.all_runs(tmp_path)
     assert run.latest_checkpoint() is not None
@@ -905,7 +886,7 @@ def test_only_jobs_reach_the_programs_of_slurm(
     assert not (slurm / "cancelled").exists()
 
 
-def test_a_failed_run_that_is_in_the_queue_again_goes_on(tmp_path: Path, home: Path) -> None:  # noqa: F811
+def test_a_failed_run_that_is_in_the_queue_again_goes_on(tmp_path: Path, home: Path) -> None:
     sweep = made(tmp_path, home)
     sweep.add_job(0, "7_0")
     sweep.say(0, {"error": "could not be queued again: Job is pending execution"})
@@ -938,7 +919,7 @@ def test_a_job_that_is_queued_already_is_no_failure(
     assert requeues == ["7_3"] * asked
 
 
-def test_a_task_is_at_work_for_as_long_as_its_worker_lives(tmp_path: Path, home: Path) -> None:  # noqa: F811
+def test_a_task_is_at_work_for_as_long_as_its_worker_lives(tmp_path: Path, home: Path) -> None:
     """Also between the training and its evaluation, when nothing of the run is being written."""
     sweep = made(tmp_path, home)
     sweeps.launched(sweep, {"name": "local"})

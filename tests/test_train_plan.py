@@ -21,7 +21,7 @@ from ropelab.runs import models
 from ropelab.training import plan, plan_training, trainer
 from ropelab.training.recorder import NullRecorder, RunRecorder
 from ropelab.training.state import TrainState
-from tests.test_runs import _one_thread, home, tiny  # noqa: F401 (fixtures)
+from tests.lab import tiny
 
 
 def log(patch: pytest.MonkeyPatch, owner: Any, name: str, calls: list[str]) -> list[str]:
@@ -37,7 +37,7 @@ def log(patch: pytest.MonkeyPatch, owner: Any, name: str, calls: list[str]) -> l
 
 
 def test_planning_builds_no_model_and_writes_no_run(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     """Twice the same plan, without a model, a random number for one, or a folder."""
     monkeypatch.setattr(GPT, "__init__", lambda *_, **__: pytest.fail("a model was built"))
@@ -54,7 +54,7 @@ def test_planning_builds_no_model_and_writes_no_run(
 
 @pytest.mark.parametrize("together", [False, True])
 def test_what_is_trained_is_built_once(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: bool  # noqa: F811
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: bool
 ) -> None:  # fmt: skip
     """One encoding, which the model takes, and one model for a run; none to be looked at and thrown away."""
     calls = [log(monkeypatch, owner, name, [])
@@ -101,7 +101,7 @@ ERRORS = {"on_interrupt": Interrupted, "on_crash": LookupError, "on_nonfinite": 
 
 @pytest.mark.parametrize("how", ["finish", *ERRORS])
 def test_ranks_take_the_same_part_in_a_training(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str  # noqa: F811
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:  # fmt: skip
     """A rank that does not write makes the same calls, gathers the same tensors, and leaves nothing on the disk.
 

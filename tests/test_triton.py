@@ -361,10 +361,11 @@ def test_compilation_keeps_one_graph_and_the_numbers() -> None:
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
 @pytest.mark.skipif(triton_version() < (3, 7), reason="the interpreter of Triton 3.6 breaks on NumPy 2.4")
-def test_the_checks_hold_in_the_interpreter() -> None:
-    """All checks above, in another Python: none may fail, and none may be skipped there."""
+@pytest.mark.parametrize("which", ["[0]", pytest.param("", marks=pytest.mark.slow)])
+def test_the_checks_hold_in_the_interpreter(which: str) -> None:
+    """The first checks of each kernel, or all of them, in another Python: none may fail, and none may be skipped."""
     ran = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", __file__],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "-k", which, __file__],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         cwd=Path(__file__).parents[1],
         capture_output=True,
@@ -393,6 +394,7 @@ class Target:
         return GPUTarget("cuda", self.arch, 32)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="nothing is compiled")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are compiled for the GPU that is here")
 @pytest.mark.parametrize(("arch", "shared"), [(80, 99), (90, 227)])

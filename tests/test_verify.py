@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -21,30 +20,25 @@ from ropelab import config as configs
 from ropelab import training
 from ropelab.model import GPT
 from ropelab.training import recorder, state, verify
-from tests.test_faults import ROOT, one_line, ropelab
-from tests.test_runs import write_corpus
+from tests import lab
+from tests.lab import changed, forked, one_line, ropelab
 
-TINY = ("data=text", "model.n_layer=1", "model.d_model=16", "model.n_head=2", "train.ctx=32", "train.batch_size=16",
-        "train.dtype=fp32", "device=cpu")  # fmt: skip
+# what --steps says belongs to the command
+TINY = tuple(item for item in lab.TINY if not item.startswith(("train.steps", "train.eval_every")))
 
 
 @pytest.fixture(scope="module")
-def places(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+def places(home: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     folder = tmp_path_factory.mktemp("verify")
-    write_corpus(folder / "text")
-    return f"data.path={folder / 'text'}", f"cache_dir={folder / 'cache'}", f"runs_dir={folder / 'runs'}"
+    return f"data.path={home / 'corpus'}", f"cache_dir={home / 'cache'}", f"runs_dir={folder / 'runs'}"
 
 
 @pytest.fixture(autouse=True)
 def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """One thread, and a place for temporary folders that must be empty afterwards."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    """A place for temporary folders that must be empty afterwards."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     yield
-    torch.set_num_threads(before)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("ropelab-verify")] == []
 
 
@@ -79,21 +73,18 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def verified(places: tuple[str, ...], *overrides: str, steps: int = 6, at: int | None = None) -> dict[str, Any]:
-    pairs = dict(item.split("=", 1) for item in (*TINY, *overrides))
-    resolved = configs.load([*(f"{key}={value}" for key, value in pairs.items()), *places])
+    resolved = configs.load(changed(TINY, *overrides, *places))
     return verify.verify_resume(resolved, steps=steps, at=at)
 
 
-@pytest.mark.parametrize(("ranks", "dtype"), [(1, "bf16"), (2, "fp32")])
+@pytest.mark.parametrize(("ranks", "dtype"), [(1, "bf16"), pytest.param(2, "fp32", marks=pytest.mark.slow)])
 def test_the_command_with_real_processes_and_a_real_kill(places: tuple[str, ...], ranks: int, dtype: str) -> None:
-    """One process, and two ranks of torchrun that are killed with it."""
-    command = [sys.executable, "-m", "ropelab", "verify-resume", "--steps", "4", "--at", "2", "--json", *TINY[:-2]]
-    done = subprocess.run(
-        [*command, f"--ranks={ranks}", *places, f"train.dtype={dtype}", "device=cpu"],
-        cwd=ROOT, capture_output=True, text=True, timeout=500, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    """One process, forked; and two ranks that torchrun starts, which are killed with it."""
+    with forked(verify, verify.main) if ranks == 1 else contextlib.nullcontext():
+        done = ropelab("verify-resume", "--steps", "4", "--at", "2", "--json", f"--ranks={ranks}",
+                       *changed(TINY, *places, f"train.dtype={dtype}"))  # fmt: skip
+    assert done.status == 0, done.err
+    found = json.loads(done.out)
     assert (found["equal"], found["cause"], found["differences"]) == (True, None, [])
     assert (found["at"], found["killed_at"], found["steps_lost"]) == (2, 4, 2)
     assert (found["dtype"], found["world_size"]) == (dtype, ranks)

@@ -61,7 +61,7 @@ def test_nothing_is_evaluated(text):
         parse_number(text)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
 @given(
     run=st.sampled_from(["a", "b"]),
     scaling=st.sampled_from([None, "ntk", "yarn", "dynamic_ntk", "none"]),

@@ -288,7 +288,7 @@ def test_size_is_informative(configs):
         assert (verdict.verdict, verdict.checks[0].size) == ("PASS", expected)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=15, deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=15)
 @given(st.permutations(SEEDS), st.permutations(range(DOCS)))
 def test_order_does_not_matter(configs, seeds, docs):
     """Seeds, documents and measurements may come in any order."""

@@ -113,7 +113,7 @@ def test_cable_has_the_parameters_of_its_variant() -> None:
     assert names("released") == {"steps.weight", "steps.bias"}
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(variant=st.sampled_from(VARIANTS), heads=st.sampled_from([1, 2, 4, 8]), length=st.integers(1, 200))
 def test_cable_with_constant_steps_is_alibi(variant: str, heads: int, length: int) -> None:
     """Where every token's step is the head's slope and the query's weight 1, the bias is ALiBi's."""

@@ -66,7 +66,7 @@ weights = st.floats(-3, 3, width=32) | st.sampled_from([0.0, -0.0, 1.0, -2.0, 1e
 units = st.tuples(weights, st.sampled_from([0.0, 0.5, 1.0, None]) | st.floats(-0.25, 1.25, width=32))
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     units=st.lists(units, min_size=1, max_size=8),
     out=st.lists(st.floats(-1, 1, width=32), min_size=8 * HEADS, max_size=8 * HEADS),

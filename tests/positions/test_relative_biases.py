@@ -56,7 +56,7 @@ def test_alibi_stays_exact_at_long_distances() -> None:
 # --- T5 -------------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(
     buckets=st.integers(2, 64), beyond=st.integers(1, 2000), distances=st.lists(st.integers(0, LONG - 1), min_size=1)
 )
@@ -116,7 +116,7 @@ def test_kerple_is_the_formula_of_the_paper(name: str, seed: int) -> None:
             assert found[h, d].item() == pytest.approx(due, rel=1e-6, abs=0)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(heads=st.integers(1, 24), length=st.integers(1, 3000))
 def test_kerple_power_one_with_alibis_slopes_is_alibi(heads: int, length: int) -> None:
     """Where r2 = 1 and r1 = ALiBi's slope (when that is above the bound of 0.01), the two biases are one."""

@@ -58,7 +58,7 @@ def test_p_rope_ends_at_rope_and_at_no_positions(layout: str) -> None:
     assert nothing.sin_q.eq(0).all()
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(p=st.floats(0.1, 1), pairs=st.integers(10, 64))
 def test_p_rope_keeps_the_fastest_pairs_of_the_full_spectrum(p: float, pairs: int) -> None:
     """int(p d/2) pairs turn as in RoPE, and they are its fastest; the rest stand still."""
