@@ -115,14 +115,18 @@ def settings_page() -> str:
     for group, title in GROUPS.items():
         lines += [f"## {title}: `{group}`", ""]
         for path in sorted((configs / group).glob("*.yaml")):
-            head = re.compile(r"# (summary|paper|applies to):|name: ")
+            head = re.compile(r"# (label|summary|paper|applies to|dynamic):|name: ")
             body = [line for line in path.read_text(encoding="utf-8").splitlines() if not head.match(line)]
             more = [
                 f"{key}: {head_of(path, key)}" for key in ("paper", "applies to") if head_of(path, key) not in ("", "-")
             ]
             said = [head_of(path, "summary"), *more]
             text = ". ".join(part for part in said if part)
-            lines += [f"**`{path.stem}`**" + (f": {text.rstrip('.')}." if text else ""), ""]
+            label = head_of(path, "label")
+            lines += [
+                f"**`{path.stem}`**" + (f" ({label})" if label else "") + (f": {text.rstrip('.')}." if text else ""),
+                "",
+            ]
             if any(line.strip() for line in body):
                 lines += ["```yaml", *body, "```", ""]
     return "\n".join(lines)
