@@ -1,4 +1,4 @@
-"""TODO: analysis."""
+"""What an encoding says and why a curve bends: numbers of an encoding, trained angles, breakdown, attention by distance."""
 
 import lazy_loader
 

@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -29,7 +29,6 @@ app = typer.Typer(
     help="The referee of position encodings: train small GPTs that differ only in position, evaluate them far past "
     "the training length, get a verdict.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -58,8 +57,27 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...",
 RunsAndOverrides = Annotated[
     list[str] | None, typer.Argument(metavar="[RUN | KEY=VALUE]...", help="Runs, and settings such as eval.last=128.")
 ]
-Pos = Annotated[list[str] | None, typer.Option("--pos", metavar="NAME", help="Position encoding: pos=NAME.")]
-Scaling = Annotated[list[str] | None, typer.Option("--scaling", metavar="NAME", help="scaling=NAME.")]
+
+
+def names_of(group: str) -> Callable[[str], list[str]]:
+    """For the shell's completion: the names of a group that begin as what was typed."""
+
+    def complete(incomplete: str) -> list[str]:
+        from ropelab import config
+
+        return [name for name in config.choices(group) if name.startswith(incomplete)]
+
+    return complete
+
+
+Pos = Annotated[
+    list[str] | None,
+    typer.Option("--pos", metavar="NAME", help="Position encoding: pos=NAME.", autocompletion=names_of("pos")),
+]
+Scaling = Annotated[
+    list[str] | None,
+    typer.Option("--scaling", metavar="NAME", help="scaling=NAME.", autocompletion=names_of("scaling")),
+]
 Factor = Annotated[
     list[str] | None, typer.Option("--factor", metavar="S", help="scaling.factor=S: auto, auto-row or a number.")
 ]

@@ -1,4 +1,4 @@
-"""TODO: evaluation."""
+"""Perplexity of a run or checkpoint far past its training length: the plan, its targets, losses, intervals, and results."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""TODO: search."""
+"""LongRoPE's search for the factors of a run, by evolution."""
 
 import lazy_loader
 

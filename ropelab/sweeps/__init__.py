@@ -1,4 +1,4 @@
-"""TODO: sweeps."""
+"""Many runs from one command: the plan, the folder, the control, the workers, and where they run."""
 
 import lazy_loader
 
