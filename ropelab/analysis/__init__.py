@@ -1,4 +1,4 @@
-"""What an encoding says and why a curve bends: numbers of an encoding, trained angles, breakdown, attention by distance."""
+"""What an encoding says and why a curve bends: its numbers, trained angles, breakdown, attention by distance."""
 
 import lazy_loader
 

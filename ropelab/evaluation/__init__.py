@@ -1,4 +1,4 @@
-"""Perplexity of a run or checkpoint far past its training length: the plan, its targets, losses, intervals, and results."""
+"""Perplexity of a run or checkpoint far past its training length: plan, targets, losses, intervals, results."""
 
 import lazy_loader
 
