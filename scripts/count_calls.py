@@ -10,6 +10,7 @@ prepared, and how often what should happen once happened, up to the end.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import json
 import sys
@@ -64,10 +65,8 @@ def count(runs_dir: Path, *settings: str) -> dict[str, Any]:
         code = frame.f_code
         if event != "call" or not code.co_filename.startswith(PACKAGE):
             return
-        if code.co_name == "<module>" or code.co_qualname.endswith(
-            ("<lambda>", "<genexpr>", "<listcomp>", "<dictcomp>")
-        ):
-            return
+        if code.co_name.startswith("<") or not code.co_flags & inspect.CO_OPTIMIZED:
+            return  # a lambda or a comprehension; the body of a module or a class
         calls[code.co_filename.removeprefix(f"{PACKAGE}/"), code.co_qualname] += 1
         if code.co_qualname == "GPT.forward" and not started:
             before, started = set(entered), True

@@ -75,7 +75,7 @@ def test_stored_evaluations_are_read_and_not_made_again(old: Path) -> None:
         assert [row["nll"] for row in result["rows"]] == [row["nll"] for row in same["rows"]]
         assert result["weights_bound"] == "later"  # it did not say of which weights it was
     assert again["protocol"]["last"] == 8
-    assert len(evaluations(RunDir(old / "runs" / ROPE))) == 4  # the shorter ladder of the sweep is joined
+    assert len(evaluations(RunDir(old / "runs" / ROPE))) == 5  # three scalings, the sliding one, the sweep's
 
 
 def test_an_evaluation_made_again_has_the_same_losses(old: Path) -> None:
