@@ -158,6 +158,6 @@ def _steps(
 
 
 def _not_finite(losses: list[float], norms: list[float], present: Sequence[int]) -> dict[int, tuple[str, float]]:
-    """What is not finite in a step, model by model: what it is, and its value."""
+    """The figures of a step that are not finite, by model: (what, value)."""
     found = {index: ("norm of the gradient", norms[index]) for index in present if not math.isfinite(norms[index])}
     return found | {index: ("loss", losses[index]) for index in present if not math.isfinite(losses[index])}
