@@ -46,7 +46,7 @@ def find_parent(config: Config) -> Parent | None:
 
 
 def check_weights(encoding: PositionEncoding, parent: RunDir) -> None:
-    """`ValueError` where the weights of an encoding differ in name or shape from a parent's."""
+    """`ValueError` where an encoding has other weights than a parent's, so that these cannot be gone on from."""
     its = {
         name.removeprefix("encoding."): w for name, w in parent.load_weights().items() if name.startswith("encoding.")
     }

@@ -1,4 +1,4 @@
-"""The position records of M models as one, for one forward pass of all; letters as the package explains."""
+"""What the encodings of M models say, joined so that one pass serves them all; letters as the package explains."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ropelab.positions import Positions, QueryBias, Rotation
 
 
 class Joined(NamedTuple):
-    """The records of M encodings for one forward pass; a field that only some use has no effect on the others."""
+    """What M encodings say about one forward pass; what only some of them use changes nothing for the others."""
 
     embedding: Tensor | None  # (M, B or 1, T, C) fp32
     qk_embedding: Tensor | None  # (M, B or 1, T, C) fp32
@@ -25,7 +25,7 @@ class Joined(NamedTuple):
 
 
 def join(records: Sequence[Positions], model: GPT, length: int, dtype: torch.dtype) -> Joined:
-    """The records of M models of the shape of `model` at `length` tokens. `ValueError` where they cannot be joined."""
+    """What M models of the shape of `model` say about `length` tokens. `ValueError` where it cannot be said at once."""
     if any(record.far is not None for record in records):
         raise ValueError("models with other scores for distant keys cannot be stacked")
     blocks = {record.block for record in records}
