@@ -57,7 +57,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
             raise Killed
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(verify, "_tell", told.update)
+            patch.setattr(verify, "_emit", told.update)
             patch.setattr(verify.os, "kill", kill)
             patch.setattr(recorder.RunRecorder, "on_crash", lambda self, error: None)  # a dead process writes nothing
             try:

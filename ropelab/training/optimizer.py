@@ -12,9 +12,7 @@ from ropelab.distributed import is_sharded, shard_like
 from ropelab.model import GPT
 
 BETAS = (0.9, 0.95)
-
-
-FUSED = ("cpu", "cuda")  # devices whose fused AdamW leaves a step out when it is told to
+FUSED = ("cpu", "cuda")  # devices whose fused AdamW skips a step where `found_inf` is 1
 
 
 def lr_at(step: int, config: TrainConfig) -> float:

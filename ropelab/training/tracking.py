@@ -13,7 +13,7 @@ from ropelab.progress import tell
 class Tracker:
     """Echoes metric lines to wandb; does nothing when `track.wandb=disabled`.
 
-    `ValueError` when wandb cannot be started. Once it has been, a failure of the echo is said on stderr and never
+    `ValueError` when wandb cannot be started. Once it has been, a failure of the echo is reported on stderr and never
     ends the training: metrics.jsonl is the record.
     """
 
@@ -27,7 +27,7 @@ class Tracker:
             self._run = wandb.init(
                 project=config.project,
                 name=name,
-                id=run_id,  # a resumed run goes on in the same wandb run
+                id=run_id,  # a resumed run continues the same wandb run
                 resume="allow",
                 dir=str(folder),
                 mode="offline" if config.wandb == "offline" else "online",

@@ -73,7 +73,7 @@ def verify_resume(
         raise ValueError(f"--ranks must be at least 1, not {world}")
     if not 1 <= at < steps:
         raise ValueError(f"--at must be a step before the last, 1 to {steps - 1} with --steps {steps}, not {at}")
-    killed_at = min(at + BEYOND, 2 * at, steps)  # 2 x at is saved only after it was told of: the kill comes before
+    killed_at = min(at + BEYOND, 2 * at, steps)  # 2 x at is saved only after its progress line: the kill comes before
     with _terminable(), tempfile.TemporaryDirectory(prefix="ropelab-verify-") as folder:
         place = Path(folder)
         short = _shortened(config, steps=steps, at=at)
@@ -94,9 +94,9 @@ def verify_resume(
         operations = trained("straight")["operations"]
         trained("resumed", kill_at=killed_at)
         lost = len(resumed_run.metrics()) - at
-        told = trained("resumed")
-        if told["first"] != at + 1:
-            raise RuntimeError(f"the killed training went on at step {told['first']}, not at step {at + 1}")
+        resumed = trained("resumed")
+        if resumed["first"] != at + 1:
+            raise RuntimeError(f"the killed training went on at step {resumed['first']}, not at step {at + 1}")
         compared, differences = _compare(straight_run, resumed_run)
         cause, determined_equal = None, None
         if differences:
@@ -248,58 +248,58 @@ def _terminable() -> Iterator[None]:
 
 
 def _in_a_process(task: dict[str, Any], path: Path, what: str, progress: Progress) -> dict[str, Any]:
-    """Train in a process of its own; what it told last. `RuntimeError` with its words when it broke."""
+    """Train in a process of its own; its report. `RuntimeError` with its own message when it broke."""
     files.write_json(path, task)
     environment = dict(os.environ)
     if task["deterministic"]:
         environment.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch refuses cuBLAS without it
     errors = path.with_suffix(".err")
     together = ["torch.distributed.run", "--standalone", f"--nproc-per-node={task['world']}", "-m"]
-    with errors.open("wb") as said:
+    with errors.open("wb") as stderr:
         process = subprocess.Popen(
             [sys.executable, "-m", *(together if task["world"] > 1 else ()), "ropelab.training.verify", str(path)],
-            stdout=subprocess.PIPE, stderr=said, text=True, env=environment, start_new_session=True,
+            stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment, start_new_session=True,
         )  # fmt: skip
         try:
-            told = _told(process, what, progress)
+            report = _forward(process, what, progress)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     expected = 0 if task["kill_at"] is None else -signal.SIGKILL
     if process.returncode != expected:
-        last = told.get("error") or next(iter(errors.read_text(errors="replace").strip().splitlines()[-1:]), "")
+        last = report.get("error") or next(iter(errors.read_text(errors="replace").strip().splitlines()[-1:]), "")
         raise RuntimeError(f"the {what} ended with status {process.returncode}, not {expected}: {last}")
-    return told
+    return report
 
 
-def _told(process: subprocess.Popen[str], what: str, progress: Progress) -> dict[str, Any]:
-    """Pass the progress of a process on, to its end; all other things that it told."""
+def _forward(process: subprocess.Popen[str], what: str, progress: Progress) -> dict[str, Any]:
+    """Forward the progress of a process until it ends; its other lines, as one report."""
     assert process.stdout is not None
-    told: dict[str, Any] = {}
+    report: dict[str, Any] = {}
     with process.stdout:
         for text in process.stdout:
             line = json.loads(text)
             if "done" in line:
                 progress(what, line["done"], line["total"])
             else:
-                told.update(line)
+                report.update(line)
     process.wait()
-    return told
+    return report
 
 
 def _work(task: dict[str, Any]) -> None:
-    """One training, told of as JSON lines; it kills itself after step `kill_at`."""
+    """One training, reported as JSON lines; it kills itself after step `kill_at`."""
     first = None
 
-    def telling(description: str, done: int, total: int, **facts: Any) -> None:
+    def report_progress(description: str, done: int, total: int, **facts: Any) -> None:
         nonlocal first
         if description != "train":
             return
         if first is None:
             first = done
-            _tell({"first": first})
-        _tell({"done": done, "total": total})
+            _emit({"first": first})
+        _emit({"done": done, "total": total})
         if done == task["kill_at"]:
             for pid in _launched_with_us() if task["world"] > 1 else ():
                 os.kill(pid, signal.SIGKILL)
@@ -310,9 +310,9 @@ def _work(task: dict[str, Any]) -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)
     with warnings.catch_warnings(record=True) as caught, init_distributed(lambda error: 1) as ranks:
         warnings.simplefilter("always")
-        train(configs.from_dict(task["config"]), progress=telling, ranks=ranks)
+        train(configs.from_dict(task["config"]), progress=report_progress, ranks=ranks)
     if ranks.is_first:
-        _tell({"operations": _operations(str(warning.message) for warning in caught)})
+        _emit({"operations": _operations(str(warning.message) for warning in caught)})
 
 
 def _launched_with_us() -> list[int]:
@@ -332,7 +332,7 @@ def _operations(messages: Sequence[str] | Iterator[str]) -> list[str]:
     return sorted({match[1] for message in messages if (match := _WARNING.match(message))})
 
 
-def _tell(line: dict[str, Any]) -> None:
+def _emit(line: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(line) + "\n")
     sys.stdout.flush()
 
@@ -342,7 +342,7 @@ def main() -> None:
     try:
         _work(json.loads(Path(sys.argv[1]).read_bytes()))
     except Exception as error:
-        _tell({"error": f"{type(error).__name__}: {error}"})
+        _emit({"error": f"{type(error).__name__}: {error}"})
         raise
 
 

@@ -16,7 +16,7 @@ from ropelab.config import TrainConfig
 from ropelab.errors import NonFiniteLossError
 from ropelab.model import GPT
 from ropelab.training.batched.modules import join
-from ropelab.training.batched.stack import Block, Stack, block_of_all
+from ropelab.training.batched.stack import Block, Stack, StackOptimizer, block_of_all
 from ropelab.training.loop import MAX_IN_FLIGHT, Step, to_device
 from ropelab.training.optimizer import FUSED, lr_at
 
@@ -92,8 +92,9 @@ def _steps(
     start: int, dtype: torch.dtype, positions_at: Sequence[At] | None, sync_at: Callable[[int], bool],
     max_in_flight: int, compiled: bool,
 ) -> Iterator[list[Step | NonFiniteLossError]]:  # fmt: skip
-    stack = Stack(models, optimizers, dtype)
-    device, fused = stack.device, stack.device.type in FUSED
+    stack = Stack(models, dtype)
+    optimizer = StackOptimizer(stack, optimizers)
+    device, separator, fused = stack.device, stack.n_vocab - 1, stack.device.type in FUSED
     assert max_in_flight == 1 or fused
     block: Block = torch.compile(block_of_all, dynamic=False) if compiled else block_of_all
     if config.activation_checkpointing:
@@ -106,14 +107,14 @@ def _steps(
     try:
         while step < config.steps:
             step += 1
-            for index in stack.present:
+            for index in optimizer.present:
                 models[index].set_training_fraction((step - 1) / config.steps)
             windows = to_device(np.stack([at(step) for at in batches_at]), device)  # (M, batch_size, ctx + 1)
             positions = None  # (M, batch_size, ctx)
             if positions_at is not None:
                 positions = to_device(np.stack([at(step) for at in positions_at]), device)
             # each model's mean is over the targets of its whole batch, as in `training.steps`
-            scored = (windows[..., 1:] != stack.separator).sum((1, 2))  # (M,)
+            scored = (windows[..., 1:] != separator).sum((1, 2))  # (M,)
             total = torch.zeros(len(models), device=device)
             for low in range(0, windows.shape[1], config.micro):
                 micro = windows[:, low : low + config.micro]  # (M, micro, ctx + 1)
@@ -124,16 +125,16 @@ def _steps(
                 # no loss depends on another model's weights, so the gradient of the sum is that of each
                 losses.sum().backward()  # type: ignore[no-untyped-call]
                 total += losses.detach()
-            figures = torch.stack((total, stack.clip(config.grad_clip)))  # (2, M)
+            figures = torch.stack((total, optimizer.clip(config.grad_clip)))  # (2, M)
             lr = lr_at(step, config)
             pending.append((step, lr, figures))
-            good = figures.isfinite().all(0) | ~stack.is_present  # (M,)
+            good = figures.isfinite().all(0) | ~optimizer.is_present  # (M,)
             broken = torch.maximum(broken, 1 - good.all().float())
-            stack.step(lr, broken)
+            optimizer.step(lr, broken)
             if len(pending) < max_in_flight and step < config.steps and not sync_at(step):
                 continue
             read: list[tuple[list[float], list[float]]] = torch.stack([both for _, _, both in pending]).tolist()
-            bad = [_not_finite(*figures_of_step, stack.present) for figures_of_step in read]
+            bad = [_not_finite(*figures_of_step, optimizer.present) for figures_of_step in read]
             made = next((n for n, some in enumerate(bad) if some), len(bad))  # updates
             for n, ((taken, lr, _), (losses_of, norms_of)) in enumerate(zip(pending[:made], read, strict=False)):
                 yield [
@@ -144,19 +145,19 @@ def _steps(
                 step = pending[made][0]
                 for index, (what, value) in bad[made].items():
                     failed[index] = NonFiniteLossError(step, what, value)
-                    stack.leave(index)
-                if not stack.present:
+                    optimizer.detach(index)
+                if not optimizer.present:
                     yield [failed[index] for index in range(len(models))]
                     return
                 step -= 1  # the others take it again
                 broken = torch.zeros_like(broken)
             pending.clear()
     finally:
-        for index in stack.present.copy():
-            stack.leave(index)
+        for index in optimizer.present.copy():
+            optimizer.detach(index)
 
 
 def _not_finite(losses: list[float], norms: list[float], present: Sequence[int]) -> dict[int, tuple[str, float]]:
-    """What is not finite in a step, model by model: what it is, and its value."""
+    """The figures of a step that are not finite, by model: (what, value)."""
     found = {index: ("norm of the gradient", norms[index]) for index in present if not math.isfinite(norms[index])}
     return found | {index: ("loss", losses[index]) for index in present if not math.isfinite(losses[index])}
