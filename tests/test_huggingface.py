@@ -280,8 +280,9 @@ SCALINGS_REFUSED = {
 }  # fmt: skip
 
 
-def test_every_encoding_is_exported_or_refused() -> None:
-    assert {*REASONS} | {name.split()[0] for name in EXPORTED} == {*ENCODINGS}
+def test_encodings_here_are_exported_or_refused() -> None:
+    """A new one needs no line: a field of its record that transformers does not know is refused."""
+    assert {*REASONS} | {name.split()[0] for name in EXPORTED} <= {*ENCODINGS}
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+import inspect
 import json
 import math
 from collections.abc import Callable
@@ -104,6 +106,16 @@ def same(one: list[Tensor] | None, other: list[Tensor] | None) -> bool:
 def test_the_tables_of_names_are_the_shipped_files() -> None:
     assert sorted(ENCODINGS) == sorted(choices("pos"))
     assert sorted([*SCALINGS, "none"]) == sorted(choices("scaling"))
+
+
+def test_parameters_are_the_keys_of_the_shipped_files() -> None:
+    """Keywords of an encoding and fields of a scaling, which has an original_ctx even where no formula refers to it."""
+    for name, encoding in ENCODINGS.items():
+        keywords = set(inspect.signature(encoding.__init__).parameters) - {"self", "geometry"}
+        assert keywords == set(method("pos", name).parameters), name
+    for name, scaling in SCALINGS.items():
+        fields = {field.name for field in dataclasses.fields(scaling)}
+        assert fields == {*method("scaling", name).parameters, "original_ctx"}, name
 
 
 def check_rotation(rotation: Rotation, rows: int, d_head: int) -> None:

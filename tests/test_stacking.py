@@ -17,7 +17,7 @@ from torch import Tensor
 from ropelab.config import Method, ModelConfig, TrainConfig
 from ropelab.errors import NonFiniteLossError
 from ropelab.model import GPT
-from ropelab.positions import Geometry, Positions
+from ropelab.positions import Geometry
 from ropelab.scalings import build
 from ropelab.training import Step, build_optimizer, load_optimizer_tensors, steps
 from ropelab.training.batched import check_stackable, stack, stacked_steps
@@ -273,12 +273,6 @@ def test_the_loss_of_a_few_rows_at_a_time_is_the_same(monkeypatch: pytest.Monkey
     monkeypatch.setattr(stack, "logits_held", few)
     assert_same(stacked(gpts(["rope"] * 3)), whole)
     assert held
-
-
-def test_every_field_of_the_record_is_known() -> None:
-    """A new field of `Positions` has to be joined or refused in `stacking.joined.join`, then named here."""
-    joined = {"embedding", "qk_embedding", "rotation", "logit_scale", "bias", "slopes", "query_bias"}
-    assert set(Positions._fields) == joined | {"far", "block"}
 
 
 # --- weights and states between the steps and after -----------------------------------------------------------------

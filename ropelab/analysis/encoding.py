@@ -140,7 +140,7 @@ def _notes(encoding: PositionEncoding, method: Method, record: Positions, ctx: i
         )
     elif encoding.content_dependent:
         notes.append("position is read off the text itself, layer by layer: there is nothing to show without a text")
-    elif not any(part is not None for part in (*record[:4], record.query_bias)):
+    elif all(part is None for part in record._replace(logit_scale=None, block=None)):  # these are no positions
         notes.append("nothing is said of position: the causal mask is the only order signal")
     if record.query_bias is not None:
         notes.append(f"the bias depends on the query too: it is that of the last one, at position {ctx - 1}")

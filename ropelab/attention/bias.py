@@ -11,7 +11,7 @@ ByQuery = Callable[[Tensor, Tensor], Tensor]  # i (Q, 1), distance (Q, K) -> (H,
 
 
 class Bias(NamedTuple):
-    """What the position record says of the scores, and the evaluation's window. H heads, T tokens."""
+    """The fields of the position record that attention reads, and the evaluation's window. H heads, T tokens."""
 
     by_distance: Tensor | None = None  # (H, T) fp32: [h, i - j] is added
     slopes: Tensor | None = None  # (H,) fp32 where by_distance[h, d] is -slopes[h] d: then a kernel may compute it

@@ -1,6 +1,6 @@
 """A bias that depends on the query and the distance, as the fused kernel reads it: bands of query rows.
 
-Band n holds query rows n BAND .. (n + 1) BAND - 1 of those asked for and the keys up to its last query: of all pairs
+Band n holds query rows n BAND .. (n + 1) BAND - 1 of those requested and the keys up to its last query: of all pairs
 of queries and keys little more than the half that is seen is computed and kept. A head's bands stand one after
 another in memory, each row by row, so that all of them are one tensor (H, N), which every layer reads and whose
 gradient is added up over the layers.

@@ -1,4 +1,4 @@
-"""Scores and masks of a block of queries, with all that a bias says: what the kernels that make them have in common.
+"""Scores and masks of a block of queries, with all that is added to them: the part that several kernels share.
 
 Shapes: B sequences, H heads, T tokens, D head dimension. A bias by distance is a vector, (H, T): no kernel for long
 sequences builds (T, T) from it. Biases that depend on the query's index or on the text are computed for one block of
@@ -25,7 +25,7 @@ DENSE, DENSE_ELSEWHERE = 2**22, 2**25
 
 
 class Request(NamedTuple):
-    """What attention is asked to compute: causal, over `length` tokens, with products in `dtype`."""
+    """One causal attention: over `length` tokens, with products in `dtype`."""
 
     length: int
     bias: Bias  # without what no key is far enough away for: `Bias.within`

@@ -49,7 +49,7 @@ class Launch(NamedTuple):
     stages: int
 
     def options(self) -> dict[str, Any]:
-        """Triton's own. Fused multiply-adds are its default up to 3.9 and are said, so that numbers stay the same."""
+        """Triton's own. Fused multiply-adds are its default up to 3.9; given here, so that numbers stay the same."""
         return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
 

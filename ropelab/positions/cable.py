@@ -1,4 +1,4 @@
-"""CABLE: ALiBi whose steps are read off the text."""
+"""CABLE: ALiBi whose steps are computed from the text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The record: all that one encoding says about the positions of one forward pass, and the digest of it.
+"""The record: what one encoding adds to one forward pass, as tensors, and the digest of it.
 
 Letters of the shapes: B sequences, T positions, C model width, H heads, R rotated dimensions of a head. N positions are
 T, or B x T where every sequence has positions of its own.
@@ -62,7 +62,7 @@ QueryBias = Callable[[Tensor, Tensor], Tensor]
 
 
 class Positions(NamedTuple):
-    """All that one encoding says about N positions; a field that it does not use is None.
+    """What one encoding adds for N positions; a field that it does not use is None.
 
     The order of the fields is that in which `encoding_digest` reads them: a new one stands at the end.
     """

@@ -3,7 +3,7 @@
 from ropelab.attention.kernels.base import Kernel
 from ropelab.plugins import classes
 
-# Filled from the modules of this package, in the order in which they are asked.
+# Filled from the modules of this package, highest priority first.
 KERNELS: list[type[Kernel]] = sorted(
     classes(__name__, Kernel),  # type: ignore[type-abstract]
     key=lambda kernel: -kernel.priority,

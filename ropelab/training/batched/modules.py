@@ -24,10 +24,15 @@ class Joined(NamedTuple):
     by_heads: bool  # are there biases? Then the models stand beside each other as heads, else as sequences
 
 
+JOINED = ("embedding", "qk_embedding", "bias", "query_bias", "logit_scale", "rotation", "block", "slopes")
+UNJOINED = {"far": "other scores for distant keys"}  # every other field of the record is refused by its name
+
+
 def join(records: Sequence[Positions], model: GPT, length: int, dtype: torch.dtype) -> Joined:
     """What M models of the shape of `model` say about `length` tokens. `ValueError` where it cannot be said at once."""
-    if any(record.far is not None for record in records):
-        raise ValueError("models with other scores for distant keys cannot be stacked")
+    for name in Positions._fields:
+        if name not in JOINED and any(getattr(record, name) is not None for record in records):
+            raise ValueError(f"models with {UNJOINED.get(name, name)} cannot be stacked")
     blocks = {record.block for record in records}
     if len(blocks) > 1:
         raise ValueError("models that see blocks of different lengths cannot be stacked")
