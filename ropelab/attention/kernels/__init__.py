@@ -5,7 +5,7 @@ from ropelab.plugins import classes
 
 # Filled from the modules of this package, highest priority first.
 KERNELS: list[type[Kernel]] = sorted(
-    classes(__name__, Kernel),  # type: ignore[type-abstract]
+    classes(__name__, Kernel),
     key=lambda kernel: -kernel.priority,
 )
 
