@@ -250,7 +250,7 @@ def test_gradients_of_a_bias_are_equal_bit_by_bit(kind: str) -> None:
     attended, *shape = {
         "by distance": (attend_by_distance, 2, 130),
         "by query": (attend_by_query, 2, row_bands.numel(0, 130)),
-        "decays": (functools.partial(attend_with_decays, gain=None), 3, 2, 130),
+        "decays": (functools.partial(attend_with_decays, gate=None), 3, 2, 130),
     }[kind]
     bias = torch.randn(shape, generator=generator).to(DEVICE).requires_grad_()
     runs = []
