@@ -11,6 +11,7 @@ import fcntl
 import functools
 import io
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -29,11 +30,12 @@ from typing import IO, Any, Literal, NamedTuple, TextIO
 import pytest
 from typer.testing import CliRunner, Result
 
-from ropelab import cli, launcher, worker
+from ropelab import cli, launcher, progress, worker
 from ropelab import config as configs
 from ropelab.runs import RunDir
 from ropelab.schema import Config
 
+progress.LINE_EVERY = math.inf  # what a command prints does not depend on how long it takes
 ROOT = Path(__file__).parent.parent
 PATIENCE = 600.0  # seconds that anything may take: a limit for what hangs, not a measure of what is slow
 # a validation of the tiny run is 512 windows: with 32 of them in a pass it is no longer most of the training
@@ -47,14 +49,15 @@ TINY = (
 
 
 def changed(settings: Sequence[str], *changes: str) -> tuple[str, ...]:
-    """Settings with some of their keys, or more of them, set otherwise: of a key given twice the last counts."""
-    return tuple({item.partition("=")[0]: item for item in (*settings, *changes)}.values())
+    """Settings with some of their keys, or more of them, set otherwise."""
+    keys = {item.partition("=")[0] for item in changes}
+    return (*(item for item in settings if item.partition("=")[0] not in keys), *changes)
 
 
 def settings(home: Path, runs_dir: Path, *changes: str) -> list[str]:
     """The command line of a tiny run on the text of a folder."""
     places = (f"data.path={home / 'corpus'}", f"cache_dir={home / 'cache'}", f"runs_dir={runs_dir}")
-    return list(changed(TINY, *places, *changes))
+    return list(changed((*TINY, *places), *changes))
 
 
 @functools.cache
@@ -88,7 +91,7 @@ def words(seed: int, lines: int = 20) -> str:
 def write_corpus(folder: Path, *, seed: int = 0, files: int = 14) -> Path:
     folder.mkdir(parents=True)
     for number in range(files):
-        (folder / f"{number:02}.txt").write_text(words(1000 * seed + number), encoding="utf-8")
+        (folder / f"{number}.txt").write_text(words(1000 * seed + number), encoding="utf-8")
     return folder
 
 

@@ -18,7 +18,8 @@ from ropelab import experiment, runs
 from ropelab.runs import RunDir
 from ropelab.schema import TrackConfig
 from ropelab.tracking import Tracker
-from tests.test_runs import _one_thread, home, interrupted, tiny, train  # noqa: F401 (fixtures)
+from tests.lab import tiny, train
+from tests.test_runs import interrupted
 
 OFFLINE = ("track.wandb=offline", "track.project=trial")
 
@@ -73,7 +74,7 @@ def no_caller(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_an_offline_run_holds_the_metrics_and_a_resumed_one_goes_on(
-    home: Path,  # noqa: F811
+    home: Path,
     tmp_path: Path,
     no_caller: None,
     capfd: pytest.CaptureFixture[str],
@@ -98,7 +99,7 @@ def test_an_offline_run_holds_the_metrics_and_a_resumed_one_goes_on(
         assert [record.exit.exit_code for record in records if record.HasField("exit")] == [exit_code]
 
 
-def test_the_numbers_do_not_depend_on_the_echo(home: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_the_numbers_do_not_depend_on_the_echo(home: Path, tmp_path: Path) -> None:
     plain = train(home, tmp_path / "plain")
     echoed = train(home, tmp_path / "echoed", *OFFLINE)
     assert [line["loss"] for line in echoed.metrics()] == [line["loss"] for line in plain.metrics()]
@@ -107,7 +108,7 @@ def test_the_numbers_do_not_depend_on_the_echo(home: Path, tmp_path: Path) -> No
 
 
 def test_a_failing_echo_does_not_end_the_training(
-    home: Path,  # noqa: F811
+    home: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -137,7 +138,7 @@ def test_a_failing_echo_does_not_end_the_training(
 
 
 def test_online_without_a_key_is_the_users_mistake(
-    home: Path,  # noqa: F811
+    home: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -31,8 +31,8 @@ from ropelab.training import (
     steps,
     validation_nll,
 )
+from tests.lab import tiny
 from tests.test_positions import method
-from tests.test_runs import _one_thread, home, tiny  # noqa: F401 (fixtures)
 
 VOCAB, CTX, SEPARATOR = 12, 16, 11
 Windows = NDArray[np.int64]
@@ -376,7 +376,7 @@ def test_blocks_are_compiled_on_cuda_unless_it_is_said() -> None:
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # two of torch's own
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
-def test_compiled_blocks_train_the_same_model(home: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_compiled_blocks_train_the_same_model(home: Path, tmp_path: Path) -> None:
     found = []
     for compiled in ("false", "true"):
         folder = tmp_path / compiled
