@@ -22,6 +22,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -236,17 +237,15 @@ def waited_for(condition: Callable[[], bool], process: Process | subprocess.Pope
         if process is not None and process.poll() is not None and not condition():
             pytest.fail(f"it ended with {process.returncode}: {process.communicate()}")
         assert time.monotonic() < end, "it did not come"
-        time.sleep(0.005)
+        time.sleep(0.01)
 
 
 @functools.cache
 def _server() -> Any:
     context = multiprocessing.get_context("forkserver")
-    # torch._dynamo is what the first optimizer of a process imports, for as long as torch itself takes
-    context.set_forkserver_preload([
-        "pytest", "torch._dynamo", "hydra", "tokenizers", "ropelab.cli", "ropelab.experiment.search", "ropelab.figures",
-        "ropelab.report", "ropelab.show", "tests.lab",
-    ])  # fmt: skip
+    context.set_forkserver_preload(["tests.preload"])
+    with contextlib.chdir(ROOT):  # from where it finds that
+        forkserver.ensure_running()
     return context
 
 

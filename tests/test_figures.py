@@ -22,6 +22,8 @@ from scipy.optimize import minimize
 
 from ropelab import figures, files
 
+pytestmark = pytest.mark.integration
+
 LADDER = (128, 256, 512, 1024)
 
 

@@ -23,6 +23,8 @@ from rich.console import Console
 from ropelab import report
 from ropelab.report.results import csv_text
 
+pytestmark = pytest.mark.integration
+
 LADDER = (128, 256, 512, 1024)
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 

@@ -46,6 +46,7 @@ def test_two_way_by_hand():
     assert (contrast.n_seeds, contrast.seed_df, contrast.n_texts) == (2, 1, 3)
 
 
+@pytest.mark.integration
 def test_bounds_and_p_agree_with_a_convolution_by_scipy():
     """theta's error is the sum of two scaled t variables: Behrens' and Fisher's solution, by adaptive quadrature."""
     theta = np.array([[0.1, 0.3, 0.2, 0.5], [0.2, 0.1, 0.4, 0.6], [0.0, 0.3, 0.3, 0.4]])

@@ -27,6 +27,8 @@ from ropelab.data.hub import load_hub
 from ropelab.data.tokenizers import train_bpe
 from ropelab.schema import FIRST_ENDINGS, DataConfig, SplitNames
 
+pytestmark = pytest.mark.integration
+
 MakeConfig = Callable[..., DataConfig]
 
 
