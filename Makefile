@@ -9,7 +9,7 @@ help:
 	@echo "make demo    set up and run the main job: report in demo/report.html"
 	@echo "make test-fast   after each edit: what goes through no run, no process and no picture, in a minute on two cores"
 	@echo "make test        all tests but the slow ones: before a commit"
-	@echo "make test-slow   those: real Slurm and torchrun, kills, memory, the wheel, Triton's kernels, the GPU check dry"
+	@echo "make test-slow   those: real Slurm and torchrun, memory, the wheel, all of Triton's kernels, the GPU check"
 	@echo "make setup   set up only      make check   ruff and mypy      make fix   let ruff repair"
 	@echo "make bench   time training and evaluation      make docs    this documentation as a site, in site/"
 

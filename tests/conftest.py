@@ -22,7 +22,7 @@ import typer.testing
 from tests import lab
 
 # a machine that is busy is not a fault of the program
-hypothesis.settings.register_profile("ropelab")
+hypothesis.settings.register_profile("ropelab", deadline=None)
 hypothesis.settings.load_profile("ropelab")
 
 # building it takes twenty times as long as refusing a command; it is the same tree for every command of a process

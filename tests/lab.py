@@ -11,6 +11,7 @@ import fcntl
 import functools
 import io
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -21,6 +22,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -29,13 +31,14 @@ from typing import IO, Any, Literal, NamedTuple, TextIO
 import pytest
 from typer.testing import CliRunner, Result
 
-from ropelab import cli
+from ropelab import cli, progress
 from ropelab import config as configs
 from ropelab.config import Config
 from ropelab.runs import RunDir
 from ropelab.sweeps import worker
 from ropelab.sweeps.launchers import local
 
+progress.LINE_EVERY = math.inf  # what a command prints does not depend on how long it takes
 ROOT = Path(__file__).parent.parent
 PATIENCE = 600.0  # seconds that anything may take: a limit for what hangs, not a measure of what is slow
 # a validation of the tiny run is 512 windows: with 32 of them in a pass it is no longer most of the training
@@ -49,14 +52,15 @@ TINY = (
 
 
 def changed(settings: Sequence[str], *changes: str) -> tuple[str, ...]:
-    """Settings with some of their keys, or more of them, set otherwise: of a key given twice the last counts."""
-    return tuple({item.partition("=")[0]: item for item in (*settings, *changes)}.values())
+    """Settings with some of their keys, or more of them, set otherwise."""
+    keys = {item.partition("=")[0] for item in changes}
+    return (*(item for item in settings if item.partition("=")[0] not in keys), *changes)
 
 
 def settings(home: Path, runs_dir: Path, *changes: str) -> list[str]:
     """The command line of a tiny run on the text of a folder."""
     places = (f"data.path={home / 'corpus'}", f"cache_dir={home / 'cache'}", f"runs_dir={runs_dir}")
-    return list(changed(TINY, *places, *changes))
+    return list(changed((*TINY, *places), *changes))
 
 
 @functools.cache
@@ -90,7 +94,7 @@ def words(seed: int, lines: int = 20) -> str:
 def write_corpus(folder: Path, *, seed: int = 0, files: int = 14) -> Path:
     folder.mkdir(parents=True)
     for number in range(files):
-        (folder / f"{number:02}.txt").write_text(words(1000 * seed + number), encoding="utf-8")
+        (folder / f"{number}.txt").write_text(words(1000 * seed + number), encoding="utf-8")
     return folder
 
 
@@ -235,17 +239,15 @@ def waited_for(condition: Callable[[], bool], process: Process | subprocess.Pope
         if process is not None and process.poll() is not None and not condition():
             pytest.fail(f"it ended with {process.returncode}: {process.communicate()}")
         assert time.monotonic() < end, "it did not come"
-        time.sleep(0.005)
+        time.sleep(0.01)
 
 
 @functools.cache
 def _server() -> Any:
     context = multiprocessing.get_context("forkserver")
-    # torch._dynamo is what the first optimizer of a process imports, for as long as torch itself takes
-    context.set_forkserver_preload([
-        "pytest", "torch._dynamo", "hydra", "tokenizers", "ropelab.cli", "ropelab.search.longrope",
-        "ropelab.report.figures", "ropelab.analysis.encoding", "tests.lab",
-    ])  # fmt: skip
+    context.set_forkserver_preload(["tests.preload"])
+    with contextlib.chdir(ROOT):  # from where it finds that
+        forkserver.ensure_running()
     return context
 
 

@@ -25,6 +25,8 @@ from ropelab.config import Config
 from ropelab.positions import slopes
 from tests.lab import changed, invoke
 
+pytestmark = pytest.mark.integration
+
 SHAPE = ["model.n_layer=1", "model.d_model=16", "model.n_head=2", "train.ctx=16"]
 SCRIPT = Path(__file__).parent.parent / "scripts" / "gpu_check.sh"
 TRAIN, ATTENTION = (sys.modules[f"ropelab.bench.{name}"] for name in ("train", "attention"))

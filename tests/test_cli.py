@@ -50,7 +50,7 @@ class Lab:
 
 def tiny(corpus: Path, *changes: str) -> list[str]:
     """The settings of a tiny run on a corpus, changed."""
-    return list(changed(SHAPE, f"data.path={corpus}", *changes))
+    return list(changed((*SHAPE, f"data.path={corpus}"), *changes))
 
 
 @pytest.fixture(scope="module")

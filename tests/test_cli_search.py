@@ -25,6 +25,8 @@ from ropelab.search import longrope as searching
 from tests.lab import TINY, Process, as_json, changed, invoke, ropelab, waited_for
 from tests.lab import refused as mistake
 
+pytestmark = pytest.mark.integration
+
 SHAPE = changed(TINY, "model.d_model=32", "train.steps=3")
 SMALL = ["search.population=8", "search.mutations=3", "search.crossovers=3", "search.iterations=2",
          "search.parents=4", "search.samples=3", "search.short_iterations=1"]  # fmt: skip

@@ -38,7 +38,10 @@ def settings(folder: Path, *more: str) -> Config:
         f"runs_dir={folder / 'runs'}",
         f"cache_dir={folder / 'cache'}",
     ]
-    return config.load(changed((*SHAPE, *places), *more))
+    chosen = (*SHAPE, *places)
+    for item in more:
+        chosen = changed(chosen, item)
+    return config.load(chosen)
 
 
 @pytest.fixture(scope="module")

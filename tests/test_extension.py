@@ -84,8 +84,9 @@ def test_a_child_sees_the_batches_after_its_parents(folder: Path, parent: RunDir
     from ropelab.runs import open_run
 
     run = trained(child(folder, parent, "train.steps=1", "train.lr=1e-30"))
-    corpus = data.prepare(config.from_dict(parent.manifest()["config"]).data, cache_dir=folder / "cache")
-    windows = data.Batches(corpus.train, ctx=16, separator=256).at(4, seed=7, batch_size=4)
+    theirs = config.from_dict(parent.manifest()["config"])
+    corpus = data.prepare(theirs.data, cache_dir=folder / "cache")
+    windows = data.Batches(corpus.train, ctx=16, separator=256).at(4, seed=7, batch_size=theirs.train.batch_size)
     model = open_run(parent).model(torch.device("cpu"))
     with torch.no_grad():
         losses = model.nll(model(torch.from_numpy(windows[:, :-1])), torch.from_numpy(windows[:, 1:]))
@@ -260,7 +261,7 @@ def test_skipping_positions_do_not_depend_on_the_micro_batch(folder: Path, pos: 
     whole.update_manifest(status="failed")
     for file in (whole.path / "checkpoints").rglob("*.safetensors"):
         file.unlink()
-    halved = trained(settings(folder, *shape, "train.micro_batch_size=2"))
+    halved = trained(settings(folder, *shape, "train.micro_batch_size=32"))
     assert halved.name == whole.name
     assert halved.metrics()[0]["loss"] == pytest.approx(first, rel=1e-6)
     for name, tensor in halved.load_weights().items():

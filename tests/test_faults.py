@@ -366,6 +366,7 @@ def test_a_place_below_a_file_is_refused_in_a_line(whole: Whole, tmp_path: Path,
 # --- kills, processes in each other's way, clocks -------------------------------------------------------------------
 
 
+@pytest.mark.integration
 def test_a_few_random_kills_change_nothing(tmp_path: Path) -> None:
     """The short form of scripts/soak.py, on what is not killed in other tests; training is, in tests/test_runs.py."""
     out = tmp_path / "soak.json"

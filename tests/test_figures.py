@@ -25,6 +25,8 @@ from ropelab import files
 from ropelab.report import figures
 from tests.records import results
 
+pytestmark = pytest.mark.integration
+
 LADDER = (128, 256, 512, 1024)
 
 

@@ -24,6 +24,8 @@ from ropelab.runs import RunDir
 from tests import test_huggingface
 from tests.test_huggingface import CTX, ROTARY, SMALL, TEXT, Place, asked, good, invoke, losses, save
 
+pytestmark = pytest.mark.integration
+
 place, saved, trained = test_huggingface.place, test_huggingface.saved, test_huggingface.trained  # fixtures
 
 W, GROUP = 12, 3  # of ReRoPE and Self-Extend

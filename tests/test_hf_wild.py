@@ -25,6 +25,8 @@ from ropelab.huggingface.model import layer_words
 from ropelab.sweeps.plan import questions
 from tests.test_huggingface import CTX, GROUPED, SMALL, good, invoke, save
 
+pytestmark = pytest.mark.integration
+
 T = transformers
 TEXTS = (
     "the quick brown fox jumps over the lazy dog. ",

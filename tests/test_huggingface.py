@@ -33,6 +33,8 @@ from ropelab.positions import ENCODINGS
 from ropelab.runs import RunDir
 from tests.lab import changed, good, invoke, refused
 
+pytestmark = pytest.mark.integration
+
 CTX = 32  # training length of everything here
 SHAPE = ("model.n_layer=2", "model.d_model=32", "model.n_head=4")
 CPU = torch.device("cpu")
@@ -1089,6 +1091,7 @@ def hub(saved: Callable[[str], Path], tmp_path: Path) -> Iterator[Hub]:
         thread.join()
 
 
+@pytest.mark.slow
 def test_a_name_on_the_hub_is_fetched_without_code_and_pickles(
     hub: Hub, saved: Callable[[str], Path], place: Place, tmp_path: Path
 ) -> None:

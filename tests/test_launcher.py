@@ -150,7 +150,7 @@ def test_a_signal_while_a_worker_is_started_reaches_it(
     monkeypatch: pytest.MonkeyPatch,
     signum: int,
 ) -> None:
-    """It is not among the running ones yet when the signal comes; it would train for hours."""
+    """It is not among the running ones yet when the signal comes; it would train, and this test last, for hours."""
     start: Callable[..., subprocess.Popen[str]] = local._start
 
     def interrupted_start(*arguments: Any) -> subprocess.Popen[str]:
@@ -160,9 +160,7 @@ def test_a_signal_while_a_worker_is_started_reaches_it(
 
     monkeypatch.setattr(local, "_start", interrupted_start)
     before = signal.getsignal(signum)
-    results, caught = local.run_side_by_side(
-        [task(home, tmp_path, *FOREVER)], slots=1, progress=lambda *_, **__: pytest.fail("it went on")
-    )
+    results, caught = local.run_side_by_side([task(home, tmp_path, *FOREVER)], slots=1, progress=silent)
     assert caught == signum
     assert "cancelled" in results[0]
     assert signal.getsignal(signum) is before

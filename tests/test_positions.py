@@ -456,6 +456,7 @@ def parameters_of(kind: str, case: dict[str, Any], data: st.DataObject) -> dict[
     raise AssertionError(f"transformers has a rotary type that ropelab has not: {kind}")
 
 
+@pytest.mark.integration
 # the parameters come from the dict itself: a type that is new in transformers fails here
 @pytest.mark.parametrize("kind", ROPE_INIT_FUNCTIONS)
 def test_every_type_of_transformers_is_covered_and_equal(kind: str) -> None:

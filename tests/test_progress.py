@@ -29,12 +29,25 @@ def test_a_terminal_gets_a_bar_with_loss_speed_and_time_left(monkeypatch: pytest
 
 def test_a_log_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     clock = [0.0]
+    monkeypatch.setattr(progress, "LINE_EVERY", 20.0)
     monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
     with Bar() as bar:
         for second in range(60):
             clock[0] = float(second)
             bar("train", second, 100, run="rope-x", loss=2.0)
     assert capsys.readouterr().err.splitlines() == ["train rope-x: 20%  loss 2.000", "train rope-x: 40%  loss 2.000"]
+
+
+@pytest.mark.xfail(strict=True, reason="the lines of the bar are not `plain`")
+def test_a_name_in_a_log_cannot_steer_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
+    with Bar() as bar:
+        bar("search", 1, 2, run="rope\x1b[2J\x9b31m\u202e", best=5.0)
+    printed = capsys.readouterr().err
+    assert printed.startswith("search rope")
+    assert printed.removesuffix("\n").isprintable()
 
 
 def test_of_a_long_sweep_only_the_runs_at_work_stay_in_view(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -276,6 +276,7 @@ def test_sharded_compiled_and_recomputed_it_is_one_process(pos: str, home: Path,
     assert_close(the_run(tmp_path / "two"), train(home, tmp_path / "one", *given))
 
 
+@pytest.mark.slow
 def test_a_killed_training_is_resumed_bit_exactly(out: Path, home: Path, tmp_path: Path) -> None:
     """`torchrun -m ropelab train`, killed with SIGKILL in the middle, against one that was not."""
     process = start(command(home, tmp_path, *LONG))
@@ -293,6 +294,7 @@ def test_a_killed_training_is_resumed_bit_exactly(out: Path, home: Path, tmp_pat
     assert_same_training(run, the_run(out / "long"))
 
 
+@pytest.mark.slow
 def test_a_mistake_is_said_once_and_ends_all_ranks_with_2(home: Path, tmp_path: Path) -> None:
     _, output, errors = ended(start(command(home, tmp_path, "train.steps=0")))
     assert output == ""

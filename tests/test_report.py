@@ -25,6 +25,8 @@ from ropelab import report
 from ropelab.report.results import csv_text
 from tests.records import result, results
 
+pytestmark = pytest.mark.integration
+
 LADDER = (128, 256, 512, 1024)
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 

@@ -12,7 +12,7 @@ import pytest
 from ropelab import config, reproduce
 from tests.lab import invoke
 
-pytestmark = pytest.mark.usefixtures("forked_workers")
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("forked_workers")]
 
 
 @pytest.fixture(scope="module")

@@ -176,7 +176,7 @@ def test_equal_text_in_another_folder_is_the_same_run(home: Path, tmp_path: Path
     here = tiny(home, tmp_path)
     write_corpus(tmp_path / "moved")
     write_corpus(tmp_path / "changed")
-    with (tmp_path / "changed" / "03.txt").open("a", encoding="utf-8") as file:
+    with (tmp_path / "changed" / "3.txt").open("a", encoding="utf-8") as file:
         file.write("one line more\n")
 
     def corpus_digest(path: Path) -> str:

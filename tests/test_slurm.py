@@ -116,7 +116,8 @@ NAMES = ("told by USR2", "told by TERM", "cancelled", "diverged")
 def rough(lab: Path, settings: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Rough:
     """Four runs: one told by USR2 and one by TERM to make room, one cancelled, one that diverges; the parent killed."""
     folder = tmp_path_factory.mktemp("rough")
-    long = changed(settings, "train.steps=500", "train.eval_every=500", "train.checkpoint_every=200")
+    few = ("train.steps=500", "train.eval_every=500", "train.checkpoint_every=200", "train.batch_size=4")
+    long = changed(settings, *few)
     lrs = "train.lr=1e-3,2e-3,3e-3,1e30"
     parent = Process(
         cli.main, "sweep", lrs, "train.warmup_steps=0", *ON_SLURM, *long, f"runs_dir={folder / 'runs'}", "--wait"

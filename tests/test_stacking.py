@@ -28,6 +28,8 @@ from ropelab.training.optimizer import optimizer_tensors
 from tests.test_positions import method
 from tests.test_training import CTX, SEPARATOR, VOCAB, Windows, literal_losses, recipe, windows
 
+pytestmark = pytest.mark.integration
+
 NONE = Method("none", {})
 Entry = Step | NonFiniteLossError
 # 20 steps: at this rate the two orders of summation stay 1e-6 apart; at ten times it AdamW makes noise of noise

@@ -45,6 +45,7 @@ def test_two_way_by_hand():
     assert (contrast.n_seeds, contrast.seed_df, contrast.n_texts) == (2, 1, 3)
 
 
+@pytest.mark.integration
 def test_bounds_and_p_agree_with_a_convolution_by_scipy():
     """theta's error is the sum of two scaled t variables: Behrens' and Fisher's solution, by adaptive quadrature."""
     theta = np.array([[0.1, 0.3, 0.2, 0.5], [0.2, 0.1, 0.4, 0.6], [0.0, 0.3, 0.3, 0.4]])
@@ -59,6 +60,7 @@ def test_bounds_and_p_agree_with_a_convolution_by_scipy():
         assert contrast.p_less(tau) == pytest.approx(tail(tau - theta.mean(), seeds, documents), rel=1e-5)
 
 
+@pytest.mark.slow
 @settings(max_examples=30)
 @given(st.floats(0.001, 10), st.integers(1, 12), st.integers(1, 70), st.sampled_from([0.4, 0.025, 0.0025, 1e-4]))
 def test_the_sum_of_t_at_any_scales(scale, n_seeds, n_texts, alpha):

@@ -25,6 +25,7 @@ from ropelab.errors import DamagedFileError
 from tests.lab import TINY, Said, changed, forked_workers, once, one_line, ropelab, write_corpus
 from tests.test_faults import nodes, replaced
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
 SECRET = "what only the user may read"
 
 

@@ -16,6 +16,8 @@ from ropelab.cli.options import print_table, print_text, say
 from tests.lab import made_lab, ropelab, settings
 from tests.test_faults import SEARCH
 
+pytestmark = pytest.mark.integration
+
 
 def shell(redirected: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """`python -m ropelab` in a shell, with redirections."""

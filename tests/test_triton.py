@@ -359,6 +359,7 @@ def test_compilation_keeps_one_graph_and_the_numbers() -> None:
         assert torch.equal(got, want)
 
 
+@pytest.mark.integration
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
 @pytest.mark.skipif(triton_version() < (3, 7), reason="the interpreter of Triton 3.6 breaks on NumPy 2.4")
 @pytest.mark.parametrize("which", ["[0]", pytest.param("", marks=pytest.mark.slow)])

@@ -225,6 +225,7 @@ def test_two_looks_halve_alpha(configs):
     assert judge(*inputs, alpha=0.0125)[0].verdict == "INCONCLUSIVE"
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(("seed_sd", "expected"), [(0.02, "PASS"), (0.3, "INCONCLUSIVE")])
 def test_one_seed_with_a_known_deviation(configs, seed_sd, expected):
     claim = load_check(configs, seed_sd=seed_sd, seed_sd_n=6)

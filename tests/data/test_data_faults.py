@@ -30,6 +30,8 @@ from ropelab.data.heads import without_repeated_heads
 from ropelab.data.hub import load_hub
 from ropelab.data.tokenizers import train_bpe
 
+pytestmark = pytest.mark.integration
+
 MakeConfig = Callable[..., DataConfig]
 
 
