@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 
 help:
 	@echo "make demo    set up and run the main job: report in demo/report.html"
-	@echo "make test-fast   after each edit: what goes through no run, no process and no picture, in a minute on two cores"
+	@echo "make test-fast   after each edit: what goes through no run, no process and no picture"
 	@echo "make test        all tests but the slow ones: before a commit"
 	@echo "make test-slow   those: real Slurm and torchrun, memory, the wheel, all of Triton's kernels, the GPU check"
 	@echo "make setup   set up only      make check   ruff and mypy      make fix   let ruff repair"
