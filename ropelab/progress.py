@@ -46,7 +46,7 @@ class Bar:
             from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
             self._progress = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=None),
                 TextColumn("{task.percentage:>3.0f}%"),
                 TextColumn("{task.fields[facts]}"),
@@ -57,7 +57,7 @@ class Bar:
         return self
 
     def __call__(self, description: str, done: int, total: int, **facts: Any) -> None:
-        name = f"{description} {facts['run']}" if "run" in facts else description
+        name = plain(f"{description} {facts['run']}" if "run" in facts else description)  # a run may be a stranger's
         words = []
         if "loss" in facts:
             words.append(f"loss {facts['loss']:.3f}")

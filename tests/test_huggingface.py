@@ -28,7 +28,8 @@ from torch import Tensor
 from ropelab import config, data, huggingface, runs, training
 from ropelab.config import Method
 from ropelab.evaluation import ladder_of
-from ropelab.huggingface import checkpoint, export, import_checkpoint, rotary
+from ropelab.huggingface import checkpoint, import_checkpoint, rotary
+from ropelab.huggingface.export import _target
 from ropelab.positions import ENCODINGS
 from ropelab.runs import RunDir
 from tests.lab import changed, good, invoke, refused
@@ -299,19 +300,19 @@ def test_what_transformers_has_no_place_for_is_refused_with_the_reason(pos: str,
     model = runs.build_model(resolved, 257, scaling=method, original_ctx=CTX)
     model.set_training_fraction(1.0)
     with pytest.raises(ValueError, match=reason):
-        export._target(model, resolved.pos, method, CTX, CTX, None)
+        _target(model, resolved.pos, method, CTX, CTX, None)
 
 
 def test_a_norm_of_queries_and_other_slopes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     resolved = config.load(["pos=rope", *SHAPE, "model.qk_norm=true"])
     model = runs.build_model(resolved, 257, scaling=runs.NO_SCALING, original_ctx=CTX)
     with pytest.raises(ValueError, match="qk_norm"):
-        export._target(model, resolved.pos, runs.NO_SCALING, CTX, CTX, None)
+        _target(model, resolved.pos, runs.NO_SCALING, CTX, CTX, None)
     resolved = config.load(["pos=alibi", *SHAPE])
     model = runs.build_model(resolved, 257, scaling=runs.NO_SCALING, original_ctx=CTX)
     monkeypatch.setattr(export, "_mpt_slopes", lambda heads: torch.tensor([0.0625, 0.25, 0.00390625, 0.015625]))
     with pytest.raises(ValueError, match="4 heads with slopes in ALiBi's order, which no"):
-        export._target(model, resolved.pos, runs.NO_SCALING, CTX, CTX, None)
+        _target(model, resolved.pos, runs.NO_SCALING, CTX, CTX, None)
 
 
 def test_an_export_that_transformers_reads_otherwise_fails(

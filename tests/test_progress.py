@@ -38,7 +38,6 @@ def test_a_log_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys:
     assert capsys.readouterr().err.splitlines() == ["train rope-x: 20%  loss 2.000", "train rope-x: 40%  loss 2.000"]
 
 
-@pytest.mark.xfail(strict=True, reason="the lines of the bar are not `plain`")
 def test_a_name_in_a_log_cannot_steer_the_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
