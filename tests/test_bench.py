@@ -397,7 +397,7 @@ def test_the_gpu_check_goes_on_after_a_part_that_fails(
     def nothing(*arguments: Any, **options: Any) -> dict[str, Any]:
         return {}
 
-    for word in bench.__all__:
+    for word in ("attention", "evaluation", "many", "start", "train"):
         monkeypatch.setattr(bench, word, nothing)
     lines = [shlex.split(line) for line in log.read_text(encoding="utf-8").splitlines() if line.startswith("-m")]
     assert len(lines) == 8

@@ -310,7 +310,8 @@ def test_a_norm_of_queries_and_other_slopes_are_refused(monkeypatch: pytest.Monk
         _target(model, resolved.pos, runs.NO_SCALING, CTX, CTX, None)
     resolved = config.load(["pos=alibi", *SHAPE])
     model = runs.build_model(resolved, 257, scaling=runs.NO_SCALING, original_ctx=CTX)
-    monkeypatch.setattr(export, "_mpt_slopes", lambda heads: torch.tensor([0.0625, 0.25, 0.00390625, 0.015625]))
+    other = torch.tensor([0.0625, 0.25, 0.00390625, 0.015625])
+    monkeypatch.setattr(sys.modules[_target.__module__], "_mpt_slopes", lambda heads: other)
     with pytest.raises(ValueError, match="4 heads with slopes in ALiBi's order, which no"):
         _target(model, resolved.pos, runs.NO_SCALING, CTX, CTX, None)
 
