@@ -273,7 +273,7 @@ BAD_VALUES: dict[str, list[tuple[str, str]]] = {
     "train.keep": [("0.5", "a list such as"), ("[0.5", "a list"), ("[a]", "a number"), ("[0]", "between 0 and 1"),
                    ("[1]", "between 0 and 1"), ("[nan]", "between 0 and 1")],
     "eval.ctx": [("", "empty")],
-    "eval.protocol": [("lst", "nonoverlapping, sliding, last, prefix")],
+    "eval.protocol": [("lst", "last, nonoverlapping, prefix, sliding")],
     "eval.stride": [("0", ">= 1"), ("x", "a whole number")],
     "eval.last": [("0", ">= 1"), ("-1", ">= 1")],
     "eval.tokens": [("0", ">= 1"), ("1e5", "a whole number")],

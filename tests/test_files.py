@@ -133,18 +133,18 @@ def test_nothing_is_removed_or_cut_outside_the_folder_or_through_a_link(tmp_path
 # function that removes or cuts, or adds to a file in place -> who calls it
 CALLERS = {
     "remove": {
-        ("cli.keeping", "_remove"), ("data.tokens", "load_or_build"), ("runs.folder", "_save"),
-        ("runs.folder", "begun"), ("runs.folder", "drop_earlier"), ("runs.folder", "rewind"), ("sweeps", "begun"),
-        ("sweeps", "forget"),
+        ("cli.runs", "_remove"), ("data.tokens", "load_or_build"), ("runs.folder", "_save"),
+        ("runs.folder", "begun"), ("runs.folder", "drop_earlier"), ("runs.folder", "rewind"),
+        ("sweeps.folder", "begun"), ("sweeps.folder", "forget"),
     },
-    "truncate": {("runs.folder", "rewind"), ("sweeps", "locked")},
+    "truncate": {("runs.folder", "rewind"), ("sweeps.folder", "locked")},
     "append": {("runs.folder", "append_metrics")},
     "clear_abandoned": {("runs.folder", "rewind")},
 }  # fmt: skip
 # what removes, cuts or moves by itself -> where that may stand, beside files.py
 RAW = {
     "unlink": set[str](), "rmtree": set[str](), "truncate": set[str](), "ftruncate": set[str](),
-    "rmdir": {"huggingface.exporting"},  # an empty folder that -o names
+    "rmdir": {"huggingface.export"},  # an empty folder that -o names
     "removedirs": set[str](), "rename": set[str](), "renames": set[str](), "move": set[str](),
     "symlink_to": {"huggingface.checkpoint"},  # in a temporary folder of its own
     "copytree": set[str](), "copyfile": set[str](),

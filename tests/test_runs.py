@@ -582,8 +582,11 @@ def test_runs_are_found_by_path_name_beginning_and_digest(tmp_path: Path) -> Non
 def test_the_latest_finished_run_is_neither_running_nor_damaged(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="train one first"):
         runs.latest_finished(tmp_path)
+    known = {"config": {}, "train_ctx": 8, "original_ctx": 8, "dtype": "fp32",
+             "identity": {"numerics": runs.NUMERICS_VERSION},
+             "corpus": {"digest": "c", "name": "text"}, "tokenizer": {"digest": "t", "n_vocab": 257}}  # fmt: skip
     for age, (name, status) in enumerate([("a", "done"), ("b", "done"), ("c", "failed"), ("d", "running")]):
-        run = fake_run(tmp_path, name, status=status)
+        run = fake_run(tmp_path, name, status=status, run=name, digest=name, **known)
         os.utime(run.manifest_path, (1000 + age, 1000 + age))
     (tmp_path / "e").mkdir()
     (tmp_path / "e" / "manifest.json").write_text("[", encoding="utf-8")

@@ -137,7 +137,7 @@ def test_what_is_no_sweep_is_refused(overrides: list[str], said: str) -> None:
 
 @pytest.mark.parametrize("name", configs.choices("sweep"))
 def test_shipped_sweeps_compose(name: str) -> None:
-    points = grammar.expand(grammar.named(name))
+    points = grammar.expand(grammar.named_sweep(name))
     assert len(points) > 1
     for point in points:
         configs.load(point)
@@ -149,7 +149,7 @@ def test_shipped_sweeps_compose(name: str) -> None:
 def test_a_sweep_file_of_another_shape_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "mine.yaml").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=r"mine\.yaml"):
-        grammar.named(str(tmp_path / "mine.yaml"))
+        grammar.named_sweep(str(tmp_path / "mine.yaml"))
 
 
 def test_launcher_settings_are_read_by_their_types() -> None:
@@ -626,10 +626,10 @@ def test_a_sweep_of_another_machine_is_cancelled_there(
 ) -> None:  # fmt: skip
     """Where folders are shared, the process of a lock may be one of another machine: here it is somebody else."""
     sweep = made(tmp_path, home)
-    monkeypatch.setattr(sweeps.os, "kill", lambda *_: pytest.fail("a stranger was told to stop"))
+    monkeypatch.setattr(control.os, "kill", lambda *_: pytest.fail("a stranger was told to stop"))
     with sweep.locked():
         assert sweep.holder() == (os.getpid(), socket.gethostname())
-        monkeypatch.setattr(sweeps.socket, "gethostname", lambda: "elsewhere")
+        monkeypatch.setattr(control.socket, "gethostname", lambda: "elsewhere")
         with pytest.raises(ValueError, match="cancel it there"):
             sweeps.stop(sweep)
     assert sweep.holder() is None
@@ -909,7 +909,7 @@ def test_a_job_that_is_queued_already_is_no_failure(
             raise SchedulerError("scontrol: Job is pending execution for job 7_3")
         return f"7|FAILED\n7_2|FAILED\n7_3|{states[len(requeues) - 1]}\n"
 
-    monkeypatch.setattr(slurm, "_ask", ask)
+    monkeypatch.setattr(slurm_launcher, "_ask", ask)
     monkeypatch.setattr(slurm_launcher.time, "sleep", lambda _: None)
     if states[-1] == "RUNNING":
         with pytest.raises(SchedulerError, match="pending execution"):

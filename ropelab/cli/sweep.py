@@ -282,7 +282,8 @@ def _collect(made: Sweep, *, as_json: bool, output: Path | None = None) -> None:
 
         say(f"report: {write_report(made.finished(), output, f'in {made.name}', made.evaluated())}")
     if as_json:
-        print_json({"sweep": made.name, "runs": [one._asdict() for one in stands], "results": results})
+        shown = [result.to_json() for result in results]
+        print_json({"sweep": made.name, "runs": [one._asdict() for one in stands], "results": shown})
     else:
         if results:
             from ropelab import report
