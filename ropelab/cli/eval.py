@@ -100,9 +100,12 @@ def evaluate(
                 model = evaluation.RunModel(one)
                 for scaled, text in questions_of(config.to_dict(one.config), settings, base.eval.scalings):
                     plans.append(evaluation.resolve(model, base.eval, resources, scaling=scaled, other_text=text))
+                if len(opened) > 1:
+                    one.close()  # one model at a time is in memory
             folders = [run.folder.path for run in opened]
             asked: list[Callable[[], evaluation.Evaluated]] = [
-                partial(evaluation.execute, plan, resources) for plan in plans
+                partial(evaluation.execute, plan, resources, last=plan.model is not after)
+                for plan, after in zip(plans, [*(plan.model for plan in plans[1:]), None], strict=True)
             ]
             if hf:
                 from ropelab import huggingface

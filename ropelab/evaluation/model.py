@@ -83,6 +83,9 @@ class EvaluatedModel(ABC):
         check_no_bos(asked)
         return None
 
+    def close(self) -> None:  # noqa: B027 - a checkpoint's weights are its loaded model's
+        """Let go of the weights."""
+
     def make_folder(self) -> None:  # noqa: B027 - a run has its folder
         """Make its folder, just before the first result is written."""
 

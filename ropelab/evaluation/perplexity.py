@@ -65,8 +65,19 @@ def evaluate(
         return execute(plan, resources)
 
 
-def execute(plan: EvalPlan, resources: Resources) -> Evaluated:
-    """Score what a plan says, or read it where it is kept already; results are kept in the plan's folder."""
+def execute(plan: EvalPlan, resources: Resources, *, last: bool = False) -> Evaluated:
+    """Score what a plan says, or read it where it is kept already; results are kept in the plan's folder.
+
+    last: nothing else is evaluated of the model, whose weights are let go of then.
+    """
+    try:
+        return _execute(plan, resources)
+    finally:
+        if last:
+            plan.model.close()
+
+
+def _execute(plan: EvalPlan, resources: Resources) -> Evaluated:
     ranks = resources.ranks
     stored = ranks.broadcast_object(plan.stored)
     if stored is not None:

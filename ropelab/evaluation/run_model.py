@@ -30,6 +30,9 @@ class RunModel(EvaluatedModel):
         self.manifest, self.trained = run.manifest, run.config
         self.original_ctx, self.tokenizer = run.original_ctx, run.tokenizer
 
+    def close(self) -> None:
+        self.run.close()
+
     def text(self, other: DataConfig | None, which: str, cache_dir: str, progress: Progress) -> Text:
         own = self.run.corpus(cache_dir, progress)
         if other is None or same_text(other, self.trained.data):
