@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from ropelab.config import EvalConfig, load
-from ropelab.evaluation import Layout, ladder, lay_out, score
+from ropelab.evaluation import TargetPlan, context_lengths, plan_targets, score
 from ropelab.evaluation.scoring import position_curve, target_documents, target_tokens
 
 SAME_TARGETS = ("nonoverlapping", "sliding", "last")
@@ -47,7 +47,7 @@ def by_definition(
             yield t, 0
 
 
-def scored_pairs(layout: Layout, ctx: int) -> list[tuple[int, int, int]]:
+def scored_pairs(layout: TargetPlan, ctx: int) -> list[tuple[int, int, int]]:
     """(document, target, first token) in the order of `score`, recorded by a scorer that sees only token values.
 
     Token p of every document is p, so inputs and targets say themselves where they come from.
@@ -92,9 +92,9 @@ def test_windows_are_those_of_the_definitions(
     usable = [i for i, length in enumerate(lengths) if length >= largest + 1]
     if not usable:
         with pytest.raises(ValueError, match=f"the longest has {max(lengths)}"):
-            lay_out(lengths, contexts, config)
+            plan_targets(lengths, contexts, config)
         return
-    layout = lay_out(lengths, contexts, config)
+    layout = plan_targets(lengths, contexts, config)
     assert layout.left_out == len(lengths) - len(usable)
     budget = tokens // (len(usable) * largest)
     used = usable if budget else usable[: max(1, tokens // largest)]
@@ -144,7 +144,7 @@ def test_the_smallest_case_by_hand() -> None:
         ("prefix", 8): [(t, 0) for t in range(1, 9)],
     }
     for (name, ctx), expected in by_hand.items():
-        layout = lay_out([9], contexts, protocol(name, last=1, stride=2, tokens=8))
+        layout = plan_targets([9], contexts, protocol(name, last=1, stride=2, tokens=8))
         assert [(t, a) for _, t, a in scored_pairs(layout, ctx)] == expected
 
 
@@ -159,7 +159,7 @@ def test_a_bigram_model_costs_the_same_at_every_ctx(name: str) -> None:
     table = rng.dirichlet(np.ones(7), size=7)
     documents = [rng.integers(0, 7, length) for length in (70, 100, 41, 33, 20)]
     contexts = (8, 16, 32)
-    layout = lay_out([len(d) for d in documents], contexts, protocol(name, tokens=400, last=4, stride=8))
+    layout = plan_targets([len(d) for d in documents], contexts, protocol(name, tokens=400, last=4, stride=8))
     used = [documents[i] for i in layout.documents]
     assert len(used) == 4
 
@@ -186,24 +186,24 @@ def test_a_bigram_model_costs_the_same_at_every_ctx(name: str) -> None:
 def test_a_larger_max_ctx_makes_two_ladders_comparable() -> None:
     lengths = [90] * 7
     for name in SAME_TARGETS:
-        short = lay_out(lengths, (8, 16), protocol(name, max_ctx=32, last=4, stride=8))
-        long = lay_out(lengths, (8, 32), protocol(name, last=4, stride=8))
+        short = plan_targets(lengths, (8, 16), protocol(name, max_ctx=32, last=4, stride=8))
+        long = plan_targets(lengths, (8, 32), protocol(name, last=4, stride=8))
         names = [str(i) for i in range(7)]
         assert short.targets_digest(names, 8) == long.targets_digest(names, 32)
-        alone = lay_out(lengths, (8, 16), protocol(name, last=4, stride=8))
+        alone = plan_targets(lengths, (8, 16), protocol(name, last=4, stride=8))
         assert alone.targets_digest(names, 8) != long.targets_digest(names, 8)
 
 
 def test_a_ladder_that_does_not_divide_takes_the_common_multiple_or_is_refused() -> None:
-    assert lay_out([61] * 6, (12, 20), protocol("nonoverlapping")).span == 60
-    assert lay_out([61] * 3, (12, 20), protocol("nonoverlapping")).span == 60
+    assert plan_targets([61] * 6, (12, 20), protocol("nonoverlapping")).span == 60
+    assert plan_targets([61] * 3, (12, 20), protocol("nonoverlapping")).span == 60
     with pytest.raises(ValueError, match="use 10 instead of 12, or --protocol last"):
-        lay_out([59] * 6, (12, 20), protocol("nonoverlapping"))
-    assert lay_out([59] * 6, (12, 20), protocol("last", last=4)).span == 20
+        plan_targets([59] * 6, (12, 20), protocol("nonoverlapping"))
+    assert plan_targets([59] * 6, (12, 20), protocol("last", last=4)).span == 20
     with pytest.raises(ValueError, match=r"set eval\.tokens=360 or more"):
-        lay_out([61] * 9, (12, 20), protocol("nonoverlapping", tokens=120))
+        plan_targets([61] * 9, (12, 20), protocol("nonoverlapping", tokens=120))
     with pytest.raises(ValueError, match="the longest has 15"):
-        lay_out([15] * 9, (12, 20), protocol("nonoverlapping"))
+        plan_targets([15] * 9, (12, 20), protocol("nonoverlapping"))
 
 
 @pytest.mark.parametrize(
@@ -216,7 +216,7 @@ def test_a_ladder_that_does_not_divide_takes_the_common_multiple_or_is_refused()
 )
 def test_parameters_that_do_not_fit_the_ladder_are_refused(config: EvalConfig, word: str) -> None:
     with pytest.raises(ValueError, match=word):
-        lay_out([100] * 6, (8, 16), config)
+        plan_targets([100] * 6, (8, 16), config)
 
 
 @pytest.mark.parametrize(
@@ -232,17 +232,17 @@ def test_parameters_that_do_not_fit_the_ladder_are_refused(config: EvalConfig, w
     ],
 )
 def test_the_ladder_that_ctx_names(text: str | None, train_ctx: int, contexts: tuple[int, ...]) -> None:
-    assert ladder(text, train_ctx) == contexts
+    assert context_lengths(text, train_ctx) == contexts
 
 
 @pytest.mark.parametrize("text", ["", "abc", "0", "-5", "512,256", "512,512", "1.5", ",", "512,,1024"])
 def test_a_bad_ctx_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="--ctx"):
-        ladder(text, 512)
+        context_lengths(text, 512)
 
 
 def test_the_position_curve_averages_buckets() -> None:
-    layout = lay_out([65, 65], (64,), protocol("nonoverlapping"))
+    layout = plan_targets([65, 65], (64,), protocol("nonoverlapping"))
     windows = layout.windows(64)
     losses = np.tile(np.arange(1, 65, dtype=np.float32), 2)  # the loss of a target is its context
     curve = position_curve(losses, windows, buckets=4)

@@ -313,7 +313,7 @@ def test_what_a_verdict_will_lack_is_said_before(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Before training in a line on stderr, before evaluation through `notice`; documents of one author are one."""
-    from ropelab.evaluation import grounds
+    from ropelab.evaluation import enough
     from ropelab.training import recorder
 
     source = tmp_path / "in"
@@ -337,9 +337,9 @@ def test_what_a_verdict_will_lack_is_said_before(
     corpus = data.prepare(settings(folder, f"data.path={source}").data, cache_dir=tmp_path / "cache")
     authors = ["A", "A", None, None, None, "B", "B"]
     split = dataclasses.replace(corpus.test, authors=[*authors, "B", "B", "B"])
-    assert "7 documents by 5 authors of 10" in str(grounds.lacking(split, range(7), 32))
-    assert "1 document of 10" in str(grounds.lacking(split, [3], 32))
-    assert grounds.lacking(corpus.test, range(6), 32) is None
+    assert "7 documents by 5 authors of 10" in str(enough.lacking(split, range(7), 32))
+    assert "1 document of 10" in str(enough.lacking(split, [3], 32))
+    assert enough.lacking(corpus.test, range(6), 32) is None
     told: list[str] = []
     run = RunDir(Path(training.train(settings(folder, f"data.path={source}", "train.steps=1"))["run_dir"]))
     resolved = settings(folder, "eval.ctx=64").eval

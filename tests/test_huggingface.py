@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ropelab import config, data, huggingface, runs, training
 from ropelab.config import Method
-from ropelab.evaluation import ladder_of
+from ropelab.evaluation import resolve_methods
 from ropelab.huggingface import checkpoint, import_checkpoint, rotary
 from ropelab.huggingface.export import _target
 from ropelab.positions import ENCODINGS
@@ -403,7 +403,7 @@ def losses(
     text = config.load(["data=text", f"data.path={place.text}"]).data
     source = huggingface.Checkpoint(str(folder), base, text)
     source.check(base.eval, scaling)
-    ladder = ladder_of(source.trained, source.original_ctx, base.eval, scaling=scaling)
+    ladder = resolve_methods(source.trained, source.original_ctx, base.eval, scaling=scaling)
     source.plan(ladder.encodings, CPU, torch.float32, limit_gb=None)
     loaded = source.load(CPU, torch.float32, window=window, kept=scaling is None)
     found = {}

@@ -74,11 +74,11 @@ def bench(
             names = _named(methods or METHODS)
         from ropelab import bench as timing
         from ropelab import devices
-        from ropelab.evaluation import check_pass, check_training, ladder
+        from ropelab.evaluation import check_pass, check_training, context_lengths
 
         device = devices.resolve_device(resolved.device)
         rounds = ROUNDS[what] if rounds is None else rounds
-        contexts = ladder((ctx or [CTX.get(what, "128,")])[0], 128)
+        contexts = context_lengths((ctx or [CTX.get(what, "128,")])[0], 128)
         if what in CTX:
             check_pass(resolved.model, max(contexts), device)
         entries = 257 if vocab is None else vocab

@@ -1,4 +1,4 @@
-from .grounds import lacking_for as lacking_for
+from .enough import lacking_for as lacking_for
 from .memory import Plan as Plan
 from .memory import check_pass as check_pass
 from .memory import check_shown as check_shown
@@ -14,8 +14,8 @@ from .perplexity import evaluate as evaluate
 from .perplexity import execute as execute
 from .plan import EvalPlan as EvalPlan
 from .plan import Resources as Resources
-from .plan import ladder_of as ladder_of
 from .plan import resolve as resolve
+from .plan import resolve_methods as resolve_methods
 from .results import EvalResult as EvalResult
 from .results import PositionCurve as PositionCurve
 from .results import ProtocolRecord as ProtocolRecord
@@ -27,7 +27,7 @@ from .scoring import score as score
 from .stored import Evaluated as Evaluated
 from .stored import evaluations as evaluations
 from .targets import MIN_DOCUMENTS as MIN_DOCUMENTS
-from .targets import Layout as Layout
+from .targets import TargetPlan as TargetPlan
 from .targets import Windows as Windows
-from .targets import ladder as ladder
-from .targets import lay_out as lay_out
+from .targets import context_lengths as context_lengths
+from .targets import plan_targets as plan_targets

@@ -21,7 +21,7 @@ from ropelab.config import DataConfig, EvalConfig, Method
 from ropelab.devices import DTYPE_NAMES, device_name
 from ropelab.distributed import SINGLE, Ranks
 from ropelab.errors import ContextLengthError, RunError
-from ropelab.evaluation.grounds import lacking
+from ropelab.evaluation.enough import lacking
 from ropelab.evaluation.intervals import row_interval
 from ropelab.evaluation.memory import Plan
 from ropelab.evaluation.model import LoadedModel, ModelAtCtx
@@ -136,9 +136,9 @@ class _Scored:
             text = plan.text.config or plan.model.trained.data
             lacks = lacking(plan.text.split, plan.targets.documents, plan.targets.span, text)
         for ctx in reversed(plan.contexts):
-            method = plan.ladder.methods[ctx]
+            method = plan.positions.methods[ctx]
             try:
-                here = self.model.at(ctx, method, plan.ladder.encodings[ctx])
+                here = self.model.at(ctx, method, plan.positions.encodings[ctx])
             except ContextLengthError as error:
                 self.rows.append(_undefined(ctx, method.parameters.get("factor"), str(error)))
                 continue
@@ -167,7 +167,7 @@ class _Scored:
         self.rows.append(
             Row(
                 ctx=ctx,
-                factor=plan.ladder.methods[ctx].parameters.get("factor"),
+                factor=plan.positions.methods[ctx].parameters.get("factor"),
                 idle=here.idle,
                 layers=here.layers,
                 **_figures(
@@ -213,7 +213,7 @@ class _Scored:
 
 def _result(plan: EvalPlan, scored: _Scored, passes: Plan | None, precision: str) -> EvalResult:
     config, model, targets = plan.config, plan.model, plan.targets
-    scaling, methods = plan.ladder.scaling, plan.ladder.methods
+    scaling, methods = plan.positions.scaling, plan.positions.methods
     digests = [row.targets_digest for row in reversed(scored.rows) if row.ok]
     kind = PROTOCOLS[targets.protocol]
     own = {} if kind.parameter is None else {kind.parameter: targets.scored}

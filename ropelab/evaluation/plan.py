@@ -21,7 +21,7 @@ from ropelab.evaluation.memory import GB, Plan, free_bytes
 from ropelab.evaluation.model import EvaluatedModel, Text
 from ropelab.evaluation.results import EvalResult
 from ropelab.evaluation.stored import intact_evaluation, labels
-from ropelab.evaluation.targets import Layout, ladder, lay_out
+from ropelab.evaluation.targets import TargetPlan, context_lengths, plan_targets
 from ropelab.positions import PositionEncoding
 from ropelab.progress import Progress, silent, tell
 from ropelab.runs import encoding_of
@@ -42,7 +42,7 @@ class Resources:
     ranks: Ranks = SINGLE
 
 
-class Ladder(NamedTuple):
+class MethodsByCtx(NamedTuple):
     """The contexts of an evaluation, and what positions are at each; known before any text is read."""
 
     scaling: Method  # its factor as it was given
@@ -50,13 +50,13 @@ class Ladder(NamedTuple):
     encodings: dict[int, PositionEncoding]  # equal methods share one
 
 
-def ladder_of(trained: Config, original_ctx: int, config: EvalConfig, *, scaling: Method | None) -> Ladder:
+def resolve_methods(trained: Config, original_ctx: int, config: EvalConfig, *, scaling: Method | None) -> MethodsByCtx:
     """The contexts of an evaluation, and scaling and encoding at each; None keeps the trained scaling.
 
     `ValueError` if a length is invalid, or the trained encoding cannot have the scaling.
     """
     scaling = trained.scaling if scaling is None else scaling
-    contexts = ladder(config.ctx, trained.train.ctx)
+    contexts = context_lengths(config.ctx, trained.train.ctx)
     per_row = scaling.parameters.get("factor") == "auto-row"
     methods = {
         ctx: resolve_factor(scaling, longest=ctx if per_row else max(contexts), original_ctx=original_ctx)
@@ -67,7 +67,7 @@ def ladder_of(trained: Config, original_ctx: int, config: EvalConfig, *, scaling
         if all(method != known for known, _ in built):
             built.append((method, encoding_of(trained, method, original_ctx)))
     encodings = {ctx: next(one for known, one in built if known == method) for ctx, method in methods.items()}
-    return Ladder(scaling, methods, encodings)
+    return MethodsByCtx(scaling, methods, encodings)
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,11 @@ class EvalPlan:
 
     model: EvaluatedModel
     config: EvalConfig
-    ladder: Ladder
+    positions: MethodsByCtx
     kept: bool
     bos: int | None
     text: Text
-    targets: Layout
+    targets: TargetPlan
     device: torch.device
     dtype: torch.dtype
     name: str
@@ -92,12 +92,12 @@ class EvalPlan:
 
     @property
     def contexts(self) -> tuple[int, ...]:
-        return tuple(self.ladder.methods)
+        return tuple(self.positions.methods)
 
     @property
     def per_row(self) -> bool:
         """Has every ctx a factor of its own?"""
-        return self.ladder.scaling.parameters.get("factor") == "auto-row"
+        return self.positions.scaling.parameters.get("factor") == "auto-row"
 
     @property
     def documents(self) -> list[NDArray[np.unsignedinteger]]:
@@ -120,7 +120,7 @@ class EvalPlan:
     @property
     def labels(self) -> dict[str, Any]:
         """The fields that say what encoding and scaling are, beside their names."""
-        scaling = self.ladder.scaling
+        scaling = self.positions.scaling
         return {"scaling_parameters": dict(scaling.parameters), **labels(self.model.manifest, scaling)}
 
     def stored(self) -> EvalResult | None:
@@ -136,7 +136,7 @@ class EvalPlan:
         if self.config.baseline is not None:
             return None
         limit = _limit_gb(self.config.memory_gb, self.device, ranks)
-        return self.model.plan(self.ladder.encodings, self.device, self.dtype, limit_gb=limit)
+        return self.model.plan(self.positions.encodings, self.device, self.dtype, limit_gb=limit)
 
 
 def resolve(
@@ -157,7 +157,7 @@ def resolve(
     ranks = resources.ranks
     kept = scaling is None
     bos = model.bos_token(config.bos)
-    found = ladder_of(model.trained, model.original_ctx, config, scaling=scaling)
+    found = resolve_methods(model.trained, model.original_ctx, config, scaling=scaling)
     if kept and model.own_scaling is not None:
         found = found._replace(scaling=model.own_scaling, methods=dict.fromkeys(found.methods, model.own_scaling))
     progress = resources.progress if ranks.is_first else silent
@@ -168,7 +168,7 @@ def resolve(
     if config.baseline is not None and text.training is None:
         raise ValueError("eval.baseline=unigram counts a run's training text; that of a checkpoint is not known")
     split = text.split
-    targets = lay_out([len(split.document(i)) for i in range(len(split))], tuple(found.methods), config)
+    targets = plan_targets([len(split.document(i)) for i in range(len(split))], tuple(found.methods), config)
     device = device_of_rank(resources.device, ranks)
     dtype = resolve_dtype(config.dtype, device)
     name = files.digest_of(_question(model, config, found.methods, text, targets, dtype, bos))[:16]
@@ -182,7 +182,7 @@ def _question(
     config: EvalConfig,
     methods: Mapping[int, Method],
     text: Text,
-    targets: Layout,
+    targets: TargetPlan,
     dtype: torch.dtype,
     bos: int | None,
 ) -> dict[str, Any]:

@@ -18,14 +18,14 @@ LONGEST = 2**40  # tokens that --ctx can name: no text has so many
 MIN_DOCUMENTS = 6  # a span longer than the largest ctx is laid out only where this many documents hold it
 
 
-def ladder(text: str | None, train_ctx: int) -> tuple[int, ...]:
+def context_lengths(text: str | None, train_ctx: int) -> tuple[int, ...]:
     """The contexts that `--ctx` names.
 
     `8192` is train_ctx, 2x, 4x, ... and 8192 itself (below train_ctx: that one alone); `512,8192` is exactly that,
     and so is `8192,`; None is the ladder to 8 x train_ctx.
     """
     if text is None:
-        return ladder(str(8 * train_ctx), train_ctx)
+        return context_lengths(str(8 * train_ctx), train_ctx)
     items = [item.strip() for item in text.split(",")]
     if len(items) > 1 and items[-1] == "":
         items.pop()
@@ -59,7 +59,7 @@ class Windows(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Layout:
+class TargetPlan:
     """Which targets of which documents an evaluation scores; the same for every ctx of its ladder."""
 
     protocol: str
@@ -98,7 +98,7 @@ class Layout:
         return hasher.hexdigest()
 
 
-def lay_out(lengths: Sequence[int], contexts: tuple[int, ...], config: EvalConfig) -> Layout:
+def plan_targets(lengths: Sequence[int], contexts: tuple[int, ...], config: EvalConfig) -> TargetPlan:
     """Choose span, documents and quota for documents of the given lengths (tokens).
 
     Every document of at least span + 1 tokens is used, up to the same quota of targets; shorter ones are left out at
@@ -134,7 +134,7 @@ def lay_out(lengths: Sequence[int], contexts: tuple[int, ...], config: EvalConfi
     if protocol.one_pass:
         quota = 1  # one pass over the head of each document
     units = tuple(min(quota, (lengths[i] - 1) // span) for i in used)
-    return Layout(
+    return TargetPlan(
         config.protocol, contexts, span, scored, tuple(used), units, len(lengths) - len(usable), len(usable) - len(used)
     )
 

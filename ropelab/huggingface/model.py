@@ -30,8 +30,8 @@ from ropelab.evaluation import (
     Text,
     execute,
     fit,
-    ladder_of,
     resolve,
+    resolve_methods,
     same_text,
 )
 from ropelab.huggingface import adapter as adapters
@@ -216,7 +216,7 @@ class Checkpoint(EvaluatedModel):
                 f"the positions of {self.source} are written out under scaling={self.trained.scaling.name}; "
                 "leave out --scaling"
             )
-        ladder = ladder_of(self.trained, self.original_ctx, config, scaling=scaling)
+        ladder = resolve_methods(self.trained, self.original_ctx, config, scaling=scaling)
         longest = max(ladder.methods)
         if self._rows is not None and longest > self._rows:
             raise ValueError(

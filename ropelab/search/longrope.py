@@ -32,7 +32,7 @@ from ropelab import data, files, runs
 from ropelab.config import Config, EvalConfig, Method
 from ropelab.devices import DTYPE_NAMES, resolve_device, resolve_dtype
 from ropelab.errors import Interrupted, RunError
-from ropelab.evaluation import Layout, evaluate, lay_out
+from ropelab.evaluation import TargetPlan, evaluate, plan_targets
 from ropelab.positions import Rope
 from ropelab.progress import Progress, silent
 from ropelab.runs import NO_SCALING, OpenRun, RunDir
@@ -126,7 +126,7 @@ def search_longrope(
     layouts = {ctx: _search_layout(corpus.validation, asked[ctx], ctx, samples[ctx]) for ctx in contexts}
     for ctx in contexts:
         _check_length(corpus.test, ctx)  # known before the search, not after it
-        lay_out(_lengths(corpus.test), (ctx,), asked[ctx])
+        plan_targets(_lengths(corpus.test), (ctx,), asked[ctx])
 
     model = run.model(device)
     sets = {
@@ -369,7 +369,7 @@ def _check_length(split: data.Split, ctx: int) -> None:
         )
 
 
-def _search_layout(split: data.Split, config: EvalConfig, ctx: int, samples: int) -> Layout:
+def _search_layout(split: data.Split, config: EvalConfig, ctx: int, samples: int) -> TargetPlan:
     """Windows of `ctx` tokens in the validation split, at least `samples`, of as many documents as there are."""
     _check_length(split, ctx)
     lengths = _lengths(split)
@@ -381,7 +381,7 @@ def _search_layout(split: data.Split, config: EvalConfig, ctx: int, samples: int
         )
     quota = next(q for q in range(1, samples + 1) if sum(min(q, n) for n in holding) >= samples)
     budget = samples if quota == 1 else quota * len(holding)
-    return lay_out(lengths, (ctx,), dataclasses.replace(config, tokens=budget * ctx))
+    return plan_targets(lengths, (ctx,), dataclasses.replace(config, tokens=budget * ctx))
 
 
 def _make_folder(folder: Path) -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ropelab import data, files
 from ropelab.config import Config, Method
-from ropelab.evaluation import Layout, Windows, pass_tokens, score, scorer_of
+from ropelab.evaluation import TargetPlan, Windows, pass_tokens, score, scorer_of
 from ropelab.model import GPT
 from ropelab.positions import PositionEncoding, Rope
 from ropelab.progress import tell
@@ -65,7 +65,7 @@ class Question(NamedTuple):
 class SearchSet:
     """Windows of the validation split at one ctx, and the mean loss on them under an encoding."""
 
-    def __init__(self, model: GPT, split: data.Split, layout: Layout, *, samples: int, dtype: torch.dtype) -> None:
+    def __init__(self, model: GPT, split: data.Split, layout: TargetPlan, *, samples: int, dtype: torch.dtype) -> None:
         (ctx,) = layout.contexts
         everything = layout.windows(ctx)
         self.windows = Windows(ctx, everything.scored, everything.document[:samples], everything.start[:samples])

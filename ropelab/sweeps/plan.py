@@ -12,7 +12,7 @@ from typing import Any
 from ropelab import config as configs
 from ropelab.config import Config, EvalConfig
 from ropelab.errors import CacheError
-from ropelab.evaluation import MIN_DOCUMENTS, check_no_bos, ladder_of, lay_out
+from ropelab.evaluation import MIN_DOCUMENTS, check_no_bos, plan_targets, resolve_methods
 from ropelab.progress import Progress
 from ropelab.training import plan_training, with_absolute_paths
 
@@ -57,8 +57,8 @@ def plan_tasks(points: Sequence[tuple[str, Config]], progress: Progress) -> Task
             question["eval"] = {**question["eval"], "ctx": asks.ctx}
             try:
                 check_no_bos(config.eval.bos)
-                ladder = ladder_of(resolved, plan.original_ctx, asks, scaling=scaling)
-                lay_out(lengths, tuple(ladder.methods), asks)
+                ladder = resolve_methods(resolved, plan.original_ctx, asks, scaling=scaling)
+                plan_targets(lengths, tuple(ladder.methods), asks)
             except ValueError as error:
                 invalid.append((label if item is None else f"{label}, evaluated with {item}", str(error)))
                 continue

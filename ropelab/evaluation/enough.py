@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from ropelab.config import Config, DataConfig
 from ropelab.data import Split
-from ropelab.evaluation.targets import MIN_DOCUMENTS, ladder
+from ropelab.evaluation.targets import MIN_DOCUMENTS, context_lengths
 
 
 def lacking_for(config: Config, split: Split) -> str | None:
@@ -16,7 +16,7 @@ def lacking_for(config: Config, split: Split) -> str | None:
     """
     asked = config.eval.ctx is not None
     longest = max(
-        ladder(config.eval.ctx, config.train.ctx)[-1] if asked else config.train.ctx, config.eval.max_ctx or 0
+        context_lengths(config.eval.ctx, config.train.ctx)[-1] if asked else config.train.ctx, config.eval.max_ctx or 0
     )
     holding = [index for index in range(len(split)) if len(split.document(index)) > longest]
     return None if asked and not holding else lacking(split, holding, longest, config.data)
