@@ -148,6 +148,15 @@ def test_axes_are_logarithmic_with_plain_ticks() -> None:
         assert low < 6.03 < 16.4 < high
 
 
+@pytest.mark.parametrize(("low", "high"), [(105, 136), (4.0, 4.6), (9.1, 9.3), (1.0, 10.0), (2.3, 900.0)])
+def test_every_axis_has_two_ticks(low: float, high: float) -> None:
+    """Also where no two round numbers lie between its ends."""
+    ticks = figures.ppl_ticks(low, high)
+    assert 2 <= len(ticks) <= 11
+    assert all(low <= tick <= high and float(f"{tick:.3g}") == tick for tick in ticks)
+    assert ticks == sorted(set(ticks))
+
+
 def test_training_length_is_marked() -> None:
     figure = figures.curves(results([evaluation("rope", [4.43, 9.05, 17.8, 29.6])]), title="RoPE")
     (mark,) = lines_named(figure.axes[0], "training length")

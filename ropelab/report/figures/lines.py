@@ -224,7 +224,18 @@ def ppl_ticks(low: float, high: float) -> list[float]:
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         ticks = [step * 10.0**decade for decade in decades for step in steps if low <= step * 10.0**decade <= high]
         if len(ticks) <= 11:
-            return ticks
+            return ticks if len(ticks) > 1 else _even_ticks(low, high)
+    return ticks
+
+
+def _even_ticks(low: float, high: float) -> list[float]:
+    """Two to six even values from low to high, for an axis on which no two round ones lie."""
+    step = 10.0 ** math.floor(math.log10(high - low))
+    for part in (1, 0.5, 0.2, 0.1):
+        first = math.ceil(low / (step * part))
+        ticks = [float(f"{number * step * part:.6g}") for number in range(first, math.floor(high / (step * part)) + 1)]
+        if len(ticks) > 1:
+            break
     return ticks
 
 
