@@ -1,4 +1,4 @@
-"""A new encoding is two files, a scaling two, a kernel one: added to a copy of the package, and used."""
+"""A new encoding is two files, a scaling two, a protocol and a kernel one: added to a copy of the package, and used."""
 
 from __future__ import annotations
 
@@ -81,6 +81,26 @@ ADDED = {
         original_ctx: null
         power: 0.5
     """,
+    "ropelab/protocols/heads.py": '''
+        """The head of every block."""
+
+        from __future__ import annotations
+
+        from collections.abc import Sequence
+
+        from ropelab.protocols.base import Protocol
+
+
+        class Heads(Protocol):
+            """One window at the beginning of every block of span tokens."""
+
+            name = "heads"
+            summary = "one window at the head of each block; the targets change with ctx"
+            same_targets = False
+
+            def starts(self, *, blocks: int, span: int, ctx: int, scored: int) -> Sequence[int]:
+                return [block * span for block in range(blocks)]
+    ''',
     "ropelab/attention/kernels/loop.py": '''
         """A plain loop."""
 
@@ -164,6 +184,14 @@ ADDED = {
             run = answer("train", "--pos", "rope", *shape)["run_dir"]
             rows = answer("eval", run, "--ctx", "16,32", "--scaling", "root", "--factor", "2", *small)["rows"]
             assert [row["status"] for row in rows] == ["ok", "ok"]
+            found = answer("eval", run, "--ctx", "16,32", "--protocol", "heads", *small)
+            assert (found["protocol"]["name"], found["protocol"]["targets_digest"]) == ("heads", None)
+            documents = found["protocol"]["documents"]
+            assert [row["tokens"] // row["ctx"] for row in found["rows"]] == [found["rows"][1]["tokens"] // 32] * 2
+            assert documents and found["rows"][0]["tokens"] % 16 == 0
+            page = CliRunner().invoke(cli.app, ["report", run, "-o", str(folder / "report")])
+            assert page.exit_code == 0, page.stderr
+            assert "one window at the head of each block" in (folder / "report" / "report.html").read_text()
 
 
         def test_the_kernel_is_chosen_and_right():
