@@ -16,11 +16,9 @@ from .models import NO_SCALING as NO_SCALING
 from .models import build_model as build_model
 from .models import check_applied as check_applied
 from .models import encoding_of as encoding_of
-from .models import restored_model as restored_model
 from .models import set_encoding as set_encoding
 from .open import OpenRun as OpenRun
 from .open import config_of as config_of
 from .open import open_run as open_run
 from .open import run_tokenizer as run_tokenizer
-from .open import trained_config as trained_config
 from .stored import Stored as Stored

@@ -145,11 +145,6 @@ def config_of(manifest: Mapping[str, Any], folder: RunDir) -> Config:
         ) from None
 
 
-def trained_config(run: RunDir) -> Config:
-    """The configuration of a run that may be unfinished. `RunError` as `config_of`."""
-    return config_of(run.manifest(), run)
-
-
 def run_tokenizer(run: RunDir) -> data.Tokenizer:
     """The tokeniser of a run that may be unfinished. `RunError` as `OpenRun.tokenizer`."""
     return OpenRun(run, run.manifest()).tokenizer
