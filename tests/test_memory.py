@@ -170,15 +170,15 @@ def _trained(settings: list[str]) -> tuple[int, int]:
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
         return 1024 * int(next(line.split()[1] for line in lines if line.startswith(name)))
 
-    from ropelab.bench.ours import training
+    from ropelab.bench.ours import training_steps
 
     tiny = {"train.ctx": "16", "model.d_model": "16", "model.n_layer": "1", "model.n_head": "2"}
     given = {item.partition("=")[0]: item.partition("=")[2] for item in settings}
     small = config.load([f"{key}={value}" for key, value in {**given, **tiny}.items()])
-    training(small, torch.float32, 257).turn()  # libraries load their kernels on the first call
+    training_steps(small, torch.float32, 257).turn()  # libraries load their kernels on the first call
     before = field("VmRSS")
     resolved = config.load(settings)
-    training(resolved, torch.float32, 257).turn()
+    training_steps(resolved, torch.float32, 257).turn()
     return memory.training_bytes(resolved, 257, CPU, original_ctx=resolved.train.ctx), field("VmHWM") - before
 
 
