@@ -89,7 +89,7 @@ def test_eight_points_with_results(lab: Path, settings: tuple[str, ...], tmp_pat
     assert stat.S_IMODE((sweep.path / "spool").stat().st_mode) == 0o700
     assert [one.state for one in ended(sweep)] == ["DONE"] * 8
     results = [sweep.results(task) for task in range(8)]
-    assert [(one["pos"], one["seed"], len(one["rows"])) for (one,) in results] == [
+    assert [(one.pos, one.seed, len(one.rows)) for (one,) in results] == [
         (pos, seed, 2) for pos in ("rope", "alibi", "none", "learned") for seed in (0, 1)
     ]
     out, _ = ropelab("collect", sweep.name, f"runs_dir={tmp_path}")
