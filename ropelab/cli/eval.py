@@ -104,8 +104,8 @@ def evaluate(
                     one.close()  # one model at a time is in memory
             folders = [run.folder.path for run in opened]
             asked: list[Callable[[], evaluation.Evaluated]] = [
-                partial(evaluation.execute, plan, resources, last=plan.model is not after)
-                for plan, after in zip(plans, [*(plan.model for plan in plans[1:]), None], strict=True)
+                partial(evaluation.execute, plan, resources, last=plan.model not in [one.model for one in plans[done:]])
+                for done, plan in enumerate(plans, 1)
             ]
             if hf:
                 from ropelab import huggingface
