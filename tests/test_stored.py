@@ -19,6 +19,7 @@ from ropelab.evaluation import evaluations
 from ropelab.report import figures
 from ropelab.runs import RunDir
 from tests.lab import invoke
+from tests.records import result
 from tests.test_experiment import enlarged, settings
 
 matplotlib.use("Agg")
@@ -206,3 +207,22 @@ def test_a_factors_file_is_not_contradicted(run: RunDir, folder: Path, tmp_path:
         assert "leave one of them out" in done.stderr
         assert len(done.stderr.splitlines()) == 1
     assert invoke(*common, f"scaling.factors={file}", "--factor", "4").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rows": [{"ctx": 10**39, "status": "ok"}]}, {"rows": [{"ctx": 2**41, "status": "ok"}]},
+        {"train_ctx": 2**63 - 1}, {"seed": 10**30}, {"rows": [{"ctx": 64, "status": "ok", "tokens": 2**64}]},
+        {"rows": []}, {"train_ctx": 0},
+        {"position_curve": {"ctx": 8, "edges": [], "nll": [1.0]}}, {"protocol": {"name": "../../etc"}},
+        {"protocol": {"name": "last", "authors": "x"}}, {"rows": [{"ctx": 64, "status": "ok", "ppl": float("nan")}]},
+    ],
+)  # fmt: skip
+def test_an_evaluation_with_what_cannot_be_is_none(change: dict[str, Any]) -> None:
+    """Of a stranger: lengths that no text has, numbers that no tensor holds, other shapes."""
+    whole = {"run": "r", "pos": "rope", "scaling": "none", "train_ctx": 64, "protocol": {"name": "last"},
+             "rows": [{"ctx": 64, "status": "ok"}]}  # fmt: skip
+    assert result(whole).rows[0].ctx == 64
+    with pytest.raises(ValueError, match=r"rows|train_ctx|seed|position_curve|protocol"):
+        result({**whole, **change})

@@ -9,6 +9,8 @@ from typing import Any, ClassVar, Self
 from ropelab.protocols import PROTOCOLS, Protocol
 from ropelab.runs import Stored
 
+LONGEST = 2**40  # tokens of a ctx: no text has so many
+
 
 @dataclass(frozen=True, kw_only=True)
 class Row(Stored):
@@ -138,8 +140,10 @@ class EvalResult(Stored):
         if not result.rows:
             raise ValueError(f"{where}rows is empty")
         for number, row in enumerate(result.rows):
-            if row.ctx < 1:
+            if not 1 <= row.ctx <= LONGEST:
                 raise ValueError(f"{where}rows[{number}].ctx is {row.ctx}")
+        if not 1 <= result.train_ctx <= LONGEST:
+            raise ValueError(f"{where}train_ctx is {result.train_ctx}")
         curve = result.position_curve
         if curve is not None and len(curve.edges) != len(curve.nll) + 1:
             raise ValueError(f"{where}position_curve has {len(curve.edges)} edges for {len(curve.nll)} losses")

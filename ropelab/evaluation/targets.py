@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ropelab.config import EvalConfig
+from ropelab.evaluation.results import LONGEST
 from ropelab.protocols import PROTOCOLS
 
-LONGEST = 2**40  # tokens that --ctx can name: no text has so many
 MIN_DOCUMENTS = 6  # a span longer than the largest ctx is laid out only where this many documents hold it
 
 

@@ -3,6 +3,6 @@
 from ropelab.plugins import registered
 from ropelab.protocols.base import Protocol
 
-PROTOCOLS: dict[str, Protocol] = {name: cls() for name, cls in registered(__name__, Protocol).items()}  # type: ignore[type-abstract]
+PROTOCOLS: dict[str, Protocol] = {name: cls() for name, cls in registered(__name__, Protocol).items()}
 
 __all__ = ["PROTOCOLS", "Protocol"]

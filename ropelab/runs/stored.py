@@ -18,7 +18,7 @@ class Stored:
 
     A field without a default has to be there. `SPARSE` fields are not written where they are None or empty; the others
     always are. extra: what other versions wrote, which is kept. True and False are no numbers, and neither is what is
-    not finite.
+    not finite or needs more than 64 bits.
     """
 
     SPARSE: ClassVar[frozenset[str]] = frozenset()
@@ -71,6 +71,8 @@ def _read(value: Any, kind: Any, where: str) -> Any:
 
 
 def _read_one(value: Any, options: Sequence[Any], where: str) -> Any:
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ValueError(f"{where} is a number of {len(str(abs(value)))} digits")
     for kind in options:
         origin = typing.get_origin(kind)
         if isinstance(kind, type) and issubclass(kind, Stored):

@@ -9,6 +9,7 @@ number. It adds, removes and renames no parameter, so that trained weights load 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -27,7 +28,7 @@ class HfRope(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scaling:
+class Scaling(ABC):
     """A change of the record. A subclass with a `name` is in the table of scalings; it implements `record`.
 
     `ValueError`, which names the key, for a value that is out of range. Label, summary, paper, the encodings that it
@@ -57,9 +58,9 @@ class Scaling:
         """Does the record at a position depend on ctx?"""
         return self.dynamic
 
+    @abstractmethod
     def is_identity(self, ctx: int) -> bool:
         """Does it change nothing at this length, by its definition?"""
-        raise NotImplementedError
 
     def record(self, encoding: PositionEncoding, positions: Tensor, *, ctx: int) -> Positions:
         """The record of the scaled encoding at positions (N,) int64."""
